@@ -1,0 +1,111 @@
+# make demo     everything from nothing: environment, build, data, training, report
+# make test     everything from nothing: environment, build, test suite
+# The rest: build bench format lint dist clean distclean help
+#
+# Each step leaves a stamp in $(VENV): a second call goes on where the first one stopped.
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_OUTPUT ?= runs/demo
+BENCH_OUTPUT ?= runs/bench
+# The one place where torch is pinned. Anything that pip takes can stand here, for example
+# make demo TORCH="torch torchvision --find-links=/wheels"
+TORCH_x86_64 := torch==2.14.1 torchvision==0.29.1
+TORCH ?= $(or $(TORCH_$(shell uname -m)),torch torchvision)
+BUILD_TOOLS := "setuptools>=77" wheel "ninja" "pybind11>=2.12" packaging
+FORMATTERS := ruff==0.17.6 clang-format==23.1.5
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := $(shell find csrc -type f 2>/dev/null)
+FAIL := fail() { printf '\n%s\n' "$$1" >&2; exit 1; };
+
+ENVIRONMENT := $(VENV)/.stamp-environment
+TORCH_READY := $(VENV)/.stamp-torch
+INSTALLED := $(VENV)/.stamp-installed
+FORMATTERS_READY := $(VENV)/.stamp-formatters
+
+.PHONY: help demo test build bench format lint dist clean distclean FORCE
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p; s/^# \(The rest.*\)/\1/p' Makefile
+
+demo: $(INSTALLED)
+	@$(FAIL) $(BIN)/crrcd-train study python/studies/demo.toml --output $(DEMO_OUTPUT) \
+	  || fail "The demo stopped; the line above says why. 'make demo' goes on from the last finished run."
+
+test: $(INSTALLED)
+	@$(BIN)/python -m pytest tests -q
+
+build: $(INSTALLED)
+
+bench: $(INSTALLED)
+	@$(BIN)/python -m bench relation_nce --output $(BENCH_OUTPUT)
+
+format: $(FORMATTERS_READY)
+	@$(BIN)/ruff check -q --fix . ; $(BIN)/ruff format -q .
+	@git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format -i
+
+lint: $(FORMATTERS_READY)
+	@$(FAIL) $(BIN)/ruff check -q . && $(BIN)/ruff format -q --check . \
+	  || fail "Python files need attention: 'make format' mends what can be mended by itself."
+	@$(FAIL) git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' \
+	  | xargs -r $(BIN)/clang-format --dry-run --Werror \
+	  || fail "C++ files are not formatted: run 'make format'."
+
+dist: $(INSTALLED)
+	@$(FAIL) $(PIP) install -q "build>=1.2" \
+	  || fail "pip could not install 'build': check the network connection and run 'make dist' again."
+	@$(BIN)/python -m build --no-isolation --sdist --wheel
+
+clean:
+	rm -rf build dist *.egg-info python/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -f crrcd_ext/_C*.so $(INSTALLED)
+	find crrcd_ext python bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
+
+# ---------------------------------------------------------------------------------------------
+# Environment
+
+$(ENVIRONMENT):
+	@$(FAIL) command -v $(PYTHON) >/dev/null 2>&1 \
+	  || fail "No '$(PYTHON)' here: install Python 3.10 or newer (on Debian and Ubuntu: apt-get install python3 python3-venv python3-dev) or name one: make PYTHON=/path/to/python3."
+	@$(FAIL) $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || fail "$$($(PYTHON) --version 2>&1) is too old: Python 3.10 or newer is needed; name one with make PYTHON=/path/to/python3."
+	@$(FAIL) $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+	  || fail "$(PYTHON) has no venv module: install it (on Debian and Ubuntu: apt-get install python3-venv)."
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@$(FAIL) $(PYTHON) -m venv $(VENV) \
+	  || fail "The virtual environment $(VENV) could not be made: check that this folder is writable and the disk is not full."
+	@touch $@
+
+# Changes only when TORCH does, so that another TORCH is installed when asked for.
+$(VENV)/.request-torch: FORCE | $(ENVIRONMENT)
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
+
+$(TORCH_READY): $(VENV)/.request-torch
+	@echo "Installing $(TORCH) (on Linux with its CUDA libraries, a few GB: this is the long part)"
+	@$(FAIL) $(PIP) install $(TORCH) \
+	  || fail "pip could not install $(TORCH): check the network connection and the free disk space (8 GB), or name other versions with make TORCH=\"torch==... torchvision==...\"."
+	@$(FAIL) $(PIP) install -q $(BUILD_TOOLS) \
+	  || fail "pip could not install the build tools: check the network connection and run make again."
+	@touch $@
+
+$(INSTALLED): $(TORCH_READY) pyproject.toml setup.py $(NATIVE)
+	@$(FAIL) command -v "$${CXX:-c++}" >/dev/null 2>&1 \
+	  || fail "No C++ compiler ('$${CXX:-c++}') here: install one (on Debian and Ubuntu: apt-get install g++) or name one: CXX=/path/to/g++ make."
+	@$(FAIL) $(BIN)/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' \
+	  || fail "Python's headers (Python.h) are missing: install them (on Debian and Ubuntu: apt-get install python3-dev)."
+	@echo "Building and installing crrcd_ext"
+	@$(FAIL) $(PIP) install -q --no-build-isolation -e '.[train,test]' \
+	  || fail "The installation failed. If a download did: check the network connection. If the compiler did: its messages stand above ('$(PIP) install -v --no-build-isolation -e .' shows all of them)."
+	@$(BIN)/python -c 'import crrcd_ext._C'
+	@touch $@
+
+$(FORMATTERS_READY): Makefile | $(ENVIRONMENT)
+	@$(FAIL) $(PIP) install -q $(FORMATTERS) \
+	  || fail "pip could not install $(FORMATTERS): check the network connection and run make again."
+	@touch $@
