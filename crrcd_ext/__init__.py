@@ -1,0 +1,29 @@
+"""Relational contrastive distillation losses for PyTorch.
+
+``crrcd_ext.CRRCDLoss`` is the module for a training script, ``crrcd_ext.functional`` has one function per
+operator, ``python -m crrcd_ext`` tells which backends this installation has.
+"""
+
+from crrcd_ext import functional
+from crrcd_ext._backend import available_backends, set_backend, use_backend
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CRRCDLoss",
+    "FeatureRelation",
+    "MemoryBank",
+    "__version__",
+    "available_backends",
+    "functional",
+    "set_backend",
+    "use_backend",
+]
+
+
+def __getattr__(name: str):
+    if name in ("CRRCDLoss", "FeatureRelation", "MemoryBank"):
+        from crrcd_ext import modules
+
+        return getattr(modules, name)
+    raise AttributeError(f"module 'crrcd_ext' has no attribute {name!r}")
