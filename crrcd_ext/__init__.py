@@ -1,7 +1,7 @@
 """Relational contrastive distillation losses for PyTorch.
 
-``crrcd_ext.CRRCDLoss`` is the module for a training script, ``crrcd_ext.functional`` has one function per
-operator, ``python -m crrcd_ext`` tells which backends this installation has.
+``crrcd_ext.CRRCDLoss`` is the module for a training script, ``crrcd_ext.functional`` has one
+function per operator, ``python -m crrcd_ext`` tells which backends this installation has.
 """
 
 from crrcd_ext import functional

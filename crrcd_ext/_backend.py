@@ -1,4 +1,7 @@
-"""Which implementation runs: the argument, then set_backend / use_backend, then CRRCD_BACKEND, then "auto"."""
+"""Which implementation runs.
+
+The argument ``backend=`` decides, then set_backend or use_backend, then CRRCD_BACKEND, then "auto".
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ except ImportError as error:
     missing = f"{type(error).__name__}: {error}"
 
 INSTALL = (
-    "build it with `pip install .` in the source folder (python headers and a C++17 compiler are needed, "
+    "build it with `pip install .` in the source folder (it needs a C++17 compiler; "
     "`python -m crrcd_ext` shows the result), or choose backend 'reference'"
 )
 
@@ -43,8 +46,8 @@ def available_backends() -> dict[str, str | None]:
 def set_backend(name: str | None) -> None:
     """Choose the backend of every later call in this process that does not name its own.
 
-    ``name`` is "auto", "reference" or "cpu"; None gives the choice back to CRRCD_BACKEND and "auto".
-    Raises ValueError for another name and RuntimeError, with the reason, for one that cannot run here.
+    ``name`` is "auto", "reference" or "cpu"; None gives the choice back to CRRCD_BACKEND and
+    "auto". Raises ValueError for another name, RuntimeError for one that cannot run here.
     """
     global _chosen
     if name is not None:
@@ -54,7 +57,7 @@ def set_backend(name: str | None) -> None:
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """``with use_backend("reference"): ...``: set_backend for a block, in all threads of the process."""
+    """``with use_backend("reference"): ...`` is set_backend for a block, in every thread."""
     global _chosen
     before = _chosen
     set_backend(name)
@@ -65,7 +68,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def current_backend() -> str:
-    """The choice that holds for a call without ``backend=``: a name out of "auto", "reference", "cpu"."""
+    """The choice for calls without ``backend=``: "auto", "reference" or "cpu"."""
     return _chosen or _environment or "auto"
 
 
@@ -100,7 +103,8 @@ def _require(name: str, where: str) -> None:
         )
     if name == "cpu" and missing is not None:
         raise RuntimeError(
-            f"crrcd_ext.{where}: backend 'cpu' is not available: crrcd_ext._C is not there ({missing}); {INSTALL}"
+            f"crrcd_ext.{where}: backend 'cpu' is not available: "
+            f"crrcd_ext._C is not there ({missing}); {INSTALL}"
         )
 
 
@@ -111,7 +115,8 @@ def _warn_once() -> bool:
     if not _warned:
         _warned = True
         warnings.warn(
-            f"crrcd_ext runs on the slow 'reference' backend: crrcd_ext._C is not there ({missing}); {INSTALL}",
+            "crrcd_ext runs on the slow 'reference' backend: "
+            f"crrcd_ext._C is not there ({missing}); {INSTALL}",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -1,6 +1,7 @@
 """Schemas and fake kernels of the ``crrcd::`` operators; the compiled module registers the kernels.
 
-They are defined here and not in C++ so that an installation without a compiler can trace and export them too.
+They are defined here and not in C++ so that an installation without a compiler has them too, for
+tracing and export.
 """
 
 from __future__ import annotations
@@ -10,31 +11,34 @@ from torch import Tensor
 
 library = torch.library.Library("crrcd", "DEF")
 
-_NCE_HEAD = "Tensor query, Tensor positive, Tensor anchor, "
-_NCE_TAIL = (
+_NCE_BEFORE = "Tensor query, Tensor positive, Tensor anchor"
+_NCE_AFTER = (
     "Tensor weight, Tensor? bias, Tensor scale, Tensor offset, Tensor? index, Tensor? key_weight, "
-    "Tensor? anchor_id, Tensor? query_id, Tensor? key_id, Tensor? query_label, Tensor? key_label, "
-    "bool self_pairs, str objective, int need"
+    "Tensor? anchor_id, Tensor? query_id, Tensor? key_id, "
+    "Tensor? query_label, Tensor? key_label, bool self_pairs, str objective, int need"
 )
 _NCE_RESULT = (
-    " -> (Tensor loss, Tensor d_query, Tensor d_positive, Tensor d_anchor, Tensor d_bank, Tensor d_key_weight, "
-    "Tensor d_weight, Tensor d_bias, Tensor d_scale, Tensor d_offset)"
+    "(Tensor loss, Tensor d_query, Tensor d_positive, Tensor d_anchor, Tensor d_bank, "
+    "Tensor d_key_weight, Tensor d_weight, Tensor d_bias, Tensor d_scale, Tensor d_offset)"
 )
+_UPDATE = "Tensor update_index, Tensor update_value, float momentum, bool normalize"
 
 for schema in (
-    "relation(Tensor anchor, Tensor sample, Tensor weight, Tensor? bias) -> (Tensor relation, Tensor inverse_norm)",
-    "relation_backward(Tensor grad, Tensor relation, Tensor inverse_norm, Tensor anchor, Tensor sample, "
-    "Tensor weight, int need) -> (Tensor d_anchor, Tensor d_sample, Tensor d_weight, Tensor d_bias)",
-    f"relation_nce({_NCE_HEAD}Tensor bank, {_NCE_TAIL}){_NCE_RESULT}",
-    f"relation_nce_({_NCE_HEAD}Tensor(a!) bank, {_NCE_TAIL}, Tensor update_index, Tensor update_value, "
-    f"float momentum, bool normalize){_NCE_RESULT}",
-    "bank_update_(Tensor(a!) bank, Tensor index, Tensor value, float momentum, bool normalize) -> ()",
+    "relation(Tensor anchor, Tensor sample, Tensor weight, Tensor? bias)"
+    " -> (Tensor relation, Tensor inverse_norm)",
+    "relation_backward(Tensor grad, Tensor relation, Tensor inverse_norm, Tensor anchor, "
+    "Tensor sample, Tensor weight, int need)"
+    " -> (Tensor d_anchor, Tensor d_sample, Tensor d_weight, Tensor d_bias)",
+    f"relation_nce({_NCE_BEFORE}, Tensor bank, {_NCE_AFTER}) -> {_NCE_RESULT}",
+    f"relation_nce_({_NCE_BEFORE}, Tensor(a!) bank, {_NCE_AFTER}, {_UPDATE}) -> {_NCE_RESULT}",
+    "bank_update_(Tensor(a!) bank, Tensor index, Tensor value, float momentum, bool normalize)"
+    " -> ()",
 ):
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums, norms and losses over operands of ``dtype``: float64 for float64, else float32."""
+    """Dtype of norms, sums and losses: float64 for operands in float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -46,10 +50,9 @@ def _gradient(needed: int, like: Tensor, shape=None) -> Tensor:
 
 @torch.library.register_fake("crrcd::relation", lib=library)
 def _(anchor, sample, weight, bias):
-    shape = (anchor.shape[0], sample.shape[0])
-    return anchor.new_empty((*shape, weight.shape[0])), anchor.new_empty(
-        shape, dtype=wide_dtype(anchor.dtype)
-    )
+    pairs = (anchor.shape[0], sample.shape[0])
+    inverse_norm = anchor.new_empty(pairs, dtype=wide_dtype(anchor.dtype))
+    return anchor.new_empty((*pairs, weight.shape[0])), inverse_norm
 
 
 @torch.library.register_fake("crrcd::relation_backward", lib=library)

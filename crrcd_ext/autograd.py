@@ -1,7 +1,7 @@
 """Derivatives of the compiled operators.
 
-relation_nce computes its gradients in the forward pass, because a loss that is a scalar needs nothing from backward
-but one factor; relation saves what its own backward operator reads.
+relation_nce computes its gradients in the forward pass: a scalar loss needs nothing from backward
+but one factor. relation keeps what its own backward operator reads.
 """
 
 from __future__ import annotations
@@ -9,38 +9,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NEED_RELATION = ("anchor", "sample", "weight", "bias")
-NEED_RELATION_NCE = (
-    "query",
-    "positive",
-    "anchor",
-    "bank",
-    "key_weight",
-    "weight",
-    "bias",
-    "scale",
-    "offset",
-)
-
 
 def need_bits(*inputs: Tensor | None) -> int:
     """Bit i is set when input i wants a gradient; 0 under no_grad."""
-    if not torch.is_grad_enabled():
-        return 0
     need = 0
-    for bit, x in enumerate(inputs):
-        if x is not None and x.requires_grad:
-            need |= 1 << bit
+    if torch.is_grad_enabled():
+        for bit, x in enumerate(inputs):
+            if x is not None and x.requires_grad:
+                need |= 1 << bit
     return need
 
 
 def _refuse_double_backward(operator: str) -> None:
-    # Grad mode is on in backward only under create_graph=True. Going on would return gradients that look
-    # differentiable and lack every second derivative, so that the mistake would stay silent.
+    # Grad mode is on in backward only under create_graph=True. The gradients would look
+    # differentiable there and lack their second derivatives, a mistake that nothing would show.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            f"crrcd_ext.{operator}: double backward (create_graph=True) is not supported by backend 'cpu'; "
-            "use backend='reference'"
+            f"crrcd_ext.{operator}: double backward (create_graph=True) is not supported by "
+            "backend 'cpu'; use backend='reference'"
         )
 
 
@@ -58,96 +44,38 @@ class Relation(torch.autograd.Function):
     def backward(ctx, grad):
         _refuse_double_backward("relation")
         gradients = torch.ops.crrcd.relation_backward(grad, *ctx.saved_tensors, ctx.need)
-        return *(g if ctx.need & 1 << bit else None for bit, g in enumerate(gradients)), None
+        return (*(g if ctx.need & 1 << bit else None for bit, g in enumerate(gradients)), None)
 
 
 class RelationNCE(torch.autograd.Function):
-    """crrcd::relation_nce, or crrcd::relation_nce_ when an update is given; the first nine inputs have gradients."""
+    """crrcd::relation_nce, or crrcd::relation_nce_ with an update; nine inputs have gradients."""
 
     @staticmethod
-    def forward(
-        ctx,
-        query,
-        positive,
-        anchor,
-        bank,
-        key_weight,
-        weight,
-        bias,
-        scale,
-        offset,
-        index,
-        masks,
-        options,
-        need,
-        update,
-    ):
-        loss, *gradients = call_relation_nce(
-            query,
-            positive,
-            anchor,
-            bank,
-            key_weight,
-            weight,
-            bias,
-            scale,
-            offset,
-            index,
-            masks,
-            options,
-            need,
-            update,
-        )
+    def forward(ctx, index, masks, options, need, update, *inputs):
+        loss, *gradients = call_relation_nce(inputs, index, masks, options, need, update)
         ctx.save_for_backward(*(g for bit, g in enumerate(gradients) if need & 1 << bit))
         ctx.need = need
+        ctx.inputs = len(inputs)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         _refuse_double_backward("relation_nce")
         saved = iter(ctx.saved_tensors)
-        gradients = []
-        for bit in range(len(NEED_RELATION_NCE)):
+        gradients = [None] * 5
+        for bit in range(ctx.inputs):
             g = next(saved) if ctx.need & 1 << bit else None
             gradients.append(None if g is None else (g * grad).to(g.dtype))
-        return *gradients, None, None, None, None, None
+        return tuple(gradients)
 
 
-def call_relation_nce(
-    query,
-    positive,
-    anchor,
-    bank,
-    key_weight,
-    weight,
-    bias,
-    scale,
-    offset,
-    index,
-    masks,
-    options,
-    need,
-    update,
-):
-    """The operator itself, in its own argument order; ``update`` None or (index, value, momentum, normalize)."""
-    arguments = (
-        query,
-        positive,
-        anchor,
-        bank,
-        weight,
-        bias,
-        scale,
-        offset,
-        index,
-        key_weight,
-        *masks,
-        *options,
-        need,
-    )
+def call_relation_nce(inputs, index, masks, options, need, update) -> tuple[Tensor, ...]:
+    """The operator itself; ``update`` is None or (index, value, momentum, normalize)."""
+    query, positive, anchor, bank, key_weight, weight, bias, scale, offset = inputs
+    head = (query, positive, anchor, bank, weight, bias, scale, offset, index, key_weight)
     if update is None:
-        return torch.ops.crrcd.relation_nce(*arguments)
-    result = torch.ops.crrcd.relation_nce_(*arguments, *update)
+        return torch.ops.crrcd.relation_nce(*head, *masks, *options, need)
+    result = torch.ops.crrcd.relation_nce_(*head, *masks, *options, need, *update)
     torch.autograd.graph.increment_version(bank)
     return result
 
@@ -161,30 +89,28 @@ def relation(anchor: Tensor, sample: Tensor, weight: Tensor, bias: Tensor | None
 
 
 def relation_nce(
-    query,
-    positive,
-    anchor,
-    bank,
-    key_weight,
-    weight,
-    bias,
-    scale,
-    offset,
-    index,
-    masks,
-    options,
-    update,
+    inputs: tuple[Tensor | None, ...],
+    index: Tensor | None,
+    masks: tuple[Tensor | None, ...],
+    options: tuple[bool, str],
+    update: tuple[Tensor, Tensor, float, bool] | None,
 ) -> Tensor:
-    """Backend "cpu" of functional.relation_nce; operands share one dtype, scale and offset are 0-dim tensors."""
-    inputs = (query, positive, anchor, bank, key_weight, weight, bias, scale, offset)
+    """Backend "cpu" of functional.relation_nce.
+
+    ``inputs`` are query, positive, anchor, bank, key_weight, weight, bias (one dtype, but for the
+    bank) and scale, offset (0-dim); ``masks`` are anchor_id, query_id, key_id, query_label,
+    key_label; ``options`` self_pairs and objective.
+    """
     need = need_bits(*inputs)
-    # The compiler cannot trace an autograd.Function that mutates an input: there the update is its own operator,
-    # which runs after the pass as its reads of the bank come first in the graph.
+    # The compiler cannot trace an autograd.Function that mutates an input. There the update is an
+    # operator of its own; the graph keeps it behind the pass, which reads the bank.
     fused = None if torch.compiler.is_compiling() else update
-    arguments = (*inputs, index, masks, options, need, fused)
-    loss = RelationNCE.apply(*arguments) if need else call_relation_nce(*arguments)[0]
+    if need:
+        loss = RelationNCE.apply(index, masks, options, need, fused, *inputs)
+    else:
+        loss = call_relation_nce(inputs, index, masks, options, need, fused)[0]
     if update is not None and fused is None:
-        bank_update_(bank, *update)
+        bank_update_(inputs[3], *update)
     return loss
 
 

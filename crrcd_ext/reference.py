@@ -1,14 +1,14 @@
-"""The operators in plain PyTorch, as they stand on paper: the truth of the tests, and a backend for any device.
+"""The operators in plain PyTorch, as they stand on paper: the truth of the tests, on any device.
 
-    v(a, x)  = unit(W relu(P_a - X_x) + c)           P = Wa a + c1 [A, H], X = Wb b [M, H], W [R, H], c [R]
+    v(a, x)  = unit(W relu(P_a - X_x) + c)            P [A, H], X [M, H], W [R, H], c [R]
     s_abn    = scale <query_ab, v(P_a, X_n)> - offset
     s+_ab    = scale <query_ab, positive_ab> - offset
     nce      : l_ab = softplus(-s+_ab) + sum_n keep_bn softplus(s_abn)
     infonce  : l_ab = log(exp s+_ab + sum_n keep_bn exp s_abn) - s+_ab
     loss     = mean of l_ab over the kept pairs
 
-Operands share one dtype. With bfloat16 and float16 the products are rounded to it, as PyTorch does, while norms,
-logits and sums are float32. Everything of size [A, B, K] and [A, K, R] is materialised.
+Operands share one dtype. With bfloat16 and float16 the products are rounded to it, as PyTorch does,
+while norms, logits and sums are float32. All of [A, B, K] and [A, K, R] is materialised.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def relation(anchor: Tensor, sample: Tensor, weight: Tensor, bias: Tensor | None
 
 
 def kept_pairs(anchor: Tensor, query: Tensor, anchor_id, query_id, self_pairs: bool) -> Tensor:
-    """bool [A, B]: False for self pairs, found by id, or as the diagonal when there are no ids and A == B."""
+    """bool [A, B]: False for self pairs, by id, or the diagonal without anchor_id when A == B."""
     anchors, queries = query.shape[:2]
     if self_pairs or (anchor_id is None and anchors != queries):
         return torch.ones(anchors, queries, dtype=torch.bool, device=query.device)
@@ -100,7 +100,7 @@ def relation_nce(
 def bank_update_(
     bank: Tensor, index: Tensor, value: Tensor, momentum: float, normalize: bool = True
 ) -> None:
-    """bank[index] <- unit(momentum bank[index] + (1 - momentum) value); the last of equal ids wins."""
+    """m <- unit(momentum m + (1 - momentum) value), m = bank[index]; the last of equal ids wins."""
     order = torch.arange(len(index), device=index.device)
     # Every duplicate writes the winner's row, so that the order of the writes does not matter.
     last = torch.zeros(len(bank), dtype=torch.int64, device=bank.device).scatter_reduce(
