@@ -98,7 +98,7 @@ def check_scalar(operator: str, argument: str, x: float | Tensor, first: Tensor)
 def check_update(
     operator: str, prefix: str, bank: Tensor, update: tuple, sizes: dict[str, int]
 ) -> tuple[Tensor, Tensor, float, bool]:
-    """(index, value, momentum, normalize), with the value as float32 or float64 for the backends."""
+    """(index, value, momentum, normalize), the value in float32 or float64 for the backends."""
     if not isinstance(update, (tuple, list)):
         got = type(update).__name__
         fail(TypeError, operator, "update", "(index, value, momentum[, normalize])", got)

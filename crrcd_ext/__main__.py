@@ -1,0 +1,48 @@
+"""``python -m crrcd_ext``: what this installation can run, and what it was built with."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+
+import crrcd_ext
+from crrcd_ext import _backend
+
+
+def report() -> str:
+    """Backends with the reason where one is absent, versions, instruction sets, build, threads."""
+    variables = {name: os.environ.get(name) for name in ("CRRCD_BACKEND", "CRRCD_CPU_ISA")}
+    lines = [
+        f"crrcd_ext    {crrcd_ext.__version__}",
+        f"torch        {torch.__version__}",
+        f"python       {platform.python_version()} on {platform.system()} {platform.machine()}",
+        f"installed    {os.path.dirname(crrcd_ext.__file__)}",
+        "environment  " + ", ".join(f"{k}={v or '(not set)'}" for k, v in variables.items()),
+        f"chosen       {_backend.current_backend()}",
+        "backends",
+    ]
+    for name, reason in _backend.available_backends().items():
+        lines.append(f"  {name:<11}" + ("available" if reason is None else f"absent: {reason}"))
+    if _backend.compiled is None:
+        lines.append(f"  to have cpu: {_backend.INSTALL}")
+        return "\n".join(lines)
+    try:
+        active = _backend.compiled.isa_active()
+    except (RuntimeError, ValueError) as error:
+        active = f"none: {error}"
+    names = ", ".join(_backend.compiled.isa_available())
+    lines.append(f"instruction sets  {names}; active: {active}")
+    lines.append(f"threads           {_backend.compiled.num_threads()}")
+    lines.append("build")
+    lines += [f"  {key:<16}{value}" for key, value in _backend.compiled.build_info().items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    print(report())
+
+
+if __name__ == "__main__":
+    main()
