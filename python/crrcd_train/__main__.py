@@ -1,0 +1,173 @@
+"""The command line: crrcd-train teacher | distill | evaluate | report | study."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from . import config as settings
+from .errors import Interrupted, UserError
+
+EPILOG = """examples:
+  crrcd-train study python/studies/demo.toml --output runs/demo
+  crrcd-train teacher --output runs/teacher
+  crrcd-train distill --set run.method=kd teacher.checkpoint=runs/teacher --output runs/kd
+  crrcd-train evaluate runs/kd
+  crrcd-train report runs/demo
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(
+        prog="crrcd-train",
+        description="Trains low-resolution students with CRRCD and its baselines.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    texts = {
+        "teacher": "train the teacher on full-resolution images",
+        "distill": "train one student with run.method",
+        "study": "run a whole grid of methods, seeds and sizes, then the report",
+    }
+    for name, text in texts.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("file", nargs="?", metavar="CONFIG", help="settings as a TOML file")
+        command.add_argument("--config", metavar="FILE", help="the same, as an option")
+        _add_set(command)
+        command.add_argument("--output", required=True, metavar="DIR", help="folder for results")
+        command.add_argument(
+            "--resume",
+            action="store_true",
+            help="go on from the checkpoint in the output folder"
+            + (" (a study always does)" if name == "study" else ""),
+        )
+        command.add_argument(
+            "--fresh", action="store_true", help="discard what the output folder holds of this run"
+        )
+    for name, text in {
+        "evaluate": "accuracy of a trained network on validation and test images",
+        "report": "tables, figures and one HTML file from a study's folder",
+    }.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("folder", nargs="?", metavar="DIR", help="the folder to read")
+        command.add_argument("--output", metavar="DIR", help="the same, as an option")
+        _add_set(command)
+    return main
+
+
+def _add_set(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override settings, for example --set optim.lr=0.1 data.labels=500",
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command. Exit codes: 0 done, 2 a mistake told in one line, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(arguments)
+    try:
+        if options.command in ("evaluate", "report"):
+            return _read_back(options)
+        return _train(options, shlex.join(["crrcd-train", *arguments]))
+    except UserError as error:
+        print(f"crrcd-train: error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        hint = "" if options.command == "study" else " with --resume"
+        print(f"\ncrrcd-train: {stop}; run the same command again{hint} to go on", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("\ncrrcd-train: interrupted", file=sys.stderr)
+        return 130
+
+
+def _train(options: argparse.Namespace, command: str) -> int:
+    if options.file and options.config:
+        raise UserError("the config file was given twice: once bare, once with --config")
+    config = settings.load(options.config or options.file, options.set)
+    output = Path(options.output)
+    # Imported late: what is wrong with the settings is said before PyTorch is loaded.
+    from . import data, interrupt, runs, study
+    from .errors import writable_folder
+    from .progress import Bar, say
+
+    writable_folder(output)
+    started = time.monotonic()
+    if options.command == "study":
+        from . import report
+
+        study.run(config, output, fresh=options.fresh, command=command)
+        made = report.make(output, say=say)
+        print(f"\n{made.table}\nreport: {made.html}")
+        print(f"time of this call: {_duration(time.monotonic() - started)}")
+        return 0
+    if config.run.threads:
+        import torch
+
+        torch.set_num_threads(config.run.threads)
+    if options.fresh:
+        runs.clear(output)
+    images = data.load(config.data, say)
+    train = runs.train_teacher if options.command == "teacher" else runs.train_student
+    label = "teacher" if options.command == "teacher" else config.run.method
+    with interrupt.on_signals():
+        result = train(
+            config,
+            images,
+            output,
+            resume=options.resume,
+            watcher=Bar(label, config.run.progress),
+            say=say,
+        )
+    accuracies = [
+        f"{part} {result[part]:.2f} %" for part in ("validation", "test") if part in result
+    ]
+    print(f"{label}: {', '.join(accuracies)}; {_duration(result['seconds'])}; in {output}")
+    return 0
+
+
+def _read_back(options: argparse.Namespace) -> int:
+    if bool(options.folder) == bool(options.output):
+        raise UserError(f"{options.command}: name the folder to read, once")
+    folder = Path(options.folder or options.output)
+    if not folder.exists():
+        raise UserError(f"{options.command}: no folder {folder}")
+    from .progress import say
+
+    if options.command == "report":
+        from . import report
+
+        made = report.make(folder, options.set, say=say)
+        print(f"\n{made.table}\nreport: {made.html}")
+        return 0
+    from . import checkpoint, data, evaluate, methods, runs
+
+    path = folder / checkpoint.FILE if folder.is_dir() else folder
+    stored = settings.from_dict(checkpoint.load(path, say)["config"])
+    config = settings.override(stored, options.set)
+    images = data.load(config.data, say)
+    result = evaluate.evaluate(folder, images, config, methods.pick_device(config.run.device))
+    if folder.is_dir():
+        runs.write_json(folder / "evaluation.json", result)
+    print(f"{result['kind']}: validation {result['validation']:.2f} %, test {result['test']:.2f} %")
+    for name, share in result["test_by_class"].items():
+        print(f"  {name:<20} {share:6.2f} %")
+    return 0
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

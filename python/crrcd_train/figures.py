@@ -1,0 +1,197 @@
+"""The report's pictures, drawn with matplotlib. Each function returns a figure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart with any colour vision.
+COLOURS = ("#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+plt.rcParams.update(
+    {
+        "figure.dpi": 110,
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "legend.frameon": False,
+    }
+)
+
+
+def colours(labels: list[str]) -> dict[str, str]:
+    return {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+
+
+def accuracy(scores: dict[int, dict[str, list[float]]], labels: list[str], part: str) -> Figure:
+    """Accuracy by method: every seed a dot, the mean a bar, the sample deviation a whisker.
+
+    Args:
+        scores: percent by size, then by label, one number for each seed.
+    """
+    sizes = sorted(scores)
+    shade = colours(labels)
+    figure, axes = plt.subplots(
+        1, len(sizes), figsize=(4.6 * len(sizes) + 1.2, 0.5 * len(labels) + 1.6), squeeze=False
+    )
+    for axis, size in zip(axes[0], sizes, strict=True):
+        for row, label in enumerate(labels):
+            values = np.array(scores[size].get(label, []))
+            if not len(values):
+                continue
+            axis.scatter(values, np.full(len(values), row), s=22, color=shade[label], alpha=0.6)
+            mean, deviation = values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0
+            axis.errorbar(
+                mean, row, xerr=deviation, color=shade[label], marker="|", markersize=16, capsize=4
+            )
+            axis.annotate(
+                f"{mean:.2f}", (mean, row), (0, 9), textcoords="offset points", ha="center"
+            )
+        axis.set_yticks(range(len(labels)), labels)
+        axis.set_ylim(len(labels) - 0.4, -0.8)
+        axis.set_xlabel(f"{part} accuracy, %")
+        axis.set_title(f"{size} x {size} pixels")
+        axis.margins(x=0.1)
+    figure.suptitle("Accuracy by method: seeds, mean and standard deviation")
+    figure.tight_layout()
+    return figure
+
+
+def curves(histories: dict[int, dict[str, list[list[dict]]]], labels: list[str]) -> Figure:
+    """Cross-entropy on the training images and validation accuracy over epochs, mean over seeds."""
+    sizes = sorted(histories)
+    shade = colours(labels)
+    figure, axes = plt.subplots(
+        2, len(sizes), figsize=(5.4 * len(sizes), 6.6), squeeze=False, sharex=True
+    )
+    for column, size in enumerate(sizes):
+        for row, (key, text) in enumerate(
+            (("ce", "training cross-entropy"), ("validation", "validation accuracy, %"))
+        ):
+            axis = axes[row][column]
+            for label in labels:
+                drawn = _series(histories[size].get(label, []), key)
+                if drawn is None:
+                    continue
+                epochs, values = drawn
+                mean = values.mean(0)
+                marker = "o" if key == "validation" else None
+                axis.plot(
+                    epochs, mean, label=label, color=shade[label], marker=marker, ms=3, lw=1.3
+                )
+                axis.fill_between(
+                    epochs, values.min(0), values.max(0), color=shade[label], alpha=0.12, lw=0
+                )
+            axis.set_ylabel(text)
+            if key == "ce":
+                axis.set_yscale("log")
+                axis.set_title(f"{size} x {size} pixels")
+            else:
+                axis.set_xlabel("epoch")
+                _readable_floor(axis)
+    axes[1][0].legend(fontsize=9)
+    figure.suptitle("Training: mean over seeds, band from lowest to highest")
+    figure.tight_layout()
+    return figure
+
+
+DIAGNOSTICS = (
+    ("crrcd_loss", "loss / no-information loss"),
+    ("crrcd_relation_variance", "relation variance"),
+    ("crrcd_effective_rank", "effective rank of relations"),
+    ("crrcd_positive_cosine", "cosine: positives (line), negatives (dashes)"),
+)
+
+
+def diagnostics(histories: dict[int, dict[str, list[list[dict]]]], labels: list[str]) -> Figure:
+    """What tells a collapse: the loss against its no-information value, variance, rank, cosines."""
+    size = sorted(histories)[0]
+    shade = colours(labels)
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True)
+    for axis, (key, text) in zip(axes.flat, DIAGNOSTICS, strict=True):
+        for label in labels:
+            drawn = _series(histories[size].get(label, []), key)
+            if drawn is None:
+                continue
+            epochs, values = drawn
+            if key == "crrcd_loss":
+                nothing = _series(histories[size][label], "crrcd_no_information_loss")
+                values = values / nothing[1]
+            axis.plot(epochs, values.mean(0), "o-", ms=3, lw=1.3, label=label, color=shade[label])
+            if key == "crrcd_positive_cosine":
+                negative = _series(histories[size][label], "crrcd_negative_cosine")
+                axis.plot(epochs, negative[1].mean(0), "s--", ms=3, lw=1.3, color=shade[label])
+        axis.set_title(text, fontsize=10)
+    axes[0][0].axhline(1.0, color="black", lw=0.8, ls=":")
+    axes[0][0].set_ylim(bottom=0)
+    axes[0][1].set_yscale("log")
+    axes[0][1].axhline(1e-3, color="black", lw=0.8, ls=":")
+    axes[1][0].set_ylim(bottom=0)
+    axes[0][0].legend(fontsize=9)
+    for axis in axes[1]:
+        axis.set_xlabel("epoch")
+    figure.suptitle(f"Collapse diagnostics at {size} x {size}: dotted lines mark a collapse")
+    figure.tight_layout()
+    return figure
+
+
+def embeddings(panels: list[tuple[str, np.ndarray]], labels: np.ndarray, classes: list[str]) -> Any:
+    """t-SNE maps [N, 2] side by side, coloured by class int [N]."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.0 * len(panels), 5.6), squeeze=False)
+    palette = plt.get_cmap("tab10" if len(classes) <= 10 else "nipy_spectral")
+    for axis, (title, points) in zip(axes[0], panels, strict=True):
+        for index, name in enumerate(classes):
+            mine = labels == index
+            at = index if len(classes) <= 10 else index / len(classes)
+            axis.scatter(*points[mine].T, s=6, color=palette(at), label=name, lw=0)
+        axis.set_title(title)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    if len(classes) <= 20:
+        handles, names = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="lower center", ncols=5, markerscale=3, fontsize=9)
+    figure.suptitle("t-SNE of student features, test images")
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    return figure
+
+
+def cosines(panels: list[tuple[str, np.ndarray, np.ndarray]]) -> Figure:
+    """Histograms of cosine similarity: pairs of the same class and of different classes."""
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5.0 * len(panels), 3.8), squeeze=False, sharex=True, sharey=True
+    )
+    bins = np.linspace(-1, 1, 81)
+    for axis, (title, same, different) in zip(axes[0], panels, strict=True):
+        axis.hist(same, bins, density=True, alpha=0.6, color="#0072B2", label="same class")
+        axis.hist(different, bins, density=True, alpha=0.6, color="#D55E00", label="different")
+        gap = same.mean() - different.mean()
+        axis.set_title(f"{title}\nmean {same.mean():.2f} and {different.mean():.2f}, gap {gap:.2f}")
+        axis.set_xlabel("cosine similarity of centred features")
+    axes[0][0].set_ylabel("density of pairs")
+    axes[0][0].legend(loc="upper left", fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def _series(runs: list[list[dict]], key: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Epochs [E] and values [runs, E] of a metric, where every run recorded it."""
+    tables = [{row["epoch"]: row[key] for row in run if key in row} for run in runs]
+    epochs = sorted(set.intersection(*map(set, tables))) if tables else []
+    if not epochs:
+        return None
+    return np.array(epochs), np.array([[table[e] for e in epochs] for table in tables])
+
+
+def _readable_floor(axis: Any) -> None:
+    """Starts the accuracy axis where curves differ, not at the chance level of epoch 10."""
+    values = np.concatenate([line.get_ydata() for line in axis.get_lines()] or [np.zeros(1)])
+    low, high = np.quantile(values, 0.15), values.max()
+    axis.set_ylim(max(0.0, low - 0.25 * (high - low)), high + 0.08 * (high - low) + 0.1)

@@ -1,0 +1,271 @@
+"""A whole grid from one file: the teacher once, then methods x seeds x sizes, then the report.
+
+Runs are independent and small, so they go to worker processes of one thread each. Finished runs
+are skipped, interrupted ones go on from their checkpoints: calling a study again completes it.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import queue
+import shutil
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import checkpoint, data, interrupt, methods, runs
+from .config import Config, flatten, to_dict, with_values
+from .errors import Interrupted, UserError, writable_folder
+from .loop import Watcher
+from .progress import Bar, say
+
+TEACHER = "teacher"
+SUMMARY = "study.json"
+
+
+@dataclass
+class Job:
+    """One student run of a study; `label` is the method's or the variant's name."""
+
+    label: str
+    size: int
+    seed: int
+    config: Config
+    output: Path
+
+    @property
+    def title(self) -> str:
+        return f"{self.size} x {self.size}  {self.label}  seed {self.seed}"
+
+
+def jobs(config: Config, output: Path) -> list[Job]:
+    """All student runs, those with most work first so that the workers finish together."""
+    found = []
+    for size in config.study.sizes:
+        for seed in config.study.seeds:
+            for label in config.study.methods:
+                variant = config.study.variants.get(label)
+                values: dict[str, Any] = {
+                    **flatten(config.study.size_overrides.get(str(size), {})),
+                    **(flatten(variant.set) if variant else {}),
+                    "run.method": variant.method if variant else label,
+                    "run.seed": seed,
+                    "data.student_size": size,
+                    "teacher.checkpoint": config.teacher.checkpoint
+                    or str(output / TEACHER / checkpoint.FILE),
+                }
+                folder = output / f"{size}x{size}" / label / f"seed{seed}"
+                found.append(Job(label, size, seed, with_values(config, values), folder))
+    found.sort(key=lambda job: "crrcd" not in job.config.run.method)
+    return found
+
+
+def run(config: Config, output: Path, *, fresh: bool = False, command: str = "") -> None:
+    """Runs what is left of the study in `output` and records what was done in SUMMARY.
+
+    Raises:
+        Interrupted: asked to stop; all work until then is kept.
+        UserError: bad settings, missing data, unwritable folder.
+    """
+    started = time.monotonic()
+    writable_folder(output)
+    todo = jobs(config, output)
+    if fresh:
+        for folder in [output / TEACHER, *(job.output for job in todo)]:
+            runs.clear(folder)
+        shutil.rmtree(output / TEACHER / runs.TABLES, ignore_errors=True)
+        (output / SUMMARY).unlink(missing_ok=True)
+    pending = [job for job in todo if runs.finished(job.output, job.config) is None]
+    if len(pending) < len(todo):
+        say(f"{len(todo) - len(pending)} of {len(todo)} runs are finished already")
+    if not pending and (output / SUMMARY).exists():
+        return
+    try:
+        with interrupt.on_signals():
+            _complete(config, output, todo, pending)
+    finally:
+        _record(config, output, todo, command, time.monotonic() - started)
+
+
+def _complete(config: Config, output: Path, todo: list[Job], pending: list[Job]) -> None:
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    images = data.load(config.data, say)
+    needs_teacher = any(methods.uses_teacher(job.config.run.method) for job in todo)
+    if needs_teacher and not config.teacher.checkpoint:
+        result = runs.train_teacher(
+            with_values(config, {"run.method": "ce", "run.seed": 0}),
+            images,
+            output / TEACHER,
+            resume=True,
+            watcher=Bar("teacher", config.run.progress),
+            say=say,
+        )
+        say(_line("teacher", result))
+    if pending:
+        _prepare_tables(pending, images)
+        _run_all(pending, config)
+
+
+def _record(config: Config, output: Path, todo: list[Job], command: str, seconds: float) -> None:
+    """Keeps what the report needs, adding up the time of all sessions that did any work."""
+    try:
+        earlier = json.loads((output / SUMMARY).read_text(encoding="utf-8"))["seconds"]
+    except (OSError, ValueError, KeyError):
+        earlier = 0.0
+    runs.write_json(
+        output / SUMMARY,
+        {
+            "command": command,
+            "date": date.today().isoformat(),
+            "seconds": round(earlier + seconds, 1),
+            "versions": runs.versions(),
+            "runs": [
+                {
+                    "label": job.label,
+                    "size": job.size,
+                    "seed": job.seed,
+                    "folder": str(job.output.relative_to(output)),
+                }
+                for job in todo
+            ],
+            "config": to_dict(config),
+        },
+    )
+
+
+def _line(title: str, result: dict[str, Any]) -> str:
+    text = f"{title}: validation {result['validation']:.2f} %"
+    if "test" in result:
+        text += f", test {result['test']:.2f} %"
+    return f"{text}  ({result['seconds']:.0f} s)"
+
+
+def _prepare_tables(pending: list[Job], images: data.Images) -> None:
+    """Teacher tables are made here, with all threads, once for all runs that share one."""
+    seen = set()
+    for job in pending:
+        if not methods.uses_teacher(job.config.run.method) or job.seed in seen:
+            continue
+        if interrupt.requested():
+            raise Interrupted("stopped before the runs began")
+        if not seen:
+            say("teacher: outputs for the students' images")
+        seen.add(job.seed)
+        runs.prepare_teacher_table(job.config, images, say)
+
+
+def _run_all(pending: list[Job], config: Config) -> None:
+    from tqdm import tqdm
+
+    context = multiprocessing.get_context("spawn")
+    messages, stop = context.Queue(), context.Event()
+    workers = min(config.study.workers, len(pending))
+    bar = tqdm(
+        total=None,
+        desc=f"{len(pending)} runs",
+        unit="step",
+        disable=None if config.run.progress else True,
+        dynamic_ncols=True,
+    )
+    totals: dict[str, int] = {}
+    with (
+        ProcessPoolExecutor(workers, context, _start_worker, (config, messages, stop)) as pool,
+        bar,
+    ):
+        futures: dict[Future, Job] = {pool.submit(_work, job): job for job in pending}
+        left = set(futures)
+        failure: BaseException | None = None
+        finished = 0
+        while left:
+            done, left = wait(left, timeout=0.2, return_when=FIRST_COMPLETED)
+            _drain(messages, bar, totals, len(pending))
+            for future in done:
+                if future.cancelled():
+                    continue
+                error = future.exception()
+                if error is None:
+                    finished += 1
+                    bar.set_description(f"{finished} of {len(pending)} runs", refresh=False)
+                    say(_line(futures[future].title, future.result()))
+                elif failure is None:
+                    failure = error
+            if (failure is not None or interrupt.requested()) and not stop.is_set():
+                stop.set()
+                for future in left:
+                    future.cancel()
+    if isinstance(failure, BrokenProcessPool):
+        raise UserError(
+            "a worker process died (out of memory?); run the same command again to go on, "
+            "with --set study.workers=1 if it happens again"
+        )
+    if failure is not None:
+        raise failure
+    if interrupt.requested():
+        raise Interrupted(f"stopped with {finished} of {len(pending)} runs finished")
+
+
+def _drain(messages: Any, bar: Any, totals: dict[str, int], count: int) -> None:
+    while True:
+        try:
+            kind, title, value = messages.get_nowait()
+        except queue.Empty:
+            break
+        if kind == "start":
+            totals[title] = value
+            # Runs that have not begun are expected to be as long as those that have.
+            bar.total = round(sum(totals.values()) / len(totals) * count)
+        else:
+            bar.update(value)
+    bar.refresh()
+
+
+class _Report(Watcher):
+    """Sends steps to the parent, a few times a second."""
+
+    def __init__(self, messages: Any, title: str) -> None:
+        self.messages, self.title = messages, title
+        self.count, self.sent = 0, time.monotonic()
+
+    def start(self, label: str, total: int, done: int) -> None:
+        self.messages.put(("start", self.title, total - done))
+
+    def step(self, count: int) -> None:
+        self.count += count
+        if time.monotonic() - self.sent > 0.3:
+            self.close()
+
+    def close(self) -> None:
+        self.messages.put(("step", self.title, self.count))
+        self.count, self.sent = 0, time.monotonic()
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(config: Config, messages: Any, stop: Any) -> None:
+    interrupt.follow_parent(stop)
+    torch.set_num_threads(1)
+    _worker.update(messages=messages, images=None, config=config)
+
+
+def _work(job: Job) -> dict[str, Any]:
+    if _worker["images"] is None:
+        _worker["images"] = data.load(job.config.data, lambda text: None)
+    watcher = _Report(_worker["messages"], job.title)
+    return runs.train_student(
+        job.config, _worker["images"], job.output, resume=True, watcher=watcher, say=_quiet
+    )
+
+
+def _quiet(text: str) -> None:
+    """Workers only speak of what a user must know: a checkpoint that was damaged."""
+    if "damaged" in text:
+        say(text)
