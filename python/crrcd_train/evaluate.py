@@ -13,7 +13,7 @@ from .progress import say
 
 
 def evaluate(folder: Path, images: data.Images, config: Config, device: torch.device) -> dict:
-    """Accuracy in percent on the validation and test images, and the confusion matrix of the latter.
+    """Accuracy in percent on validation and test images, and the latter's confusion matrix.
 
     Args:
         config: the settings that the checkpoint in `folder` was trained with.

@@ -7,7 +7,12 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_requested: Callable[[], bool] = lambda: False
+
+def _never() -> bool:
+    return False
+
+
+_requested: Callable[[], bool] = _never
 
 
 def requested() -> bool:
@@ -29,7 +34,11 @@ def on_signals() -> Iterator[None]:
         flags.append(number)
 
     old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    _requested = lambda: bool(flags)  # noqa: E731
+
+    def noted() -> bool:
+        return bool(flags)
+
+    _requested = noted
     try:
         yield
     finally:
@@ -47,4 +56,8 @@ def follow_parent(event) -> None:
     parent = os.getppid()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    _requested = lambda: event.is_set() or os.getppid() != parent  # noqa: E731
+
+    def told() -> bool:
+        return event.is_set() or os.getppid() != parent
+
+    _requested = told

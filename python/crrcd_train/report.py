@@ -230,7 +230,8 @@ h1, h2 { line-height: 1.2 } h2 { margin-top: 2em; border-bottom: 1px solid #ddd 
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 15px }
 th, td { padding: .3em .8em; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap }
 th { background: #f4f4f4; white-space: normal; vertical-align: bottom }
-figure { margin: 1.5em 0 } img { max-width: 100% } figcaption, .note { color: #555; font-size: 14px }
+figure { margin: 1.5em 0 } img { max-width: 100% }
+figcaption, .note { color: #555; font-size: 14px }
 pre { background: #f4f4f4; padding: 1em; overflow-x: auto; font-size: 13px; line-height: 1.35 }
 .wide { overflow-x: auto }
 """
