@@ -1,6 +1,10 @@
-# make demo     everything from nothing: environment, build, data, training, report
-# make test     everything from nothing: environment, build, test suite
-# The rest: build bench format lint dist clean distclean help
+# make demo        everything from nothing: environment, build, data, training, report
+# make test        everything from nothing: environment, build, test suite
+# make build       environment and build only
+# make bench       speed and memory of relation_nce against plain PyTorch
+# make format      ruff and clang-format; 'make lint' only looks
+# make dist        source distribution and wheel, in dist/
+# make clean       what the build made; 'make distclean' the environment too
 #
 # Each step leaves a stamp in $(VENV): a second call goes on where the first one stopped.
 
@@ -8,8 +12,8 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUTPUT ?= runs/demo
 BENCH_OUTPUT ?= runs/bench
-# The one place where torch is pinned. Anything that pip takes can stand here, for example
-# make demo TORCH="torch torchvision --find-links=/wheels"
+# The one place where torch is pinned. Any arguments of pip's can stand here:
+#   make demo TORCH="torch torchvision --find-links=/folder/of/wheels"
 TORCH_x86_64 := torch==2.14.1 torchvision==0.29.1
 TORCH ?= $(or $(TORCH_$(shell uname -m)),torch torchvision)
 BUILD_TOOLS := "setuptools>=77" wheel "ninja" "pybind11>=2.12" packaging
@@ -29,7 +33,7 @@ FORMATTERS_READY := $(VENV)/.stamp-formatters
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \(make .*\)/\1/p; s/^# \(The rest.*\)/\1/p' Makefile
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 demo: $(INSTALLED)
 	@$(FAIL) $(BIN)/crrcd-train study python/studies/demo.toml --output $(DEMO_OUTPUT) \
@@ -77,6 +81,10 @@ $(ENVIRONMENT):
 	  || fail "$$($(PYTHON) --version 2>&1) is too old: Python 3.10 or newer is needed; name one with make PYTHON=/path/to/python3."
 	@$(FAIL) $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
 	  || fail "$(PYTHON) has no venv module: install it (on Debian and Ubuntu: apt-get install python3-venv)."
+	@$(FAIL) command -v "$${CXX:-c++}" >/dev/null 2>&1 \
+	  || fail "No C++ compiler ('$${CXX:-c++}') here: install one (on Debian and Ubuntu: apt-get install g++) or name one: CXX=/path/to/g++ make."
+	@$(FAIL) $(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' \
+	  || fail "Python's headers (Python.h) are missing: install them (on Debian and Ubuntu: apt-get install python3-dev)."
 	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
 	@$(FAIL) $(PYTHON) -m venv $(VENV) \
 	  || fail "The virtual environment $(VENV) could not be made: check that this folder is writable and the disk is not full."
@@ -95,10 +103,6 @@ $(TORCH_READY): $(VENV)/.request-torch
 	@touch $@
 
 $(INSTALLED): $(TORCH_READY) pyproject.toml setup.py $(NATIVE)
-	@$(FAIL) command -v "$${CXX:-c++}" >/dev/null 2>&1 \
-	  || fail "No C++ compiler ('$${CXX:-c++}') here: install one (on Debian and Ubuntu: apt-get install g++) or name one: CXX=/path/to/g++ make."
-	@$(FAIL) $(BIN)/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' \
-	  || fail "Python's headers (Python.h) are missing: install them (on Debian and Ubuntu: apt-get install python3-dev)."
 	@echo "Building and installing crrcd_ext"
 	@$(FAIL) $(PIP) install -q --no-build-isolation -e '.[train,test]' \
 	  || fail "The installation failed. If a download did: check the network connection. If the compiler did: its messages stand above ('$(PIP) install -v --no-build-isolation -e .' shows all of them)."
