@@ -1,0 +1,1 @@
+"""Shared by the tests: inputs of the operators, and how results are judged."""

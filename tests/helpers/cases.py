@@ -1,0 +1,199 @@
+"""Inputs of relation_nce, a run with all gradients, and the error budget."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from crrcd_ext import available_backends, functional
+
+BACKENDS = [name for name, reason in available_backends().items() if reason is None]
+COMPILED = [name for name in BACKENDS if name != "reference"]
+
+DIFFERENTIABLE = (
+    "query",
+    "positive",
+    "anchor",
+    "bank",
+    "key_weight",
+    "weight",
+    "bias",
+    "scale",
+    "offset",
+)
+
+# Twice the error of plain PyTorch plus this; the absolute part is a few roundings of the result,
+# as an error of plain PyTorch may be zero by luck.
+TINY = {torch.float32: 4 * torch.finfo(torch.float32).eps, torch.bfloat16: 2.0**-9}
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x, dim=-1)
+
+
+def make(
+    A: int = 5,
+    B: int = 6,
+    K: int = 11,
+    H: int = 7,
+    R: int = 8,
+    D: int = 4,
+    N: int = 13,
+    *,
+    seed: int = 0,
+    bias: bool = True,
+    key_weight: bool = True,
+    index: bool = True,
+    ids: bool = False,
+    labels: bool = False,
+    scale: float = 10.0,
+    offset: float = 1.5,
+    objective: str = "nce",
+    self_pairs: bool = False,
+) -> dict:
+    """Keyword arguments of functional.relation_nce in float64, drawn as a first batch would be.
+
+    Without an index K is N's job: the bank gets K rows. Without key_weight D is H.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    def integers(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=g)
+
+    if not index:
+        N = K
+    case = {
+        "query": unit_rows(normal(A, B, R)),
+        "positive": unit_rows(normal(A, B, R)),
+        "anchor": normal(A, H),
+        "bank": unit_rows(normal(N, D)) if key_weight else normal(N, H),
+        "weight": normal(R, H) * math.sqrt(2 / max(H, 1)),
+        "bias": 0.3 * normal(R) if bias else None,
+        "scale": torch.tensor(scale, dtype=torch.float64),
+        "offset": torch.tensor(offset, dtype=torch.float64),
+        "index": integers(max(N, 1), K) if index else None,
+        "key_weight": normal(H, D) if key_weight else None,
+        "objective": objective,
+        "self_pairs": self_pairs,
+    }
+    if ids:
+        # A small range, so that pairs and negatives do coincide.
+        case["anchor_id"] = integers(4, A)
+        case["query_id"] = integers(4, B)
+        case["key_id"] = integers(4, N)
+    if labels:
+        case["query_label"] = integers(3, B)
+        case["key_label"] = integers(3, N)
+    return case
+
+
+def cast(case: dict, dtype: torch.dtype, *, also_bank: bool = True) -> dict:
+    """The case with its operands rounded to ``dtype``; scale and offset stay as they are."""
+    kept = ("scale", "offset") if also_bank else ("scale", "offset", "bank")
+    return {
+        k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() and k not in kept else v
+        for k, v in case.items()
+    }
+
+
+def run(case: dict, backend: str, *, wanted=DIFFERENTIABLE, factor: float = 0.7) -> dict:
+    """Loss and gradients of ``factor`` times the loss; the inputs are not touched.
+
+    A factor other than 1 shows a backward that forgets the incoming gradient.
+    """
+    leaves = {
+        k: case[k].detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        for k in wanted
+        if case[k] is not None
+    }
+    loss = functional.relation_nce(**{**case, **leaves}, backend=backend)
+    gradients = torch.autograd.grad(loss * factor, list(leaves.values()))
+    for k, gradient in zip(leaves, gradients, strict=True):
+        assert gradient.dtype == case[k].dtype, k
+        assert gradient.shape == case[k].shape, k
+    return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def truth(case: dict, **options) -> dict:
+    """The reference in float64 on the very same (rounded) inputs."""
+    return run(cast(case, torch.float64), "reference", **options)
+
+
+def distance(got: Tensor, true: Tensor, floor: float = 0.0) -> float:
+    """L2 error relative to the truth, or to ``floor`` when that is larger; absolute at zero."""
+    got, true = (x.detach().double().flatten() for x in (got, true))
+    norm = max(float(true.norm()), floor)
+    return float((got - true).norm()) / (norm if norm > 0 else 1.0)
+
+
+def angle(got: Tensor, true: Tensor) -> float:
+    """Angle between two gradients, the square root of 2 (1 - cosine) without its cancellation."""
+    got, true = (x.detach().double().flatten() for x in (got, true))
+    if float(got.norm()) == 0 or float(true.norm()) == 0:
+        return 0.0
+    return float((got / got.norm() - true / true.norm()).norm())
+
+
+def assert_within_budget(cases: list[dict], backend: str, dtype: torch.dtype, **options) -> None:
+    """Backend at most twice as far from the truth as plain PyTorch in the same dtype.
+
+    The gradients of all cases form one vector: a sum such as d_scale alone is right or wrong by
+    luck.
+    """
+    cases = [cast(case, dtype) for case in cases]
+    true, plain, got = (
+        {k: torch.cat([r[k].double().flatten() for r in results]) for k in results[0]}
+        for results in (
+            [truth(case, **options) for case in cases],
+            [run(case, "reference", **options) for case in cases],
+            [run(case, backend, **options) for case in cases],
+        )
+    )
+    if "offset" in true and all(case["objective"] == "infonce" for case in cases):
+        # A softmax does not know the offset: its gradient is 0, a sum of probabilities minus 1.
+        assert float(got["offset"].abs().max()) < 50 * TINY[dtype]
+        true.pop("offset")
+    wrong = []
+    for k in true:
+        assert got[k].isfinite().all(), k
+        for measure in (distance, angle):
+            allowed = 2 * measure(plain[k], true[k]) + TINY[dtype]
+            error = measure(got[k], true[k])
+            if not error <= allowed:
+                wrong.append(f"{k}: {measure.__name__} {error:.2e}, allowed {allowed:.2e}")
+    assert not wrong, "; ".join(wrong)
+
+
+def assert_close(got: dict, true: dict, tolerance: float, plain: dict | None = None) -> None:
+    """Every result within a relative L2 distance, plus twice that of ``plain`` when it is given.
+
+    What cancels may be off by that part of its terms: for scale and offset, whose gradients are
+    sums of probabilities, that of 1; for a tensor that of a thousandth of the largest gradient.
+    """
+    largest = max((float(x.double().norm()) for k, x in true.items() if k != "loss"), default=0.0)
+    for k in true:
+        assert got[k].isfinite().all(), k
+        floor = 1.0 if k in ("scale", "offset") else 1e-3 * largest
+        allowed = tolerance
+        if plain is not None:
+            allowed += 2 * distance(plain[k], true[k], floor)
+        assert distance(got[k], true[k], floor) <= allowed, k
+
+
+def strided(x: Tensor | None) -> Tensor | None:
+    """The same values behind strides that are neither contiguous nor dense nor starting at 0."""
+    if x is None or x.dim() == 0:
+        return x
+    wider = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 3), -7, dtype=x.dtype)
+    if x.dim() > 1:
+        # The first dimension becomes the innermost one.
+        wider = wider.movedim(0, -1).contiguous().movedim(-1, 0)
+    view = wider[..., 3::2]
+    view.copy_(x)
+    assert not view.is_contiguous() or view.numel() < 2
+    return view
