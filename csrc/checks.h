@@ -1,0 +1,26 @@
+// Argument checks of the host entries. Messages name operator, argument, what was expected and what came.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "cpu/relation_params.h"
+
+#define CRRCD_CHECK_SHAPE(op, name, tensor, ...)                                                   \
+  TORCH_CHECK_VALUE((tensor).sizes().equals(at::IntArrayRef(__VA_ARGS__)), "crrcd_ext.", op, ": ", \
+                    name, ": expected shape ", at::IntArrayRef(__VA_ARGS__), ", got ",             \
+                    (tensor).sizes())
+
+namespace crrcd {
+
+Storage storage_of(const char* op, const at::Tensor& bank);
+
+// Every entry a row of a bank with `rows` rows; IndexError otherwise.
+void check_rows(const char* op, const char* name, const at::Tensor& index, int64_t rows);
+
+// The operands' common dtype: float64, float32 or bfloat16; TypeError otherwise.
+at::ScalarType check_operands(const char* op, std::initializer_list<at::Tensor> operands);
+
+}  // namespace crrcd

@@ -1,0 +1,138 @@
+// Small matrix products on tiles that fit the caches: C (+)= A B, row major.
+// Included once per instruction set, inside that set's namespace: no include guard.
+//
+// About half of the entries of hid = relu(anchor - key) are zero, and along one hidden unit they are
+// zero together (its threshold lies low or high for all keys). A register block of one or two rows of
+// hid therefore walks only the bits of a mask word and skips a third to a half of the multiplications.
+
+// sum += rows [0, kRows) of A times kVectors vectors of columns of B, over the set bits of active or
+// over k_count rows of B.
+template <typename T, int kRows, int kVectors, bool kSparse>
+CRRCD_INLINE void multiply_add(typename Simd<T>::V (&sum)[kRows][kVectors], const T* a, int64_t lda,
+                               const T* b, int64_t ldb, int64_t k_count, uint64_t active) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  int64_t k = 0;
+  while (kSparse ? active != 0 : k < k_count) {
+    if (kSparse) {
+      k = __builtin_ctzll(active);
+      active &= active - 1;
+    }
+    const T* row = b + k * ldb;
+    for (int i = 0; i < kRows; ++i) {
+      const typename Simd<T>::V x = splat(a[i * lda + k]);
+      for (int j = 0; j < kVectors; ++j) sum[i][j] += x * load(row + j * kLanes);
+    }
+    if (!kSparse) ++k;
+  }
+}
+
+template <typename T, int kRows, int kVectors, bool kSparse>
+CRRCD_INLINE void block(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t k_count,
+                        uint64_t active, T* c, int64_t ldc, bool zero) {
+  using V = typename Simd<T>::V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  V sum[kRows][kVectors];
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < kVectors; ++j)
+      sum[i][j] = zero ? V{} : load(c + i * ldc + j * kLanes);
+  multiply_add<T, kRows, kVectors, kSparse>(sum, a, lda, b, ldb, k_count, active);
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < kVectors; ++j) store(c + i * ldc + j * kLanes, sum[i][j]);
+}
+
+// One panel (kVectors vectors wide) of C over all rows and all k; k in words of 64.
+template <typename T, int kVectors>
+__attribute__((noinline)) void sparse_panel(int64_t m, int64_t k, const T* a, int64_t lda,
+                                            const uint64_t* mask, int64_t words, int64_t first_word,
+                                            const T* b, int64_t ldb, T* c, int64_t ldc, bool zero,
+                                            bool pair_rows) {
+  for (int64_t w = first_word; w * 64 < k; ++w) {
+    const bool fresh = zero && w == first_word;
+    const T* b_block = b + w * 64 * ldb;
+    const T* a_block = a + w * 64;
+    int64_t i = 0;
+    if (kVectors <= 4 && pair_rows)
+      for (; i + 2 <= m; i += 2)
+        block<T, 2, kVectors, true>(a_block + i * lda, lda, b_block, ldb, 64,
+                                    mask[i * words + w] | mask[(i + 1) * words + w], c + i * ldc,
+                                    ldc, fresh);
+    for (; i < m; ++i)
+      block<T, 1, kVectors, true>(a_block + i * lda, lda, b_block, ldb, 64, mask[i * words + w],
+                                  c + i * ldc, ldc, fresh);
+  }
+}
+
+// C[m, n] (+)= A[m, k] B[k, n], where bit j of mask[i * words + j / 64] says that A[i, j] may differ
+// from zero. n is a multiple of the vector width. pair_rows: neighbouring rows share most of their
+// zeros, so that two of them can share one walk.
+template <typename T>
+void sparse_gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const uint64_t* mask,
+                 int64_t words, const T* b, int64_t ldb, T* c, int64_t ldc, bool zero,
+                 bool pair_rows, int64_t first_word = 0) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  int64_t j = 0;
+  while (j < n) {
+    int64_t vectors = (n - j) / kLanes;
+    if (vectors > 8) vectors = 8;
+#define CRRCD_PANEL(NV)                                                                          \
+  case NV:                                                                                       \
+    sparse_panel<T, NV>(m, k, a, lda, mask, words, first_word, b + j, ldb, c + j, ldc, zero,     \
+                        pair_rows);                                                              \
+    break
+    switch (vectors) {
+      CRRCD_PANEL(1);
+      CRRCD_PANEL(2);
+      CRRCD_PANEL(3);
+      CRRCD_PANEL(4);
+      CRRCD_PANEL(5);
+      CRRCD_PANEL(6);
+      CRRCD_PANEL(7);
+      CRRCD_PANEL(8);
+    }
+#undef CRRCD_PANEL
+    j += vectors * kLanes;
+  }
+}
+
+#if CRRCD_VECTOR_BYTES == 64
+constexpr int kDenseRows = 4;  // 16 accumulators of 32 registers
+#else
+constexpr int kDenseRows = 2;  // 8 accumulators of 16 registers
+#endif
+
+template <typename T, int kVectors>
+__attribute__((noinline)) void dense_panel(int64_t m, int64_t k, const T* a, int64_t lda, const T* b,
+                                           int64_t ldb, T* c, int64_t ldc, bool zero) {
+  int64_t i = 0;
+  for (; i + kDenseRows <= m; i += kDenseRows)
+    block<T, kDenseRows, kVectors, false>(a + i * lda, lda, b, ldb, k, 0, c + i * ldc, ldc, zero);
+  for (; i < m; ++i)
+    block<T, 1, kVectors, false>(a + i * lda, lda, b, ldb, k, 0, c + i * ldc, ldc, zero);
+}
+
+// The same without a mask.
+template <typename T>
+void dense_gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb,
+                T* c, int64_t ldc, bool zero) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  int64_t j = 0;
+  while (j < n) {
+    int64_t vectors = (n - j) / kLanes;
+    if (vectors > 4) vectors = 4;
+    switch (vectors) {
+      case 1:
+        dense_panel<T, 1>(m, k, a, lda, b + j, ldb, c + j, ldc, zero);
+        break;
+      case 2:
+        dense_panel<T, 2>(m, k, a, lda, b + j, ldb, c + j, ldc, zero);
+        break;
+      case 3:
+        dense_panel<T, 3>(m, k, a, lda, b + j, ldb, c + j, ldc, zero);
+        break;
+      default:
+        dense_panel<T, 4>(m, k, a, lda, b + j, ldb, c + j, ldc, zero);
+        break;
+    }
+    j += vectors * kLanes;
+  }
+}

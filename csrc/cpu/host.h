@@ -1,0 +1,27 @@
+// What the CPU host entries share: padded copies and scratch memory.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "plan.h"
+
+namespace crrcd {
+
+// A zeroed [..., rows, ld] copy of the last two dimensions of t, in dtype.
+at::Tensor padded(const at::Tensor& t, at::ScalarType dtype, int64_t rows, int64_t ld);
+
+// Memory whose contents do not matter; filled with NaN when poisoning is on, which the tests do.
+at::Tensor scratch(int64_t bytes);
+void set_poison(bool on);
+
+template <typename T>
+const T* pointer(const at::Tensor& t) {
+  return t.defined() ? t.const_data_ptr<T>() : nullptr;
+}
+
+template <typename T>
+T* mutable_pointer(const at::Tensor& t) {
+  return t.defined() ? t.mutable_data_ptr<T>() : nullptr;
+}
+
+}  // namespace crrcd

@@ -1,0 +1,65 @@
+// Compiles every kernel for one instruction set. The including file sets CRRCD_ISA_NAMESPACE,
+// CRRCD_VECTOR_BYTES and CRRCD_TARGET. Headers come before the target is switched on: an inline function
+// of theirs that was compiled for AVX-512 here could be the copy that the linker keeps for everybody.
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+#include "relation_params.h"
+
+#define CRRCD_PRAGMA(x) _Pragma(#x)
+#ifdef CRRCD_TARGET
+#if defined(__clang__)
+#define CRRCD_PUSH(t) \
+  CRRCD_PRAGMA(clang attribute push(__attribute__((target(t))), apply_to = function))
+CRRCD_PUSH(CRRCD_TARGET)
+#else
+#pragma GCC push_options
+#define CRRCD_PUSH(t) CRRCD_PRAGMA(GCC target(t))
+CRRCD_PUSH(CRRCD_TARGET)
+#endif
+#endif
+
+namespace crrcd {
+namespace CRRCD_ISA_NAMESPACE {
+namespace {
+
+#include "simd.h"
+#include "gemm.h"
+#include "relation_kernel.h"
+#include "pairwise_kernel.h"
+
+}  // namespace
+
+const Kernels& kernels() {
+  static constexpr Kernels table = {
+      CRRCD_ISA_NAME,
+      CRRCD_VECTOR_BYTES,
+      nce_scratch<float>,
+      nce_scratch<double>,
+      nce<float>,
+      nce<double>,
+      relation_scratch<float>,
+      relation_scratch<double>,
+      relation_forward<float>,
+      relation_forward<double>,
+      relation_backward<float>,
+      relation_backward<double>,
+  };
+  return table;
+}
+
+}  // namespace CRRCD_ISA_NAMESPACE
+}  // namespace crrcd
+
+#ifdef CRRCD_TARGET
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,73 @@
+// How one pass over the negatives is cut up: form, tiles, parts. Plain C++.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "relation_params.h"
+
+namespace crrcd {
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// An odd number of cache lines: the columns of a block then touch every set of the cache.
+inline int64_t leading_dimension(int64_t n, int64_t element_size) {
+  const int64_t line = 64 / element_size;
+  return (round_up(n, line) / line | 1) * line;
+}
+
+struct Needs {
+  bool query = false, key = false, anchor = false, weight = false;
+};
+
+struct Plan {
+  Form form = Form::kGram;
+  int64_t tile = 128;
+  int64_t tiles_per_chunk = 1;
+  int64_t key_parts = 1;
+  int64_t anchor_parts = 1;
+};
+
+// The form with the fewest multiplications, zeros of hid skipped.
+inline Form choose_form(int64_t A, int64_t B, int64_t K, int64_t H, int64_t R, const Needs& need) {
+  const double sparse = 0.62, sparse_t = 0.7;  // measured shares of a dense product's time
+  const double a = double(A), b = double(B), k = double(K), h = double(H), r = double(R);
+  const double rank = std::min(h, r);
+  const bool inner = need.key || need.anchor;
+  const double pairs = std::max(a * k, 1.0);
+  // Q W, its transpose and the gradients that come back through them, once a call
+  const double once = a * b * h * r * (need.query ? 2 : 1) + (need.weight ? a * b * h * r : 0);
+  double gram = sparse * h * (h + b) + (inner ? b * h : 0) + (need.query ? sparse_t * b * h : 0) +
+                (need.weight ? sparse_t * 0.75 * h * h : 0) + (once + r * h * h) / pairs;
+  double triangular = 0.7 * sparse * h * rank + sparse * h * b + (need.query ? sparse_t * b * h : 0) +
+                      (once + 8 * r * h * rank) / pairs;
+  double direct = sparse * h * r + r * b + (need.query ? r * b : 0) +
+                  (inner || need.weight ? r * b : 0) + (inner ? h * r : 0) +
+                  (need.weight ? sparse_t * h * r : 0);
+  if (inner || need.weight) return direct < gram ? Form::kDirect : Form::kGram;
+  if (direct < gram && direct < triangular) return Form::kDirect;
+  return triangular < gram ? Form::kTriangular : Form::kGram;
+}
+
+inline Plan make_plan(int64_t A, int64_t B, int64_t K, int64_t H, int64_t R, const Needs& need,
+                      int64_t element_size, int64_t threads) {
+  Plan plan;
+  plan.form = choose_form(A, B, K, H, R, need);
+  // What one tile needs at a time should stay within about half a megabyte.
+  const int64_t row_bytes = element_size * (5 * H + 2 * B + 2 * R);
+  plan.tile = K > 64 && 128 * row_bytes <= 640 * 1024 ? 128 : 64;
+  const int64_t tiles = (K + plan.tile - 1) / plan.tile;
+  // Parts of keys need a copy of every gradient that is summed over keys; parts of anchors project
+  // the keys again. Prefer keys while each part has several tiles and the copies stay small.
+  const int64_t copy_bytes = std::max<int64_t>(1, element_size * A * B * H);
+  const int64_t most = std::max<int64_t>(1, std::min(tiles / 2, (int64_t(64) << 20) / copy_bytes));
+  for (int64_t parts = 1; parts <= threads; ++parts)
+    if (threads % parts == 0 && parts <= most) plan.key_parts = parts;
+  plan.anchor_parts = std::max<int64_t>(1, std::min(A, threads / plan.key_parts));
+  const int64_t tile_bytes = element_size * plan.tile * H * (need.key ? 3 : 2);
+  plan.tiles_per_chunk = std::clamp<int64_t>((400 * 1024) / std::max<int64_t>(tile_bytes, 1), 1, 4);
+  plan.tiles_per_chunk = std::min(plan.tiles_per_chunk, std::max<int64_t>(1, tiles));
+  return plan;
+}
+
+}  // namespace crrcd

@@ -1,0 +1,641 @@
+// One pass over a part of the negatives: logits, loss and every gradient of relation_nce.
+// Included once per instruction set, inside that set's namespace: no include guard.
+//
+// Per (anchor a, key n): hid = relu(P_a - X_n), w = W hid + c, logit of query b =
+// scale <q_b, w> / |w| - offset. The relation vector w is never formed in the Gram form: with
+// G = W'W and QW = Q W,
+//     |w|^2 = hid'(G hid)        <q_b, w> = (QW)_b . hid
+// and with ds_b = (d loss / d logit_b) scale / |w| and k = -(sum_b ds_b <q_b, w>) / |w|^2,
+//     d hid = ds QW + k G hid    d QW += ds' hid    d G += k hid hid'
+// from which the host gets d Q = d QW W' and d W = Q' d QW + W d G. The output bias c is one more,
+// constant, hidden unit.
+
+template <typename T>
+struct ChunkScratch {
+  T* x;           // [tiles, tile, ldH] projected keys
+  T* x_t;         // [tiles, Hp, ldM]
+  T* d_x;         // [tiles, tile, ldH]
+  T* keep;        // [tiles, tile, ldB] 1 for a negative, 0 for a masked one
+  bool* masked;   // [tiles] some entry of keep is 0
+  T* rows;        // [tile, ldD] gathered bank rows
+  T* hid;         // [tile, ldH]
+  T* hid_t;       // [Hp, ldM]
+  T* norm;        // [tile, ldH] G hid, or T hid
+  T* weighted;    // [tile, ldH] k hid
+  T* z;           // [tile, ldB] <q_b, w>
+  T* ds;          // [tile, ldB]
+  T* ds_t;        // [Bp, ldM]
+  T* w;           // [tile, ldR]
+  T* d_w;         // [tile, ldR]
+  T* coefficient; // [tile] k above
+  T* ds_z;        // [tile, lanes] partial sums of ds <q_b, w>
+  T* inverse;     // [tile] 1 / |w|, 0 where the norm vanishes
+  uint64_t* mask;    // [tile, ceil(Hp / 64)] hid > 0
+  uint64_t* mask_t;  // [Hp, tile / 64]
+};
+
+// Carves typed arrays out of one allocation; with a null base it only measures.
+struct Carver {
+  std::byte* base;
+  size_t used = 0;
+  template <typename U>
+  U* take(int64_t count) {
+    U* p = base ? reinterpret_cast<U*>(base + used) : nullptr;
+    used += (static_cast<size_t>(count) * sizeof(U) + 63) / 64 * 64;
+    return p;
+  }
+};
+
+// An odd number of cache lines, so that a column of the block touches every cache set.
+template <typename T>
+CRRCD_INLINE int64_t odd_lines(int64_t n) {
+  const int64_t per_line = 64 / sizeof(T);
+  return ((n + per_line - 1) / per_line | 1) * per_line;
+}
+
+CRRCD_INLINE int64_t words_of(int64_t n) { return (n + 63) / 64; }
+
+template <typename T>
+size_t carve(const NceParams<T>& p, std::byte* base, ChunkScratch<T>& s) {
+  Carver c{base};
+  const int64_t tiles = p.tiles_per_chunk, m = p.tile, ld_m = odd_lines<T>(m);
+  const bool key_side = p.need_key || p.need_anchor;
+  const bool masks = p.query_id != nullptr || p.query_label != nullptr;
+  const bool direct = p.form == Form::kDirect;
+  const bool transposed = p.need_query || p.need_weight;
+  s.x = c.take<T>(tiles * m * p.ldH);
+  s.x_t = c.take<T>(transposed ? tiles * p.Hp * ld_m : 0);
+  s.d_x = c.take<T>(p.need_key ? tiles * m * p.ldH : 0);
+  s.keep = c.take<T>(masks ? tiles * m * p.ldB : 0);
+  s.masked = c.take<bool>(tiles);
+  s.rows = c.take<T>(m * p.ldD);
+  s.hid = c.take<T>(m * p.ldH);
+  s.hid_t = c.take<T>(transposed || p.need_key ? p.Hp * ld_m : 0);
+  s.norm = c.take<T>(direct ? 0 : m * p.ldH);
+  s.weighted = c.take<T>(!direct && p.need_weight ? m * p.ldH : 0);
+  s.z = c.take<T>(m * p.ldB);
+  s.ds = c.take<T>(m * p.ldB);
+  s.ds_t = c.take<T>(direct && p.need_query ? p.Bp * ld_m : 0);
+  s.w = c.take<T>(m * p.ldR);
+  s.d_w = c.take<T>(direct && (key_side || p.need_weight) ? m * p.ldR : 0);
+  s.coefficient = c.take<T>(m);
+  s.ds_z = c.take<T>(m * Simd<T>::kLanes);
+  s.inverse = c.take<T>(m);
+  s.mask = c.take<uint64_t>(m * words_of(p.Hp));
+  s.mask_t = c.take<uint64_t>(p.Hp * (m / 64));
+  return c.used;
+}
+
+// hid[n, h] = relu(anchor[h] - x[n, h]) for m keys, with one mask bit an entry.
+template <typename T>
+void hidden_rows(int64_t m, int64_t hp, const T* anchor, const T* x, int64_t ld, T* hid,
+                 uint64_t* mask) {
+  using V = typename Simd<T>::V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  const int64_t words = words_of(hp);
+  for (int64_t n = 0; n < m; ++n) {
+    for (int64_t w = 0; w < words; ++w) {
+      uint64_t bits = 0;
+      const int64_t stop = (w + 1) * 64 < hp ? (w + 1) * 64 : hp;
+      for (int64_t h = w * 64; h < stop; h += kLanes) {
+        const V v = load(anchor + h) - load(x + n * ld + h);
+        store(hid + n * ld + h, v > 0 ? v : V{});
+        bits |= static_cast<uint64_t>(positive_bits(v)) << (h % 64);
+      }
+      mask[n * words + w] = bits;
+    }
+  }
+}
+
+// The same, hidden unit by hidden unit: hid_t[h, n].
+template <typename T>
+void hidden_columns(int64_t tile, int64_t hidden, const T* anchor, const T* x_t, int64_t ld_m,
+                    T* hid_t, uint64_t* mask_t) {
+  using V = typename Simd<T>::V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  const int64_t words = tile / 64;
+  for (int64_t h = 0; h < hidden; ++h) {
+    const V level = splat(anchor[h]);
+    for (int64_t w = 0; w < words; ++w) {
+      uint64_t bits = 0;
+      for (int64_t n = w * 64; n < (w + 1) * 64; n += kLanes) {
+        const V v = level - load(x_t + h * ld_m + n);
+        store(hid_t + h * ld_m + n, v > 0 ? v : V{});
+        bits |= static_cast<uint64_t>(positive_bits(v)) << (n % 64);
+      }
+      mask_t[h * words + w] = bits;
+    }
+  }
+}
+
+template <typename T>
+void transpose(int64_t rows, int64_t columns, const T* a, int64_t lda, T* b, int64_t ldb) {
+  for (int64_t i0 = 0; i0 < rows; i0 += 16)
+    for (int64_t j0 = 0; j0 < columns; j0 += 16)
+      for (int64_t j = j0; j < j0 + 16 && j < columns; ++j)
+        for (int64_t i = i0; i < i0 + 16 && i < rows; ++i) b[j * ldb + i] = a[i * lda + j];
+}
+
+template <typename T>
+CRRCD_INLINE T dot(int64_t n, const T* a, const T* b) {
+  typename Simd<T>::V sum{};
+  for (int64_t i = 0; i < n; i += Simd<T>::kLanes) sum += load(a + i) * load(b + i);
+  return horizontal_sum<T>(sum);
+}
+
+CRRCD_INLINE float half_to_float(uint16_t bits) {
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
+  const uint32_t magnitude = bits & 0x7fff;
+  uint32_t out = (magnitude << 13) + (112u << 23);
+  float value;
+  if (magnitude >= 0x7c00) {  // infinity, NaN
+    out += 112u << 23;
+    __builtin_memcpy(&value, &out, 4);
+  } else if (magnitude < 0x0400) {  // subnormal
+    value = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+  } else {
+    __builtin_memcpy(&value, &out, 4);
+  }
+  __builtin_memcpy(&out, &value, 4);
+  out |= sign;
+  __builtin_memcpy(&value, &out, 4);
+  return value;
+}
+
+template <typename T>
+void load_row(const BankView& bank, int64_t k, int64_t width, int64_t padded, T* out) {
+  const int64_t row = bank.index ? bank.index[k] : k;
+  const int64_t start = row * bank.row_stride;
+  switch (bank.storage) {
+    case Storage::kFloat64: {
+      const double* p = static_cast<const double*>(bank.data) + start;
+      for (int64_t i = 0; i < width; ++i) out[i] = static_cast<T>(p[i]);
+      break;
+    }
+    case Storage::kFloat32: {
+      const float* p = static_cast<const float*>(bank.data) + start;
+      for (int64_t i = 0; i < width; ++i) out[i] = static_cast<T>(p[i]);
+      break;
+    }
+    case Storage::kBFloat16: {
+      const uint16_t* p = static_cast<const uint16_t*>(bank.data) + start;
+      for (int64_t i = 0; i < width; ++i) {
+        const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
+        float value;
+        __builtin_memcpy(&value, &bits, 4);
+        out[i] = static_cast<T>(value);
+      }
+      break;
+    }
+    case Storage::kFloat16: {
+      const uint16_t* p = static_cast<const uint16_t*>(bank.data) + start;
+      for (int64_t i = 0; i < width; ++i) out[i] = static_cast<T>(half_to_float(p[i]));
+      break;
+    }
+  }
+  for (int64_t i = width; i < padded; ++i) out[i] = 0;
+}
+
+template <typename T>
+void gather_rows(const NceParams<T>& p, int64_t first, int64_t m, T* out, int64_t ld, int64_t padded) {
+  for (int64_t n = 0; n < m; ++n) load_row<T>(p.bank, first + n, p.D, padded, out + n * ld);
+}
+
+// Keys of one tile: gather, project, transpose, masks. Returns 0, or NaN when a key is not finite,
+// which relu would otherwise hide.
+template <typename T>
+T load_tile(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t t, int64_t first, int64_t m) {
+  const int64_t ld_m = odd_lines<T>(p.tile);
+  T* x = s.x + t * p.tile * p.ldH;
+  if (p.projected) {
+    gather_rows(p, first, m, x, p.ldH, p.Hp);
+  } else {
+    gather_rows(p, first, m, s.rows, p.ldD, p.Dp);
+    dense_gemm<T>(m, p.Hp, p.Dp, s.rows, p.ldD, p.key_weight_t, p.ldH, x, p.ldH, true);
+  }
+  typename Simd<T>::V poison{};
+  for (int64_t n = 0; n < m; ++n)
+    for (int64_t h = 0; h < p.Hp; h += Simd<T>::kLanes) poison += load(x + n * p.ldH + h) * T(0);
+  if (p.need_query || p.need_weight) {
+    T* x_t = s.x_t + t * p.Hp * ld_m;
+    transpose<T>(m, p.H, x, p.ldH, x_t, ld_m);
+    for (int64_t h = 0; h < p.H; ++h)  // absent keys: far above any threshold, so never active
+      for (int64_t n = m; n < p.tile; ++n) x_t[h * ld_m + n] = T(1e30);
+  }
+  if (p.need_key) {
+    T* d_x = s.d_x + t * p.tile * p.ldH;
+    for (int64_t i = 0; i < m * p.ldH; ++i) d_x[i] = 0;
+  }
+  s.masked[t] = false;
+  if (p.query_id || p.query_label) {
+    bool any = false;
+    for (int64_t n = 0; n < m; ++n) {
+      T* keep = s.keep + (t * p.tile + n) * p.ldB;
+      const int64_t row = p.bank.index ? p.bank.index[first + n] : first + n;
+      const int64_t id = p.key_id ? p.key_id[row] : row;
+      for (int64_t b = 0; b < p.Bp; ++b) {
+        bool drop = false;
+        if (b < p.B) {
+          drop = (p.query_id && p.query_id[b] == id) ||
+                 (p.query_label && p.query_label[b] == p.key_label[row]);
+        }
+        keep[b] = drop ? T(0) : T(1);
+        any |= drop;
+      }
+    }
+    s.masked[t] = any;
+  }
+  return horizontal_sum<T>(poison);
+}
+
+// log prod (1 + q) over the lanes, in double and without losing small q.
+template <typename T>
+double log_product(const T* q, int64_t n) {
+  double total = 0, product = 0;  // product = prod (1 + q) - 1
+  for (int64_t i = 0; i < n; ++i) {
+    product = product * q[i] + (product + q[i]);
+    if (product > 1e100) {
+      total += __builtin_log1p(product);
+      product = 0;
+    }
+  }
+  return total + __builtin_log1p(product);
+}
+
+// Loss and logit gradients of one tile from z = <q_b, w> and 1/|w|.
+template <typename T, Pass kPass, bool kMasked>
+void tile_logits(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t a, int64_t m,
+                 const T* keep, T* d_logit, T* running_max, T* running_sum, double* scalars) {
+  using V = typename Simd<T>::V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  constexpr int64_t kFlush = 64;  // (1 + q) at most doubles a row, so q stays finite
+  const T* pair = p.pair + a * p.ldB;
+  const T* log_normalizer = kPass == Pass::kSoftmax ? p.log_normalizer + a * p.ldB : nullptr;
+  double loss = 0, d_scale = 0, d_offset = 0;
+  for (int64_t b = 0; b < p.Bp; b += kLanes) {
+    const V weight = load(pair + b);
+    if (kPass == Pass::kLogSumExp) {
+      V top = load(running_max + b), old_top = top;
+      for (int64_t n = 0; n < m; ++n) {
+        V logit = load(s.z + n * p.ldB + b) * (p.scale * s.inverse[n]) - p.offset;
+        if (kMasked) logit = load(keep + n * p.ldB + b) > 0 ? logit : splat(T(-1e30));
+        store(s.z + n * p.ldB + b, logit);
+        top = logit > top ? logit : top;
+      }
+      V sum = load(running_sum + b) * exp_nonpositive(old_top - top);
+      for (int64_t n = 0; n < m; ++n) {
+        V e = exp_nonpositive(load(s.z + n * p.ldB + b) - top);
+        if (kMasked) e *= load(keep + n * p.ldB + b);
+        sum += e;
+      }
+      store(running_max + b, top);
+      store(running_sum + b, sum);
+      continue;
+    }
+    V sum_positive{}, sum_g{}, sum_g_cosine{}, sum_ds{}, q{};
+    for (int64_t n = 0; n < m; ++n) {
+      const T inverse = s.inverse[n];
+      const T slope = p.scale * inverse;
+      const V z = load(s.z + n * p.ldB + b);
+      const V logit = z * slope - p.offset;
+      V count = weight;
+      if (kMasked) count *= load(keep + n * p.ldB + b);
+      V g;
+      if (kPass == Pass::kNce) {
+        const V magnitude = logit > 0 ? logit : -logit;
+        const V e = exp_nonpositive(-magnitude);
+        const V r = T(1) / (T(1) + e);
+        g = (logit > 0 ? r : e * r) * count;
+        const V counted = e * count;
+        sum_positive += (logit > 0 ? logit : V{}) * count;
+        q = q * counted + (q + counted);
+      } else {
+        g = exp_nonpositive(logit - load(log_normalizer + b)) * count;
+      }
+      const V ds = g * (slope * p.gradient_scale);
+      store(s.ds + n * p.ldB + b, ds);
+      sum_ds += ds;
+      sum_g += g;
+      sum_g_cosine += g * z * inverse;
+      T* ds_z = s.ds_z + n * kLanes;
+      store(ds_z, b == 0 ? ds * z : load(ds_z) + ds * z);
+      if (kPass == Pass::kNce && ((n + 1) % kFlush == 0 || n + 1 == m)) {
+        T lanes[kLanes];
+        store(lanes, q);
+        loss += log_product(lanes, kLanes);
+        q = V{};
+      }
+    }
+    if (d_logit) store(d_logit + b, load(d_logit + b) + sum_ds);
+    loss += horizontal_sum<T>(sum_positive);
+    d_scale += horizontal_sum<T>(sum_g_cosine);
+    d_offset -= horizontal_sum<T>(sum_g);
+  }
+  if (kPass == Pass::kLogSumExp) return;
+  double coefficients = 0;
+  for (int64_t n = 0; n < m; ++n) {
+    s.coefficient[n] =
+        -horizontal_sum<T>(load(s.ds_z + n * kLanes)) * s.inverse[n] * s.inverse[n];
+    coefficients += s.coefficient[n];
+  }
+  scalars[0] += loss;
+  scalars[1] += d_scale;
+  scalars[2] += d_offset;
+  scalars[3] += coefficients;
+}
+
+// d hid = rows of `left` [m, k] times `right` [k, Hp] plus coefficient * extra, cut where hid is
+// zero; subtracted from d_x and summed into d_anchor.
+template <typename T, int kRows, int kVectors>
+CRRCD_INLINE void hidden_gradient_block(int64_t k, const T* left, int64_t ld_left, const T* right,
+                                        int64_t ld_right, const T* hid, int64_t ldH, const T* extra,
+                                        const T* coefficient, T* d_x,
+                                        typename Simd<T>::V (&anchor_sum)[kVectors]) {
+  using V = typename Simd<T>::V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  V sum[kRows][kVectors];
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < kVectors; ++j)
+      sum[i][j] = extra ? load(extra + i * ldH + j * kLanes) * coefficient[i] : V{};
+  multiply_add<T, kRows, kVectors, false>(sum, left, ld_left, right, ld_right, k, 0);
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < kVectors; ++j) {
+      const V cut = load(hid + i * ldH + j * kLanes) > 0 ? sum[i][j] : V{};
+      anchor_sum[j] += cut;
+      if (d_x) {
+        T* out = d_x + i * ldH + j * kLanes;
+        store(out, load(out) - cut);
+      }
+    }
+}
+
+template <typename T, int kVectors>
+__attribute__((noinline)) void hidden_gradient_panel(int64_t m, int64_t k, const T* left,
+                                                     int64_t ld_left, const T* right,
+                                                     int64_t ld_right, const T* hid, int64_t ldH,
+                                                     const T* extra, const T* coefficient, T* d_x,
+                                                     T* d_anchor) {
+  using V = typename Simd<T>::V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  V anchor_sum[kVectors] = {};
+  int64_t n = 0;
+  for (; n + kDenseRows <= m; n += kDenseRows)
+    hidden_gradient_block<T, kDenseRows, kVectors>(
+        k, left + n * ld_left, ld_left, right, ld_right, hid + n * ldH, ldH,
+        extra ? extra + n * ldH : nullptr, coefficient + n, d_x ? d_x + n * ldH : nullptr, anchor_sum);
+  for (; n < m; ++n)
+    hidden_gradient_block<T, 1, kVectors>(
+        k, left + n * ld_left, ld_left, right, ld_right, hid + n * ldH, ldH,
+        extra ? extra + n * ldH : nullptr, coefficient + n, d_x ? d_x + n * ldH : nullptr, anchor_sum);
+  if (d_anchor)
+    for (int j = 0; j < kVectors; ++j)
+      store(d_anchor + j * kLanes, load(d_anchor + j * kLanes) + anchor_sum[j]);
+}
+
+template <typename T>
+void hidden_gradient(int64_t m, int64_t hp, int64_t k, const T* left, int64_t ld_left,
+                     const T* right, int64_t ld_right, const T* hid, int64_t ldH, const T* extra,
+                     const T* coefficient, T* d_x, T* d_anchor) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  for (int64_t j = 0; j < hp;) {
+    const int64_t vectors = (hp - j) / kLanes < 4 ? (hp - j) / kLanes : 4;
+    const T* e = extra ? extra + j : nullptr;
+    T* dx = d_x ? d_x + j : nullptr;
+    T* da = d_anchor ? d_anchor + j : nullptr;
+#define CRRCD_PANEL(NV)                                                                          \
+  case NV:                                                                                       \
+    hidden_gradient_panel<T, NV>(m, k, left, ld_left, right + j, ld_right, hid + j, ldH, e,      \
+                                 coefficient, dx, da);                                           \
+    break
+    switch (vectors) {
+      CRRCD_PANEL(1);
+      CRRCD_PANEL(2);
+      CRRCD_PANEL(3);
+      CRRCD_PANEL(4);
+    }
+#undef CRRCD_PANEL
+    j += vectors * kLanes;
+  }
+}
+
+template <typename T>
+void fill_rows(int64_t m, int64_t n, const T* row, T* out, int64_t ld) {
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; j += Simd<T>::kLanes) store(out + i * ld + j, load(row + j));
+}
+
+template <typename T>
+CRRCD_INLINE T inverse_norm_of(T squared) {
+  return squared > T(kZeroNormSquared) ? T(1) / std::sqrt(squared) : T(0);
+}
+
+// 1/|w| of every key of the tile, in s.inverse; leaves G hid or T hid in s.norm (or w in s.w).
+template <typename T>
+void tile_norms(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m) {
+  using V = typename Simd<T>::V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  const int64_t words = words_of(p.Hp);
+  const int64_t rank = (p.R < p.H ? p.Rp : p.Hp);
+  if (p.form == Form::kDirect) {
+    if (p.bias) fill_rows(m, p.Rp, p.bias, s.w, p.ldR);
+    sparse_gemm<T>(m, p.Rp, p.Hp, s.hid, p.ldH, s.mask, words, p.weight_t, p.ldR, s.w, p.ldR,
+                   !p.bias, true);
+    for (int64_t n = 0; n < m; ++n)
+      s.inverse[n] = inverse_norm_of(dot(p.Rp, s.w + n * p.ldR, s.w + n * p.ldR));
+    return;
+  }
+  if (p.norm_bias) fill_rows(m, p.Hp, p.norm_bias, s.norm, p.ldH);
+  if (p.form == Form::kTriangular) {
+    constexpr int64_t kWidth = 4 * kLanes;
+    for (int64_t j = 0; j < rank; j += kWidth)  // T[i, h] = 0 for h < i: start at word i / 64
+      sparse_gemm<T>(m, rank - j < kWidth ? rank - j : kWidth, p.Hp, s.hid, p.ldH, s.mask, words,
+                     p.norm_matrix + j, p.ldH, s.norm + j, p.ldH, !p.norm_bias, true, j / 64);
+    for (int64_t n = 0; n < m; ++n)
+      s.inverse[n] = inverse_norm_of(dot(rank, s.norm + n * p.ldH, s.norm + n * p.ldH) +
+                                     p.norm_constant);
+    return;
+  }
+  sparse_gemm<T>(m, p.Hp, p.Hp, s.hid, p.ldH, s.mask, words, p.norm_matrix, p.ldH, s.norm, p.ldH,
+                 !p.norm_bias, true);
+  for (int64_t n = 0; n < m; ++n) {
+    const T* hid = s.hid + n * p.ldH;
+    const T* norm = s.norm + n * p.ldH;
+    V squared{}, length{};
+    for (int64_t h = 0; h < p.Hp; h += kLanes) {
+      const V v = load(hid + h);
+      V u = load(norm + h);
+      if (p.norm_bias) u += load(p.norm_bias + h);
+      squared += v * u;
+      length += v * v;
+    }
+    T total = horizontal_sum<T>(squared) + p.norm_constant;
+    if (!(total > p.cancellation * (horizontal_sum<T>(length) + p.norm_constant))) {
+      T* w = s.w + n * p.ldR;
+      if (p.bias) fill_rows(1, p.Rp, p.bias, w, p.ldR);
+      sparse_gemm<T>(1, p.Rp, p.Hp, hid, p.ldH, s.mask + n * words, words, p.weight_t, p.ldR, w,
+                     p.ldR, !p.bias, false);
+      total = dot(p.Rp, w, w);
+    }
+    s.inverse[n] = inverse_norm_of(total);
+  }
+}
+
+// One tile of keys against one anchor.
+template <typename T, Pass kPass>
+void process_tile(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t t, int64_t m, int64_t a,
+                  int64_t key_part, int64_t part) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  const int64_t words = words_of(p.Hp), ld_m = odd_lines<T>(p.tile);
+  const bool direct = p.form == Form::kDirect;
+  const T* anchor = p.anchor + a * p.ldH;
+  const int64_t slice = key_part * p.A + a;
+
+  hidden_rows<T>(m, p.Hp, anchor, s.x + t * p.tile * p.ldH, p.ldH, s.hid, s.mask);
+  tile_norms(p, s, m);
+  if (direct) {
+    dense_gemm<T>(m, p.Bp, p.Rp, s.w, p.ldR, p.q_t + a * p.Rp * p.ldB, p.ldB, s.z, p.ldB, true);
+  } else {
+    if (p.qc) fill_rows(m, p.Bp, p.qc + a * p.ldB, s.z, p.ldB);
+    sparse_gemm<T>(m, p.Bp, p.Hp, s.hid, p.ldH, s.mask, words, p.qw_t + a * p.Hp * p.ldB, p.ldB,
+                   s.z, p.ldB, !p.qc, true);
+  }
+
+  T* d_logit = p.d_logit ? p.d_logit + slice * p.ldB : nullptr;
+  T* top = kPass == Pass::kLogSumExp ? p.running_max + slice * p.ldB : nullptr;
+  T* sum = kPass == Pass::kLogSumExp ? p.running_sum + slice * p.ldB : nullptr;
+  if (s.masked[t])
+    tile_logits<T, kPass, true>(p, s, a, m, s.keep + t * p.tile * p.ldB, d_logit, top, sum,
+                                p.scalars + part * 4);
+  else
+    tile_logits<T, kPass, false>(p, s, a, m, nullptr, d_logit, top, sum, p.scalars + part * 4);
+  if (kPass == Pass::kLogSumExp) return;
+
+  T* d_x = p.need_key ? s.d_x + t * p.tile * p.ldH : nullptr;
+  T* d_anchor = p.need_anchor ? p.d_anchor + slice * p.ldH : nullptr;
+  const bool transposed = (p.need_query && !direct) || p.need_weight;
+  if (transposed)
+    hidden_columns<T>(p.tile, p.H, anchor, s.x_t + t * p.Hp * ld_m, ld_m, s.hid_t, s.mask_t);
+
+  if (direct) {
+    if (p.need_query) {
+      transpose<T>(m, p.Bp, s.ds, p.ldB, s.ds_t, ld_m);
+      dense_gemm<T>(p.Bp, p.Rp, m, s.ds_t, ld_m, s.w, p.ldR, p.d_q + slice * p.Bp * p.ldR, p.ldR,
+                    false);
+    }
+    if (!(p.need_key || p.need_anchor || p.need_weight)) return;
+    for (int64_t n = 0; n < m; ++n)
+      for (int64_t r = 0; r < p.Rp; r += kLanes)
+        store(s.d_w + n * p.ldR + r, load(s.w + n * p.ldR + r) * s.coefficient[n]);
+    dense_gemm<T>(m, p.Rp, p.Bp, s.ds, p.ldB, p.q + a * p.Bp * p.ldR, p.ldR, s.d_w, p.ldR, false);
+    if (p.need_key || p.need_anchor)
+      hidden_gradient<T>(m, p.Hp, p.Rp, s.d_w, p.ldR, p.weight, p.ldH, s.hid, p.ldH, nullptr,
+                         s.coefficient, d_x, d_anchor);
+    if (p.need_weight) {
+      sparse_gemm<T>(p.H, p.Rp, p.tile, s.hid_t, ld_m, s.mask_t, p.tile / 64, s.d_w, p.ldR,
+                     p.d_w_t + part * p.Hp * p.ldR, p.ldR, false, false);
+      T* d_bias = p.d_bias + part * p.ldR;
+      for (int64_t n = 0; n < m; ++n)
+        for (int64_t r = 0; r < p.Rp; r += kLanes)
+          store(d_bias + r, load(d_bias + r) + load(s.d_w + n * p.ldR + r));
+    }
+    return;
+  }
+
+  if (p.need_key || p.need_anchor)
+    hidden_gradient<T>(m, p.Hp, p.Bp, s.ds, p.ldB, p.qw + a * p.Bp * p.ldH, p.ldH, s.hid, p.ldH,
+                       s.norm, s.coefficient, d_x, d_anchor);
+  if (p.need_query)
+    sparse_gemm<T>(p.H, p.Bp, p.tile, s.hid_t, ld_m, s.mask_t, p.tile / 64, s.ds, p.ldB,
+                   p.d_qw_t + slice * p.Hp * p.ldB, p.ldB, false, false);
+  if (p.need_weight) {
+    T* d_hid_sum = p.d_hid_sum + part * p.ldH;
+    for (int64_t n = 0; n < m; ++n) {
+      const T k = s.coefficient[n];
+      for (int64_t h = 0; h < p.Hp; h += kLanes) {
+        const auto v = load(s.hid + n * p.ldH + h) * k;
+        store(s.weighted + n * p.ldH + h, v);
+        store(d_hid_sum + h, load(d_hid_sum + h) + v);
+      }
+    }
+    constexpr int64_t kWidth = 4 * kLanes;
+    T* d_gram = p.d_gram + part * p.Hp * p.ldH;
+    for (int64_t j = 0; j < p.Hp; j += kWidth)  // symmetric: rows below the diagonal block only
+      if (j < p.H)
+        sparse_gemm<T>(p.H - j, p.Hp - j < kWidth ? p.Hp - j : kWidth, p.tile, s.hid_t + j * ld_m,
+                       ld_m, s.mask_t + j * (p.tile / 64), p.tile / 64, s.weighted + j, p.ldH,
+                       d_gram + j * p.ldH + j, p.ldH, false, false);
+  }
+}
+
+// Gradient of a finished tile's keys: into d_key_weight and d_rows.
+template <typename T>
+void store_key_gradient(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t t, int64_t first,
+                        int64_t m, int64_t anchor_part, int64_t part) {
+  const int64_t ld_m = odd_lines<T>(p.tile);
+  const T* d_x = s.d_x + t * p.tile * p.ldH;
+  if (p.d_key_weight) {
+    gather_rows(p, first, m, s.rows, p.ldD, p.Dp);
+    transpose<T>(m, p.H, d_x, p.ldH, s.hid_t, ld_m);
+    dense_gemm<T>(p.H, p.Dp, m, s.hid_t, ld_m, s.rows, p.ldD, p.d_key_weight + part * p.Hp * p.ldD,
+                  p.ldD, false);
+  }
+  if (p.d_rows) {
+    const T* d_row = d_x;
+    int64_t ld = p.ldH;
+    if (!p.projected) {
+      dense_gemm<T>(m, p.Dp, p.Hp, d_x, p.ldH, p.key_weight, p.ldD, s.rows, p.ldD, true);
+      d_row = s.rows;
+      ld = p.ldD;
+    }
+    for (int64_t n = 0; n < m; ++n)
+      for (int64_t d = 0; d < p.D; ++d)
+        p.d_rows[(anchor_part * p.K + first + n) * p.D + d] = d_row[n * ld + d];
+  }
+}
+
+template <typename T>
+CRRCD_INLINE int64_t keys_in(const NceParams<T>& p, int64_t tile) {
+  const int64_t left = p.K - tile * p.tile;
+  return left < p.tile ? left : p.tile;
+}
+
+template <typename T, Pass kPass>
+void nce_pass(const NceParams<T>& p, int64_t part) {
+  ChunkScratch<T> s;
+  carve(p, p.scratch + part * p.scratch_bytes, s);
+  const int64_t key_part = part / p.anchor_parts, anchor_part = part % p.anchor_parts;
+  const int64_t tiles = (p.K + p.tile - 1) / p.tile;
+  const int64_t tile_begin = tiles * key_part / p.key_parts;
+  const int64_t tile_end = tiles * (key_part + 1) / p.key_parts;
+  const int64_t a_begin = p.A * anchor_part / p.anchor_parts;
+  const int64_t a_end = p.A * (anchor_part + 1) / p.anchor_parts;
+  for (int64_t chunk = tile_begin; chunk < tile_end; chunk += p.tiles_per_chunk) {
+    const int64_t stop = chunk + p.tiles_per_chunk < tile_end ? chunk + p.tiles_per_chunk : tile_end;
+    for (int64_t tile = chunk; tile < stop; ++tile)
+      p.scalars[part * 4] += load_tile(p, s, tile - chunk, tile * p.tile, keys_in(p, tile));
+    for (int64_t a = a_begin; a < a_end; ++a)
+      for (int64_t tile = chunk; tile < stop; ++tile)
+        process_tile<T, kPass>(p, s, tile - chunk, keys_in(p, tile), a, key_part, part);
+    if (p.need_key && kPass != Pass::kLogSumExp)
+      for (int64_t tile = chunk; tile < stop; ++tile)
+        store_key_gradient(p, s, tile - chunk, tile * p.tile, keys_in(p, tile), anchor_part, part);
+  }
+}
+
+template <typename T>
+void nce(const NceParams<T>& p, int64_t part) {
+  switch (p.pass) {
+    case Pass::kNce:
+      return nce_pass<T, Pass::kNce>(p, part);
+    case Pass::kLogSumExp:
+      return nce_pass<T, Pass::kLogSumExp>(p, part);
+    case Pass::kSoftmax:
+      return nce_pass<T, Pass::kSoftmax>(p, part);
+  }
+}
+
+template <typename T>
+size_t nce_scratch(const NceParams<T>& p) {
+  ChunkScratch<T> s;
+  return carve(p, static_cast<std::byte*>(nullptr), s);
+}

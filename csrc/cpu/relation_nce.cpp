@@ -1,0 +1,443 @@
+#include "relation_nce.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/linalg_qr.h>
+
+#include <cmath>
+
+#include "../checks.h"
+#include "bank_update.h"
+#include "host.h"
+#include "kernels.h"
+
+namespace crrcd {
+
+namespace {
+
+constexpr const char* kOp = "relation_nce";
+
+struct Arguments {
+  at::Tensor query, positive, anchor, bank, weight, bias, scale, offset, index, key_weight;
+  at::Tensor anchor_id, query_id, key_id, query_label, key_label;
+  bool self_pairs, infonce;
+  int64_t need;
+  int64_t A, B, K, H, R, D, N;
+
+  bool needs(int64_t bits) const { return (need & bits) != 0; }
+};
+
+at::Tensor given(const OptionalTensor& t) { return t ? *t : at::Tensor(); }
+
+at::Tensor ids(const char* name, const OptionalTensor& t, int64_t size) {
+  if (!t) return {};
+  CRRCD_CHECK_SHAPE(kOp, name, *t, {size});
+  TORCH_CHECK_TYPE(t->scalar_type() == at::kLong, "crrcd_ext.", kOp, ": ", name,
+                   ": expected int64, got ", t->scalar_type());
+  return t->contiguous();
+}
+
+template <typename T>
+struct Functions;
+template <>
+struct Functions<float> {
+  static constexpr auto scratch = &Kernels::nce_scratch_f32;
+  static constexpr auto run = &Kernels::nce_f32;
+};
+template <>
+struct Functions<double> {
+  static constexpr auto scratch = &Kernels::nce_scratch_f64;
+  static constexpr auto run = &Kernels::nce_f64;
+};
+
+// Sum over the leading dimension in its order, in place in the first slice.
+at::Tensor sum_parts(const at::Tensor& parts) {
+  at::Tensor total = parts.select(0, 0);
+  for (int64_t i = 1; i < parts.size(0); ++i) total.add_(parts.select(0, i));
+  return total;
+}
+
+// 1 for the pairs (anchor, query) that count.
+at::Tensor pair_mask(const Arguments& x, at::ScalarType dtype) {
+  at::Tensor mask = at::ones({x.A, x.B}, at::TensorOptions().dtype(dtype));
+  if (x.self_pairs) return mask;
+  if (x.anchor_id.defined() && x.query_id.defined())
+    return x.anchor_id.unsqueeze(1).ne(x.query_id).to(dtype);
+  if (!x.anchor_id.defined() && !x.query_id.defined() && x.A == x.B) mask.fill_diagonal_(0);
+  return mask;
+}
+
+template <typename T>
+class RelationNce {
+ public:
+  explicit RelationNce(const Arguments& arguments)
+      : x(arguments), kernels(active_kernels()), dtype(c10::CppTypeToScalarType<T>::value) {}
+
+  NceResult run() {
+    query = x.query.to(dtype).contiguous();
+    positive = x.positive.to(dtype).contiguous();
+    weight = x.weight.to(dtype).contiguous();
+    bias = x.bias.defined() ? x.bias.to(dtype).contiguous() : at::Tensor();
+    p.scale = static_cast<T>(x.scale.item<double>());
+    p.offset = static_cast<T>(x.offset.item<double>());
+    pair = pair_mask(x, dtype);
+    const double pairs = pair.sum(at::kDouble).item<double>();
+    p.gradient_scale = static_cast<T>(pairs > 0 ? 1 / pairs : 0);
+    positive_logit = (query * positive).sum(-1);
+    const at::Tensor cosine = positive_logit;
+    positive_logit = positive_logit * p.scale - p.offset;
+
+    set_up();
+    double loss = 0;
+    at::Tensor d_logit_positive;
+    if (x.infonce) {
+      log_normalizer = sweep_log_sum_exp();
+      loss = ((log_normalizer - positive_logit) * pair).sum(at::kDouble).item<double>();
+      d_logit_positive = ((positive_logit - log_normalizer).exp() - 1) * pair;
+      if (x.need & ~kNeedPositive) sweep(Pass::kSoftmax);
+    } else {
+      sweep(Pass::kNce);
+      loss = at::softplus(-positive_logit).mul_(pair).sum(at::kDouble).item<double>();
+      d_logit_positive = at::sigmoid(-positive_logit).neg_().mul_(pair);
+    }
+    const double* s = scalars.defined() ? scalars.const_data_ptr<double>() : nullptr;
+    double total[4] = {0, 0, 0, 0};
+    for (int64_t i = 0; s && i < parts * 4; ++i) total[i % 4] += s[i];
+    loss += x.infonce ? 0 * total[0] : total[0];
+    return gradients(pairs > 0 ? loss / pairs : 0 * loss, total, cosine,
+                     d_logit_positive.mul_(p.gradient_scale));
+  }
+
+ private:
+  void set_up() {
+    const int64_t lanes = kernels.vector_bytes / static_cast<int64_t>(sizeof(T));
+    p.A = x.A, p.B = x.B, p.K = x.K, p.H = x.H, p.R = x.R, p.D = x.D;
+    p.Bp = round_up(x.B, lanes), p.Hp = round_up(x.H, lanes);
+    p.Rp = round_up(x.R, lanes), p.Dp = round_up(x.D, lanes);
+    p.ldB = leading_dimension(p.Bp, sizeof(T)), p.ldH = leading_dimension(p.Hp, sizeof(T));
+    p.ldR = leading_dimension(p.Rp, sizeof(T)), p.ldD = leading_dimension(p.Dp, sizeof(T));
+    p.need_query = x.needs(kNeedQuery);
+    p.need_key = x.needs(kNeedBank | kNeedKeyWeight);
+    p.need_anchor = x.needs(kNeedAnchor);
+    p.need_weight = x.needs(kNeedWeight | kNeedBias);
+    const Plan plan = make_plan(x.A, x.B, x.K, x.H, x.R,
+                                {p.need_query, p.need_key, p.need_anchor, p.need_weight}, sizeof(T),
+                                at::get_num_threads());
+    p.form = plan.form;
+    p.tile = plan.tile;
+    p.tiles_per_chunk = plan.tiles_per_chunk;
+    p.key_parts = plan.key_parts;
+    p.anchor_parts = plan.anchor_parts;
+    parts = p.key_parts * p.anchor_parts;
+
+    bank = x.bank.stride(1) == 1 ? x.bank : x.bank.contiguous();
+    p.bank.data = bank.const_data_ptr();
+    p.bank.storage = storage_of(kOp, bank);
+    p.bank.row_stride = bank.stride(0);
+    p.bank.index = pointer<int64_t>(x.index);
+    p.projected = !x.key_weight.defined();
+    if (!p.projected) {
+      key_weight = padded(x.key_weight, dtype, p.Hp, p.ldD);
+      key_weight_t = padded(x.key_weight.t(), dtype, p.Dp, p.ldH);
+      p.key_weight = pointer<T>(key_weight);
+      p.key_weight_t = pointer<T>(key_weight_t);
+    }
+    anchor = padded(x.anchor, dtype, x.A, p.ldH);
+    pair_padded = padded(pair, dtype, x.A, p.ldB);
+    p.anchor = pointer<T>(anchor);
+    p.pair = pointer<T>(pair_padded);
+    p.query_id = pointer<int64_t>(x.query_id);
+    p.key_id = pointer<int64_t>(x.key_id);
+    if (x.query_label.defined() && x.key_label.defined()) {
+      p.query_label = pointer<int64_t>(x.query_label);
+      p.key_label = pointer<int64_t>(x.key_label);
+    }
+
+    weight_t_padded = padded(weight.t(), dtype, p.Hp, p.ldR);
+    p.weight_t = pointer<T>(weight_t_padded);
+    if (bias.defined()) {
+      bias_padded = padded(bias, dtype, 1, p.ldR);
+      p.bias = pointer<T>(bias_padded);
+    }
+    if (p.form == Form::kDirect) {
+      weight_padded = padded(weight, dtype, p.Rp, p.ldH);
+      query_padded = padded(query, dtype, p.Bp, p.ldR);
+      query_t_padded = padded(query.transpose(1, 2), dtype, p.Rp, p.ldB);
+      p.weight = pointer<T>(weight_padded);
+      p.q = pointer<T>(query_padded);
+      p.q_t = pointer<T>(query_t_padded);
+    } else {
+      set_up_norm();
+      const at::Tensor projected_query = at::matmul(query, weight);  // [A, B, H]
+      if (p.need_key || p.need_anchor) {
+        qw = padded(projected_query, dtype, p.Bp, p.ldH);
+        p.qw = pointer<T>(qw);
+      }
+      qw_t = padded(projected_query.transpose(1, 2), dtype, p.Hp, p.ldB);
+      p.qw_t = pointer<T>(qw_t);
+      if (bias.defined()) {
+        qc = padded(at::matmul(query, bias), dtype, x.A, p.ldB);
+        p.qc = pointer<T>(qc);
+      }
+    }
+    p.scratch_bytes = (kernels.*Functions<T>::scratch)(p);
+    memory = scratch(parts * static_cast<int64_t>(p.scratch_bytes));
+    p.scratch = static_cast<std::byte*>(memory.mutable_data_ptr());
+  }
+
+  // What |w|^2 is computed from: W'W and W'c, or the triangular factor of [W c].
+  void set_up_norm() {
+    if (p.form == Form::kTriangular) {
+      at::Tensor extended = bias.defined() ? at::cat({weight, bias.unsqueeze(1)}, 1) : weight;
+      const at::Tensor r = std::get<1>(at::linalg_qr(extended.to(at::kDouble), "r"));
+      const int64_t rank = std::min(x.R, x.H);
+      norm_matrix = padded(r.narrow(0, 0, rank).narrow(1, 0, x.H).t(), dtype, p.Hp, p.ldH);
+      if (bias.defined()) {
+        norm_bias = padded(r.narrow(0, 0, rank).select(1, x.H), dtype, 1, p.ldH);
+        if (x.R > x.H) {
+          const double below = r.index({x.H, x.H}).template item<double>();
+          p.norm_constant = static_cast<T>(below * below);
+        }
+      }
+    } else {
+      const at::Tensor gram = at::mm(weight.t(), weight);
+      norm_matrix = padded(gram, dtype, p.Hp, p.ldH);
+      if (bias.defined()) {
+        norm_bias = padded(at::mv(weight.t(), bias), dtype, 1, p.ldH);
+        p.norm_constant = bias.dot(bias).template item<T>();
+      }
+      p.cancellation = static_cast<T>(kCancellation / static_cast<double>(std::max<int64_t>(x.H, 1)) *
+                                      gram.trace().template item<double>());
+    }
+    p.norm_matrix = pointer<T>(norm_matrix);
+    p.norm_bias = pointer<T>(norm_bias);
+  }
+
+  void dispatch() {
+    if (x.K == 0 || x.A == 0 || x.B == 0) return;
+    const auto function = kernels.*Functions<T>::run;
+    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) function(p, part);
+    });
+  }
+
+  at::Tensor zeros(at::IntArrayRef shape, bool wanted = true) {
+    return wanted ? at::zeros(shape, at::TensorOptions().dtype(dtype)) : at::Tensor();
+  }
+
+  // log of the sum of exponentials over the positive and the kept negatives, [A, B].
+  at::Tensor sweep_log_sum_exp() {
+    NceParams<T> all = p;
+    at::Tensor top = at::full({p.key_parts, x.A, p.ldB}, -1e30, at::TensorOptions().dtype(dtype));
+    at::Tensor sum = at::zeros_like(top);
+    at::Tensor found = at::zeros({parts, 4}, at::TensorOptions().dtype(at::kDouble));
+    p.pass = Pass::kLogSumExp;
+    p.running_max = mutable_pointer<T>(top);
+    p.running_sum = mutable_pointer<T>(sum);
+    p.scalars = mutable_pointer<double>(found);
+    dispatch();
+    p = all;
+    const at::Tensor tops = top.narrow(2, 0, x.B).to(at::kDouble);
+    const at::Tensor sums = sum.narrow(2, 0, x.B).to(at::kDouble);
+    const at::Tensor own = positive_logit.to(at::kDouble);
+    const at::Tensor most = at::maximum(std::get<0>(tops.max(0)), own);
+    at::Tensor total = (own - most).exp();
+    for (int64_t i = 0; i < p.key_parts; ++i)
+      total = total + sums.select(0, i) * (tops.select(0, i) - most).exp();
+    const at::Tensor finite = found.select(1, 0).sum();  // NaN if a key was not finite
+    return (most + total.log() + finite).to(dtype);
+  }
+
+  void sweep(Pass pass) {
+    p.pass = pass;
+    const bool direct = p.form == Form::kDirect;
+    scalars = at::zeros({parts, 4}, at::TensorOptions().dtype(at::kDouble));
+    p.scalars = mutable_pointer<double>(scalars);
+    if (pass == Pass::kSoftmax) {
+      log_normalizer_padded = padded(log_normalizer, dtype, x.A, p.ldB);
+      p.log_normalizer = pointer<T>(log_normalizer_padded);
+    }
+    d_qw_t = zeros({p.key_parts, x.A, p.Hp, p.ldB}, !direct && (p.need_query || p.need_weight));
+    p.need_query = p.need_query || (p.need_weight && !direct);
+    d_q = zeros({p.key_parts, x.A, p.Bp, p.ldR}, direct && p.need_query);
+    d_logit = zeros({p.key_parts, x.A, p.ldB}, bias.defined());
+    d_anchor = zeros({p.key_parts, x.A, p.ldH}, p.need_anchor);
+    d_gram = zeros({parts, p.Hp, p.ldH}, !direct && p.need_weight);
+    d_hid_sum = zeros({parts, p.ldH}, !direct && p.need_weight);
+    d_w_t = zeros({parts, p.Hp, p.ldR}, direct && p.need_weight);
+    d_bias = zeros({parts, p.ldR}, direct && p.need_weight);
+    d_key_weight = zeros({parts, p.Hp, p.ldD}, x.needs(kNeedKeyWeight));
+    d_rows = zeros({p.anchor_parts, x.K, x.D}, x.needs(kNeedBank));
+    p.d_qw_t = mutable_pointer<T>(d_qw_t);
+    p.d_q = mutable_pointer<T>(d_q);
+    p.d_logit = mutable_pointer<T>(d_logit);
+    p.d_anchor = mutable_pointer<T>(d_anchor);
+    p.d_gram = mutable_pointer<T>(d_gram);
+    p.d_hid_sum = mutable_pointer<T>(d_hid_sum);
+    p.d_w_t = mutable_pointer<T>(d_w_t);
+    p.d_bias = mutable_pointer<T>(d_bias);
+    p.d_key_weight = mutable_pointer<T>(d_key_weight);
+    p.d_rows = mutable_pointer<T>(d_rows);
+    dispatch();
+  }
+
+  at::Tensor result(const at::Tensor& gradient, const at::Tensor& like) {
+    return gradient.to(like.scalar_type()).contiguous();
+  }
+
+  NceResult gradients(double loss, const double* total, const at::Tensor& cosine,
+                      const at::Tensor& d_logit_positive) {
+    const bool direct = p.form == Form::kDirect;
+    const auto none = [](const at::Tensor& like) { return at::empty({0}, like.options()); };
+    const double inverse_pairs = static_cast<double>(p.gradient_scale);
+    // the positives' part goes last: it is the large term of a sum of many small ones
+    const at::Tensor pull = (d_logit_positive * p.scale).unsqueeze(-1);
+
+    at::Tensor d_query_weight;  // sum over keys of ds' hid, [A, B, H]
+    if (d_qw_t.defined())
+      d_query_weight = sum_parts(d_qw_t).narrow(1, 0, x.H).narrow(2, 0, x.B).transpose(1, 2);
+    at::Tensor logits;
+    if (d_logit.defined()) logits = sum_parts(d_logit).narrow(1, 0, x.B);
+
+    at::Tensor d_query = none(x.query);
+    if (x.needs(kNeedQuery)) {
+      at::Tensor g;
+      if (direct) {
+        g = sum_parts(d_q).narrow(1, 0, x.B).narrow(2, 0, x.R);
+      } else {
+        g = at::matmul(d_query_weight, weight.t());
+        if (bias.defined()) g.add_(logits.unsqueeze(-1) * bias);
+      }
+      d_query = result(at::addcmul(g, pull, positive), x.query);
+    }
+    at::Tensor d_positive = none(x.positive);
+    if (x.needs(kNeedPositive)) d_positive = result(pull * query, x.positive);
+    at::Tensor d_anchors = none(x.anchor);
+    if (x.needs(kNeedAnchor)) d_anchors = result(sum_parts(d_anchor).narrow(1, 0, x.H), x.anchor);
+
+    at::Tensor d_bank = none(x.bank);
+    if (x.needs(kNeedBank)) {
+      at::Tensor rows = sum_parts(d_rows);
+      if (x.index.defined())
+        rows = at::zeros({x.N, x.D}, rows.options()).index_add_(0, x.index, rows);
+      d_bank = result(rows, x.bank);
+    }
+    at::Tensor d_keys = x.key_weight.defined() ? none(x.key_weight) : none(x.query);
+    if (x.needs(kNeedKeyWeight))
+      d_keys = result(sum_parts(d_key_weight).narrow(0, 0, x.H).narrow(1, 0, x.D), x.key_weight);
+
+    at::Tensor d_weight = none(x.weight), d_bias_out = bias.defined() ? none(x.bias) : none(x.query);
+    if (p.need_weight && direct) {
+      d_weight = result(sum_parts(d_w_t).narrow(0, 0, x.H).narrow(1, 0, x.R).t(), x.weight);
+      if (x.needs(kNeedBias)) d_bias_out = result(sum_parts(d_bias).narrow(0, 0, x.R), x.bias);
+    } else if (p.need_weight) {
+      const at::Tensor lower = sum_parts(d_gram).narrow(0, 0, x.H).narrow(1, 0, x.H).tril();
+      const at::Tensor gram = lower + lower.tril(-1).t();
+      const at::Tensor hid_sum = sum_parts(d_hid_sum).narrow(0, 0, x.H);
+      at::Tensor g = at::addbmm(at::mm(weight, gram), query.transpose(1, 2), d_query_weight);
+      if (bias.defined()) {
+        g.add_(at::outer(bias, hid_sum));
+        at::Tensor b = at::mv(weight, hid_sum).add_(bias, total[3]);
+        b.add_((logits.unsqueeze(-1) * query).sum(at::IntArrayRef{0, 1}));
+        if (x.needs(kNeedBias)) d_bias_out = result(b, x.bias);
+      }
+      d_weight = result(g, x.weight);
+    }
+    if (!x.needs(kNeedWeight)) d_weight = none(x.weight);
+
+    at::Tensor d_scale = none(x.scale), d_offset = none(x.offset);
+    if (x.needs(kNeedScale))
+      d_scale = at::scalar_tensor(total[1] * inverse_pairs +
+                                      (d_logit_positive * cosine).sum(at::kDouble).item<double>(),
+                                  x.scale.options());
+    if (x.needs(kNeedOffset))
+      d_offset = at::scalar_tensor(
+          total[2] * inverse_pairs - d_logit_positive.sum(at::kDouble).item<double>(),
+          x.offset.options());
+    return {at::scalar_tensor(loss, query.options()), d_query, d_positive, d_anchors, d_bank, d_keys,
+            d_weight, d_bias_out, d_scale, d_offset};
+  }
+
+  const Arguments& x;
+  const Kernels& kernels;
+  const at::ScalarType dtype;
+  NceParams<T> p;
+  int64_t parts = 1;
+  at::Tensor query, positive, weight, bias, bank, pair, positive_logit, log_normalizer;
+  at::Tensor key_weight, key_weight_t, anchor, pair_padded, weight_padded, weight_t_padded;
+  at::Tensor bias_padded, query_padded, query_t_padded, norm_matrix, norm_bias, qw, qw_t, qc, memory;
+  at::Tensor log_normalizer_padded, scalars, d_qw_t, d_q, d_logit, d_anchor, d_gram, d_hid_sum;
+  at::Tensor d_w_t, d_bias, d_key_weight, d_rows;
+};
+
+}  // namespace
+
+NceResult relation_nce_cpu(const at::Tensor& query, const at::Tensor& positive,
+                           const at::Tensor& anchor, const at::Tensor& bank, const at::Tensor& weight,
+                           const OptionalTensor& bias, const at::Tensor& scale,
+                           const at::Tensor& offset, const OptionalTensor& index,
+                           const OptionalTensor& key_weight, const OptionalTensor& anchor_id,
+                           const OptionalTensor& query_id, const OptionalTensor& key_id,
+                           const OptionalTensor& query_label, const OptionalTensor& key_label,
+                           bool self_pairs, const std::string& objective, int64_t need) {
+  Arguments x;
+  TORCH_CHECK_VALUE(query.dim() == 3, "crrcd_ext.", kOp, ": query: expected shape [A, B, R], got ",
+                    query.sizes());
+  TORCH_CHECK_VALUE(bank.dim() == 2, "crrcd_ext.", kOp, ": bank: expected shape [N, D], got ",
+                    bank.sizes());
+  TORCH_CHECK_VALUE(anchor.dim() == 2, "crrcd_ext.", kOp, ": anchor: expected shape [A, H], got ",
+                    anchor.sizes());
+  x.A = query.size(0), x.B = query.size(1), x.R = query.size(2);
+  x.H = anchor.size(1), x.N = bank.size(0), x.D = bank.size(1);
+  CRRCD_CHECK_SHAPE(kOp, "positive", positive, {x.A, x.B, x.R});
+  CRRCD_CHECK_SHAPE(kOp, "anchor", anchor, {x.A, x.H});
+  CRRCD_CHECK_SHAPE(kOp, "weight", weight, {x.R, x.H});
+  if (bias) CRRCD_CHECK_SHAPE(kOp, "bias", *bias, {x.R});
+  if (key_weight) {
+    CRRCD_CHECK_SHAPE(kOp, "key_weight", *key_weight, {x.H, x.D});
+  } else {
+    CRRCD_CHECK_SHAPE(kOp, "bank", bank, {x.N, x.H});
+  }
+  TORCH_CHECK_VALUE(objective == "nce" || objective == "infonce", "crrcd_ext.", kOp,
+                    ": objective: expected \"nce\" or \"infonce\", got \"", objective, "\"");
+  const at::ScalarType dtype =
+      check_operands(kOp, {query, positive, anchor, weight, bias.value_or(weight),
+                           key_weight.value_or(weight)});
+  x.query = query, x.positive = positive, x.anchor = anchor, x.bank = bank, x.weight = weight;
+  x.bias = given(bias), x.scale = scale, x.offset = offset, x.key_weight = given(key_weight);
+  if (index) {
+    TORCH_CHECK_VALUE(index->dim() == 1, "crrcd_ext.", kOp, ": index: expected shape [K], got ",
+                      index->sizes());
+    x.index = index->contiguous();
+    check_rows(kOp, "index", x.index, x.N);
+  }
+  x.K = index ? x.index.size(0) : x.N;
+  x.anchor_id = ids("anchor_id", anchor_id, x.A);
+  x.query_id = ids("query_id", query_id, x.B);
+  x.key_id = ids("key_id", key_id, x.N);
+  x.query_label = ids("query_label", query_label, x.B);
+  x.key_label = ids("key_label", key_label, x.N);
+  x.self_pairs = self_pairs;
+  x.infonce = objective == "infonce";
+  x.need = need;
+  return dtype == at::kDouble ? RelationNce<double>(x).run() : RelationNce<float>(x).run();
+}
+
+NceResult relation_nce_update_cpu(
+    const at::Tensor& query, const at::Tensor& positive, const at::Tensor& anchor,
+    const at::Tensor& bank, const at::Tensor& weight, const OptionalTensor& bias,
+    const at::Tensor& scale, const at::Tensor& offset, const OptionalTensor& index,
+    const OptionalTensor& key_weight, const OptionalTensor& anchor_id, const OptionalTensor& query_id,
+    const OptionalTensor& key_id, const OptionalTensor& query_label, const OptionalTensor& key_label,
+    bool self_pairs, const std::string& objective, int64_t need, const at::Tensor& update_index,
+    const at::Tensor& update_value, double momentum, bool normalize) {
+  TORCH_CHECK_VALUE((need & kNeedBank) == 0, "crrcd_ext.", kOp,
+                    ": update: a bank that is updated in the call cannot have a gradient");
+  const BankUpdate update(kOp, bank, update_index, update_value, momentum, normalize);
+  NceResult result = relation_nce_cpu(query, positive, anchor, bank, weight, bias, scale, offset, index,
+                                      key_weight, anchor_id, query_id, key_id, query_label, key_label,
+                                      self_pairs, objective, need);
+  update.commit();
+  return result;
+}
+
+}  // namespace crrcd

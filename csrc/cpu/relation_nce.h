@@ -1,0 +1,47 @@
+// relation_nce on the CPU: loss and gradients of a batch of queries against the negatives of a bank.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace crrcd {
+
+using NceResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                             at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using OptionalTensor = std::optional<at::Tensor>;
+
+// Bits of `need`, in the order of the gradients returned.
+enum Need : int64_t {
+  kNeedQuery = 1,
+  kNeedPositive = 2,
+  kNeedAnchor = 4,
+  kNeedBank = 8,
+  kNeedKeyWeight = 16,
+  kNeedWeight = 32,
+  kNeedBias = 64,
+  kNeedScale = 128,
+  kNeedOffset = 256,
+};
+
+NceResult relation_nce_cpu(const at::Tensor& query, const at::Tensor& positive,
+                           const at::Tensor& anchor, const at::Tensor& bank, const at::Tensor& weight,
+                           const OptionalTensor& bias, const at::Tensor& scale,
+                           const at::Tensor& offset, const OptionalTensor& index,
+                           const OptionalTensor& key_weight, const OptionalTensor& anchor_id,
+                           const OptionalTensor& query_id, const OptionalTensor& key_id,
+                           const OptionalTensor& query_label, const OptionalTensor& key_label,
+                           bool self_pairs, const std::string& objective, int64_t need);
+
+NceResult relation_nce_update_cpu(
+    const at::Tensor& query, const at::Tensor& positive, const at::Tensor& anchor,
+    const at::Tensor& bank, const at::Tensor& weight, const OptionalTensor& bias,
+    const at::Tensor& scale, const at::Tensor& offset, const OptionalTensor& index,
+    const OptionalTensor& key_weight, const OptionalTensor& anchor_id, const OptionalTensor& query_id,
+    const OptionalTensor& key_id, const OptionalTensor& query_label, const OptionalTensor& key_label,
+    bool self_pairs, const std::string& objective, int64_t need, const at::Tensor& update_index,
+    const at::Tensor& update_value, double momentum, bool normalize);
+
+}  // namespace crrcd

@@ -1,0 +1,130 @@
+// Vectors of the instruction set that the including file was compiled for, written with the
+// compiler's vector extensions; only the comparison masks need intrinsics.
+// Included once per instruction set, inside that set's namespace: no include guard.
+
+#define CRRCD_INLINE inline __attribute__((always_inline))
+
+template <typename T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  typedef float V __attribute__((vector_size(CRRCD_VECTOR_BYTES)));
+  typedef float Unaligned __attribute__((vector_size(CRRCD_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t I __attribute__((vector_size(CRRCD_VECTOR_BYTES)));
+  static constexpr int kLanes = CRRCD_VECTOR_BYTES / 4;
+};
+
+template <>
+struct Simd<double> {
+  typedef double V __attribute__((vector_size(CRRCD_VECTOR_BYTES)));
+  typedef double Unaligned __attribute__((vector_size(CRRCD_VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t I __attribute__((vector_size(CRRCD_VECTOR_BYTES)));
+  static constexpr int kLanes = CRRCD_VECTOR_BYTES / 8;
+};
+
+template <typename T>
+CRRCD_INLINE typename Simd<T>::V load(const T* p) {
+  return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
+}
+
+template <typename T>
+CRRCD_INLINE void store(T* p, typename Simd<T>::V v) {
+  *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
+}
+
+template <typename T>
+CRRCD_INLINE typename Simd<T>::V splat(T x) {
+  return x - typename Simd<T>::V{};
+}
+
+// Pairwise, so that the order does not depend on the compiler.
+template <typename T>
+CRRCD_INLINE T horizontal_sum(typename Simd<T>::V v) {
+#if CRRCD_VECTOR_BYTES == 64 && defined(__x86_64__)
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_add_ps((__m512)v);
+  else return _mm512_reduce_add_pd((__m512d)v);
+#else
+  T lane[Simd<T>::kLanes];
+  store(lane, v);
+  for (int width = Simd<T>::kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+#endif
+}
+
+// One bit a lane: lane > 0.
+CRRCD_INLINE uint32_t positive_bits(Simd<float>::V v) {
+#if CRRCD_VECTOR_BYTES == 64 && defined(__x86_64__)
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_GT_OQ);
+#elif CRRCD_VECTOR_BYTES == 32 && defined(__x86_64__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_setzero_ps(), _CMP_GT_OQ));
+#elif CRRCD_VECTOR_BYTES == 16 && defined(__x86_64__)
+  return _mm_movemask_ps(_mm_cmpgt_ps((__m128)v, _mm_setzero_ps()));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < Simd<float>::kLanes; ++i) bits |= uint32_t(v[i] > 0) << i;
+  return bits;
+#endif
+}
+
+CRRCD_INLINE uint32_t positive_bits(Simd<double>::V v) {
+#if CRRCD_VECTOR_BYTES == 64 && defined(__x86_64__)
+  return _mm512_cmp_pd_mask((__m512d)v, _mm512_setzero_pd(), _CMP_GT_OQ);
+#elif CRRCD_VECTOR_BYTES == 32 && defined(__x86_64__)
+  return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)v, _mm256_setzero_pd(), _CMP_GT_OQ));
+#elif CRRCD_VECTOR_BYTES == 16 && defined(__x86_64__)
+  return _mm_movemask_pd(_mm_cmpgt_pd((__m128d)v, _mm_setzero_pd()));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < Simd<double>::kLanes; ++i) bits |= uint32_t(v[i] > 0) << i;
+  return bits;
+#endif
+}
+
+// exp(x) for x <= 0, to about one unit in the last place; 0 where the result is not a normal number.
+CRRCD_INLINE Simd<float>::V exp_nonpositive(Simd<float>::V x) {
+  using V = Simd<float>::V;
+  using I = Simd<float>::I;
+  const V rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  V t = x * 1.44269504088896341f + rounder;
+  V n = t - rounder;
+  V r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  V p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  I exponent = ((I)t - (I)rounder + 127) << 23;
+  V result = p * (V)exponent;
+  return x < -87.0f ? V{} : result;
+}
+
+CRRCD_INLINE Simd<double>::V exp_nonpositive(Simd<double>::V x) {
+  using V = Simd<double>::V;
+  using I = Simd<double>::I;
+  const V rounder = splat(6755399441055744.0);
+  V t = x * 1.4426950408889634074 + rounder;
+  V n = t - rounder;
+  V r = x - n * 6.93147180369123816490e-01;
+  r = r - n * 1.90821492927058770002e-10;
+  V p = splat(1.0 / 6227020800.0);
+  p = p * r + 1.0 / 479001600.0;
+  p = p * r + 1.0 / 39916800.0;
+  p = p * r + 1.0 / 3628800.0;
+  p = p * r + 1.0 / 362880.0;
+  p = p * r + 1.0 / 40320.0;
+  p = p * r + 1.0 / 5040.0;
+  p = p * r + 1.0 / 720.0;
+  p = p * r + 1.0 / 120.0;
+  p = p * r + 1.0 / 24.0;
+  p = p * r + 1.0 / 6.0;
+  p = p * r + 0.5;
+  p = p * (r * r) + r + 1.0;
+  I exponent = ((I)t - (I)rounder + 1023) << 52;
+  V result = p * (V)exponent;
+  return x < -708.0 ? V{} : result;
+}

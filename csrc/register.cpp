@@ -1,0 +1,87 @@
+// The compiled module: kernels for the CPU key of the crrcd:: operators (their schemas are in
+// crrcd_ext/_schema.py), and through pybind11 what is no operator.
+#include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+
+#include "cpu/bank_update.h"
+#include "cpu/host.h"
+#include "cpu/kernels.h"
+#include "cpu/plan.h"
+#include "cpu/relation.h"
+#include "cpu/relation_nce.h"
+
+TORCH_LIBRARY_IMPL(crrcd, CPU, m) {
+  m.impl("relation", crrcd::relation_cpu);
+  m.impl("relation_backward", crrcd::relation_backward_cpu);
+  m.impl("relation_nce", crrcd::relation_nce_cpu);
+  m.impl("relation_nce_", crrcd::relation_nce_update_cpu);
+  m.impl("bank_update_", crrcd::bank_update_cpu);
+}
+
+namespace {
+
+namespace py = pybind11;
+
+std::vector<std::string> isa_available() {
+  std::vector<std::string> names;
+  for (const crrcd::Kernels* k : crrcd::available_kernels()) names.emplace_back(k->isa);
+  return names;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = CRRCD_COMPILER;
+  info["torch"] = CRRCD_TORCH_VERSION;
+  info["cuda"] = CRRCD_WITH_CUDA != 0;
+  info["debug"] = CRRCD_DEBUG != 0;
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  return info;
+}
+
+py::dict plan(int64_t anchors, int64_t queries, int64_t keys, int64_t hidden, int64_t relation_dim,
+              int64_t bank_dim, const std::string& dtype, int64_t need,
+              std::optional<int64_t> threads) {
+  if (dtype != "float64" && dtype != "float32" && dtype != "bfloat16")
+    throw py::value_error("crrcd_ext.plan: dtype: expected float64, float32 or bfloat16, got " + dtype);
+  const int64_t element = dtype == "float64" ? 8 : 4;
+  const crrcd::Needs needs{(need & crrcd::kNeedQuery) != 0,
+                           (need & (crrcd::kNeedBank | crrcd::kNeedKeyWeight)) != 0,
+                           (need & crrcd::kNeedAnchor) != 0,
+                           (need & (crrcd::kNeedWeight | crrcd::kNeedBias)) != 0};
+  const crrcd::Plan p = crrcd::make_plan(anchors, queries, keys, hidden, relation_dim, needs, element,
+                                         threads.value_or(at::get_num_threads()));
+  static const char* const forms[] = {"gram", "triangular", "direct"};
+  py::dict out;
+  out["form"] = forms[static_cast<int>(p.form)];
+  out["tile"] = p.tile;
+  out["tiles_per_chunk"] = p.tiles_per_chunk;
+  out["key_parts"] = p.key_parts;
+  out["anchor_parts"] = p.anchor_parts;
+  out["bank_dim"] = bank_dim;
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("isa_available", &isa_available,
+        "Instruction sets of this build that this processor can run, best first.");
+  m.def("isa_active", [] { return std::string(crrcd::active_kernels().isa); },
+        "The instruction set in use: forced, else CRRCD_CPU_ISA, else the best.");
+  m.def("set_isa", [](const std::optional<std::string>& isa) { crrcd::force_kernels(isa.value_or("")); },
+        py::arg("isa"), "Force an instruction set by name, or None to undo that.");
+  m.def("build_info", &build_info, "Compiler, torch version and switches of this build.");
+  m.def("num_threads", [] { return at::get_num_threads(); }, "Threads that an operator uses.");
+  m.def("set_poison", &crrcd::set_poison, py::arg("on"),
+        "Fill scratch memory with NaN before use, to find reads of what was never written.");
+  m.def("plan", &plan, py::arg("anchors"), py::arg("queries"), py::arg("keys"), py::arg("hidden"),
+        py::arg("relation_dim"), py::arg("bank_dim"), py::arg("dtype") = "float32",
+        py::arg("need") = 511, py::arg("threads") = py::none(),
+        "How relation_nce would cut up a call of these sizes.");
+}
