@@ -1,0 +1,90 @@
+"""Argument checks of the modules: one message form, everything before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def fail(kind: type[Exception], where: str, argument: str, expected: str, got: object) -> None:
+    """Raise `kind` with "crrcd_ext.WHERE: ARGUMENT: expected EXPECTED, got GOT"."""
+    raise kind(f"crrcd_ext.{where}: {argument}: expected {expected}, got {got}")
+
+
+def choice(where: str, argument: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        fail(ValueError, where, argument, "one of " + ", ".join(map(repr, allowed)), repr(value))
+
+
+def positive_int(where: str, argument: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        fail(ValueError, where, argument, "a positive integer", repr(value))
+
+
+def momentum(where: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+        fail(ValueError, where, "momentum", "a number in [0, 1]", repr(value))
+
+
+def features(where: str, argument: str, x: object, width: int, device: torch.device) -> None:
+    """A floating point [*, width] matrix on `device`."""
+    if not isinstance(x, Tensor):
+        fail(TypeError, where, argument, f"a tensor [B, {width}]", type(x).__name__)
+    if x.dim() != 2 or x.shape[1] != width:
+        fail(ValueError, where, argument, f"shape [B, {width}]", list(x.shape))
+    if not x.is_floating_point():
+        fail(TypeError, where, argument, "a floating point dtype", x.dtype)
+    if x.device != device:
+        fail(ValueError, where, argument, f"a tensor on {device} (where the module is)", x.device)
+
+
+def integers(where: str, argument: str, x: object, size: int, device: torch.device) -> Tensor:
+    """An integer vector [size] on `device`, as int64."""
+    if not isinstance(x, Tensor):
+        fail(TypeError, where, argument, f"an int64 tensor [{size}]", type(x).__name__)
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        fail(TypeError, where, argument, "an integer dtype (int64)", x.dtype)
+    if x.dim() != 1 or x.shape[0] != size:
+        fail(ValueError, where, argument, f"shape [{size}]", list(x.shape))
+    if x.device != device:
+        fail(ValueError, where, argument, f"a tensor on {device} (where the module is)", x.device)
+    return x.to(torch.int64)
+
+
+def may_read(x: Tensor) -> bool:
+    """Whether the host may read a value: free on the CPU, a stall or a graph break elsewhere."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def in_range(where: str, argument: str, index: Tensor, bound: int) -> None:
+    """All of `index` in [0, bound); asserted on the device where the host must not wait."""
+    if index.numel() == 0:
+        return
+    if may_read(index):
+        low, high = (int(v) for v in index.aminmax())
+        if low < 0 or high >= bound:
+            fail(IndexError, where, argument, f"values in [0, {bound})", low if low < 0 else high)
+    elif index.device.type != "meta":
+        inside = ((index >= 0) & (index < bound)).all()
+        message = f"crrcd_ext.{where}: {argument}: expected values in [0, {bound})"
+        torch._assert_async(inside, message)
+
+
+def finite(where: str, argument: str, x: Tensor, hint: str) -> None:
+    """All of `x` finite; asserted on the device where the host must not wait."""
+    x = x.detach()
+    if may_read(x):
+        # A sum over a NaN or an infinity is not finite, so a finite sum settles it in one pass.
+        if torch.isfinite(x.sum()).item():
+            return
+        bad = ~torch.isfinite(x)
+        count = int(bad.sum())
+        if count:
+            row = int(bad.any(dim=1).nonzero()[0])
+            got = f"{count} of {x.numel()} values not finite, the first in row {row}{hint}"
+            fail(ValueError, where, argument, "finite values", got)
+    elif x.device.type != "meta":
+        message = f"crrcd_ext.{where}: {argument}: expected finite values{hint}"
+        torch._assert_async(torch.isfinite(x).all(), message)

@@ -1,0 +1,136 @@
+"""Embedding heads: backbone features -> unit rows, standardised on the way."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm, normalize
+
+from crrcd_ext.modules._buffers import KeepsBufferDtype
+
+EPSILON = 1e-5
+"""Added to a variance before its square root, as in batch normalisation."""
+
+
+class Statistics(NamedTuple):
+    """Per-feature mean and variance (float64 [D]) and the number of samples behind them (float64 scalar)."""
+
+    mean: Tensor
+    variance: Tensor
+    count: Tensor
+
+
+class Standardizer(KeepsBufferDtype):
+    """(x - mean) / sqrt(variance + 1e-5) for every feature, no affine part.
+
+    Running statistics are merged batch by batch. A batch weighs B / (samples seen + B), so that
+    they are those of all samples, but never less than ``floor``, which makes them forget: for
+    features that change while they are trained. :meth:`set_` fixes them.
+
+    Buffers: ``mean`` and ``variance``, float64 [D], and ``count``, the samples seen, infinite once
+        they are fixed.
+    """
+
+    def __init__(self, dim: int, floor: float = 0.0) -> None:
+        super().__init__()
+        self.floor = floor
+        self.fixed = False
+        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
+        self.register_buffer("variance", torch.ones(dim, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    @property
+    def statistics(self) -> Statistics:
+        """The running statistics."""
+        return Statistics(self.mean, self.variance, self.count)
+
+    @torch.no_grad()
+    def merged(self, x: Tensor) -> Statistics:
+        """The running statistics with the batch ``x`` [B, D] taken in; nothing is stored."""
+        variance, mean = torch.var_mean(_wide(x), dim=0, correction=0)
+        total = self.count + len(x)
+        weight = len(x) / total
+        if self.floor:
+            weight = weight.clamp_(min=self.floor)
+        delta = mean - self.mean
+        rest = 1 - weight
+        return Statistics(
+            self.mean + weight * delta,
+            rest * (self.variance + weight * delta * delta) + weight * variance,
+            total,
+        )
+
+    @torch.no_grad()
+    def set_(self, mean: Tensor, variance: Tensor) -> None:
+        """Fix the statistics."""
+        self.mean.copy_(mean)
+        self.variance.copy_(variance)
+        self.count.fill_(torch.inf)
+        self.fixed = True
+
+    def forward(self, x: Tensor, statistics: Statistics | None = None) -> Tensor:
+        """[B, D] -> [B, D], by ``statistics`` or, without them, the running ones."""
+        mean, variance, _ = self.statistics if statistics is None else statistics
+        inverse = (variance + EPSILON).rsqrt_()
+        return (x - mean.to(x.dtype)).mul_(inverse.to(x.dtype))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        count = state_dict.get(prefix + "count")
+        if count is not None:
+            self.fixed = bool(torch.isinf(count))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"{self.mean.shape[0]}, floor={self.floor:g}"
+
+
+class EmbeddingHead(nn.Module):
+    """e = unit(linear(standardise(f))) or, for kind "identity", unit(standardise(f)).
+
+    Args:
+        in_dim: width of the backbone's features.
+        out_dim: width of the embedding; ignored for "identity", which keeps the width.
+        kind: "linear" or "identity".
+        standardize: with a :class:`Standardizer` in front.
+        floor: the standardiser's.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        kind: str = "linear",
+        standardize: bool = True,
+        floor: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.in_dim = in_dim
+        self.out_dim = out_dim if kind == "linear" else in_dim
+        self.standardize = Standardizer(in_dim, floor) if standardize else None
+        self.linear = nn.Linear(in_dim, out_dim) if kind == "linear" else None
+        if self.linear is not None:
+            nn.init.zeros_(self.linear.bias)
+
+    def forward(
+        self, features: Tensor, statistics: Statistics | None = None, batch: bool = False
+    ) -> Tensor:
+        """[B, in_dim] -> [B, out_dim], unit rows (zero where the embedding vanishes), at least float32.
+
+        ``statistics`` replace the standardiser's; ``batch`` standardises by the batch itself,
+        differentiably.
+        """
+        x = _wide(features)
+        if self.standardize is not None:
+            if batch:
+                x = batch_norm(x, None, None, training=True, eps=EPSILON)
+            else:
+                x = self.standardize(x, statistics)
+        if self.linear is not None:
+            x = _wide(self.linear(x.to(self.linear.weight.dtype)))
+        return normalize(x, dim=1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
