@@ -73,8 +73,8 @@ class MemoryBank(KeepsBufferDtype):
     def update_(self, index: Tensor, value: Tensor) -> None:
         """Blend ``value`` [B, D] into the rows ``index`` (int64 [B]).
 
-        Of equal ids the last occurrence wins. Raises TypeError, ValueError or IndexError as :func:`crrcd_ext.functional.bank_update_`,
-        before any row has changed.
+        Of equal ids the last occurrence wins. Raises TypeError, ValueError or IndexError as
+        :func:`crrcd_ext.functional.bank_update_` does, before any row has changed.
         """
         functional.bank_update_(
             self.rows,
@@ -132,10 +132,10 @@ class MemoryBank(KeepsBufferDtype):
         if loaded is not None and loaded.shape != self.rows.shape:
             raise RuntimeError(
                 f"crrcd_ext.MemoryBank: {prefix}rows: expected {self.num_rows} rows of width "
-                f"{self.dim}, got a bank of {' x '.join(map(str, loaded.shape))} in the checkpoint; "
-                "it comes from another data set or configuration: build the module with the same "
-                "num_samples and widths, or leave the bank out of the state_dict and load with "
-                "strict=False"
+                f"{self.dim}, got a bank of {' x '.join(map(str, loaded.shape))} in the "
+                "checkpoint; it comes from another data set or configuration: build the module "
+                "with the same num_samples and widths, or leave the bank out of the state_dict and "
+                "load with strict=False"
             )
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:

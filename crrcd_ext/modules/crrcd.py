@@ -393,7 +393,7 @@ class CRRCDLoss(KeepsBufferDtype):
         return index, labels.masked_fill(labels < 0, _UNLABELLED)
 
     def _screen(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The features, zeroed in a step to skip, and for "skip" whether all are finite (bool [])."""
+        """The features, zeroed in a step to skip; for "skip" whether all are finite (bool [])."""
         if self.nonfinite == "error":
             _checks.finite(NAME, "student_features", student, SKIP_HINT)
             _checks.finite(NAME, "teacher_features", teacher, SKIP_HINT)

@@ -33,14 +33,14 @@ def no_information_loss(negatives: int, objective: str) -> float:
 
 
 def relation_variance(relation: Tensor) -> float:
-    """Mean over anchors and dimensions of the variance over the samples b, of [A, B, R]; 1/R is its bound."""
+    """Variance of [A, B, R] over b, mean over anchors and dimensions; 1/R is its bound."""
     return float(relation.var(dim=1, correction=0).mean())
 
 
 def effective_rank(relation: Tensor) -> float:
-    """exp of the entropy of the normalised singular values (Roy and Vetterli, 2007); 0 for a constant relation.
+    """exp of the entropy of the normalised singular values (Roy and Vetterli, 2007).
 
-    Of [A, B, R], centred over b for every anchor and stacked to [A B, R].
+    Of [A, B, R], centred over b for every anchor and stacked to [A B, R]; 0 for a constant.
     """
     centred = (relation - relation.mean(dim=1, keepdim=True)).flatten(0, 1)
     values = torch.linalg.svdvals(centred.to(torch.float64))

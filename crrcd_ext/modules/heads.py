@@ -15,7 +15,7 @@ EPSILON = 1e-5
 
 
 class Statistics(NamedTuple):
-    """Per-feature mean and variance (float64 [D]) and the number of samples behind them (float64 scalar)."""
+    """Mean and variance (float64 [D]) and the number of samples behind them (float64 [])."""
 
     mean: Tensor
     variance: Tensor
@@ -116,10 +116,10 @@ class EmbeddingHead(nn.Module):
     def forward(
         self, features: Tensor, statistics: Statistics | None = None, batch: bool = False
     ) -> Tensor:
-        """[B, in_dim] -> [B, out_dim], unit rows (zero where the embedding vanishes), at least float32.
+        """[B, in_dim] -> [B, out_dim]: unit rows, zero where they vanish, at least float32.
 
-        ``statistics`` replace the standardiser's; ``batch`` standardises by the batch itself,
-        differentiably.
+        ``statistics`` replace the standardiser's; ``batch`` standardises by the batch itself, with
+        gradient.
         """
         x = _wide(features)
         if self.standardize is not None:

@@ -32,12 +32,12 @@ def log_mean_exp_logit(
     self_pairs: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """log Zbar = log mean exp(<u, v> / tau), over the kept pairs and their candidates: positive and kept negatives.
+    """log Zbar = log mean exp(<u, v>/tau) over kept pairs and their candidates.
 
-    This is CRD's constant Z = N Zbar, in log space. Arguments as for
-    :func:`crrcd_ext.functional.relation_nce`. At most 16,384 negatives, evenly spaced, enter; they
-    are related in pieces of 16 MB. float32, or float64 when the operands are; -inf or NaN when no
-    pair is kept.
+    Candidates are the positive and the kept negatives, so that this is CRD's constant Z = N Zbar,
+    in log space. Arguments as for :func:`crrcd_ext.functional.relation_nce`. At most 16,384
+    negatives, evenly spaced, enter; they are related in pieces of 16 MB. Returns float32, or
+    float64 when the operands are; -inf or NaN when no pair is kept.
     """
     device = query.device
     dtype = torch.promote_types(query.dtype, torch.float32)
