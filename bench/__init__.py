@@ -1,0 +1,1 @@
+"""Microbenchmarks of crrcd_ext against plain PyTorch: `python -m bench --help`."""

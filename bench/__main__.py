@@ -1,0 +1,33 @@
+"""Command line of the benchmarks: python -m bench {relation_nce,module_step} --help."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from bench import module_step, relation_nce
+
+COMMANDS = {"relation_nce": relation_nce, "module_step": module_step}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            description=module.__doc__,
+            help=module.__doc__.split(": ", 1)[1],
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        module.add_arguments(command)
+    options = parser.parse_args(arguments)
+    try:
+        return COMMANDS[options.command].main(options)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

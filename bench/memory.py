@@ -1,0 +1,93 @@
+"""Peak extra memory of one step, each measured in a fresh process of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from bench.baselines import BASELINES, OPERATOR, make_step
+from bench.problem import Shape, make_problem
+
+
+def _status(field: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: peak memory needs Linux")
+
+
+def peak_extra_bytes(step: Callable[[], object]) -> int:
+    """How far the resident set rises above its size before `step`, at its highest.
+
+    The kernel's high-water mark is reset right before. The gradients that the step leaves count.
+    """
+    gc.collect()
+    with suppress(AttributeError):  # another C library than glibc
+        # Hand freed blocks back, or the step would reuse them unseen.
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
+
+
+def measure_here(shape: Shape, name: str, dtype: str, grads: str, backend: str, chunk: int) -> int:
+    """Body of the fresh process: warm up without touching what is measured, then measure."""
+    # Libraries load code and thread pools at their first call; a small problem brings them in.
+    small = replace(shape, anchors=2, queries=3, keys=8, rows=16)
+    make_step(make_problem(small, grads), name, dtype, backend, 8)()
+    problem = make_problem(shape, grads)
+    step = make_step(problem, name, dtype, backend, chunk)
+    if name != OPERATOR and BASELINES[name][1]:
+        step()  # the compilation itself is not to be counted
+        problem.clear_gradients()
+    return peak_extra_bytes(step)
+
+
+def peak_extra_memory(
+    shape: Shape, name: str, dtype: str, grads: str, backend: str = "cpu", chunk: int = 512
+) -> int:
+    """Bytes of memory that one step of `name` needs beyond its inputs, from a fresh process."""
+    request = {
+        "shape": shape.as_dict(),
+        "name": name,
+        "dtype": dtype,
+        "grads": grads,
+        "backend": backend,
+        "chunk": chunk,
+        "threads": torch.get_num_threads(),
+    }
+    # Without a fixed threshold glibc keeps freed blocks of up to 32 MB for later.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.memory", json.dumps(request)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).resolve().parent.parent,
+    )
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise RuntimeError(f"measuring the memory of {name} at {shape} failed: {last[0]}")
+    return int(done.stdout.strip().splitlines()[-1])
+
+
+def _main() -> None:
+    request = json.loads(sys.argv[1])
+    torch.set_num_threads(request.pop("threads"))
+    print(measure_here(Shape(**request.pop("shape")), **request))
+
+
+if __name__ == "__main__":
+    _main()
