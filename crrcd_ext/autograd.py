@@ -1,13 +1,23 @@
 """Derivatives of the compiled operators.
 
 relation_nce computes its gradients in the forward pass: a scalar loss needs nothing from backward
-but one factor. relation keeps what its own backward operator reads.
+but one factor. relation keeps what its own backward operator reads. Both formulas are registered
+with the operators, so that a compiler sees one node. Only relation_nce_, which changes its bank,
+cannot have a registered formula; a Function calls it.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from crrcd_ext import _schema
+
+GRADIENTS = 9
+"""query, positive, anchor, bank, key_weight, weight, bias, scale, offset: the bits of ``need``."""
+
+_POSITIONS = (0, 1, 2, 3, 9, 4, 5, 6, 7)
+"""Where these nine stand among the operator's arguments."""
 
 
 def need_bits(*inputs: Tensor | None) -> int:
@@ -23,69 +33,71 @@ def need_bits(*inputs: Tensor | None) -> int:
 def _refuse_double_backward(operator: str) -> None:
     # Grad mode is on in backward only under create_graph=True. The gradients would look
     # differentiable there and lack their second derivatives, a mistake that nothing would show.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled():
         raise RuntimeError(
             f"crrcd_ext.{operator}: double backward (create_graph=True) is not supported by "
             "backend 'cpu'; use backend='reference'"
         )
 
 
-class Relation(torch.autograd.Function):
-    """crrcd::relation with crrcd::relation_backward as its derivative."""
+def _keep_relation(ctx, inputs, output) -> None:
+    anchor, sample, weight, _bias = inputs
+    ctx.save_for_backward(*output, anchor, sample, weight)
+    ctx.mark_non_differentiable(output[1])
+    ctx.need = sum(1 << bit for bit in range(4) if ctx.needs_input_grad[bit])
+
+
+def _relation_backward(ctx, grad, _):
+    _refuse_double_backward("relation")
+    gradients = torch.ops.crrcd.relation_backward(grad, *ctx.saved_tensors, ctx.need)
+    return tuple(g if ctx.need & 1 << bit else None for bit, g in enumerate(gradients))
+
+
+def _keep_relation_nce(ctx, inputs, output) -> None:
+    _loss, *gradients = output
+    ctx.need = inputs[17]
+    ctx.save_for_backward(*(g for bit, g in enumerate(gradients) if ctx.need & 1 << bit))
+    ctx.mark_non_differentiable(*gradients)
+    ctx.arguments = len(inputs)
+
+
+def _relation_nce_backward(ctx, grad, *_):
+    _refuse_double_backward("relation_nce")
+    saved = iter(ctx.saved_tensors)
+    gradients = [None] * ctx.arguments
+    for bit, position in enumerate(_POSITIONS):
+        if ctx.need & 1 << bit:
+            g = next(saved)
+            gradients[position] = (g * grad).to(g.dtype)
+    return tuple(gradients)
+
+
+torch.library.register_autograd(
+    "crrcd::relation", _relation_backward, setup_context=_keep_relation, lib=_schema.library
+)
+torch.library.register_autograd(
+    "crrcd::relation_nce",
+    _relation_nce_backward,
+    setup_context=_keep_relation_nce,
+    lib=_schema.library,
+)
+
+
+class RelationNCEUpdate(torch.autograd.Function):
+    """crrcd::relation_nce_, arguments in its order; the derivative is that of relation_nce."""
 
     @staticmethod
-    def forward(ctx, anchor, sample, weight, bias, need):
-        relation, inverse_norm = torch.ops.crrcd.relation(anchor, sample, weight, bias)
-        ctx.save_for_backward(relation, inverse_norm, anchor, sample, weight)
-        ctx.need = need
-        return relation
+    def forward(ctx, *arguments):
+        output = torch.ops.crrcd.relation_nce_(*arguments)
+        _keep_relation_nce(ctx, arguments, output)
+        return output
 
-    @staticmethod
-    def backward(ctx, grad):
-        _refuse_double_backward("relation")
-        gradients = torch.ops.crrcd.relation_backward(grad, *ctx.saved_tensors, ctx.need)
-        return (*(g if ctx.need & 1 << bit else None for bit, g in enumerate(gradients)), None)
-
-
-class RelationNCE(torch.autograd.Function):
-    """crrcd::relation_nce, or crrcd::relation_nce_ with an update; nine inputs have gradients."""
-
-    @staticmethod
-    def forward(ctx, index, masks, options, need, update, *inputs):
-        loss, *gradients = call_relation_nce(inputs, index, masks, options, need, update)
-        ctx.save_for_backward(*(g for bit, g in enumerate(gradients) if need & 1 << bit))
-        ctx.need = need
-        ctx.inputs = len(inputs)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        _refuse_double_backward("relation_nce")
-        saved = iter(ctx.saved_tensors)
-        gradients = [None] * 5
-        for bit in range(ctx.inputs):
-            g = next(saved) if ctx.need & 1 << bit else None
-            gradients.append(None if g is None else (g * grad).to(g.dtype))
-        return tuple(gradients)
-
-
-def call_relation_nce(inputs, index, masks, options, need, update) -> tuple[Tensor, ...]:
-    """The operator itself; ``update`` is None or (index, value, momentum, normalize)."""
-    query, positive, anchor, bank, key_weight, weight, bias, scale, offset = inputs
-    head = (query, positive, anchor, bank, weight, bias, scale, offset, index, key_weight)
-    if update is None:
-        return torch.ops.crrcd.relation_nce(*head, *masks, *options, need)
-    result = torch.ops.crrcd.relation_nce_(*head, *masks, *options, need, *update)
-    torch.autograd.graph.increment_version(bank)
-    return result
+    backward = staticmethod(_relation_nce_backward)
 
 
 def relation(anchor: Tensor, sample: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Backend "cpu" of functional.relation; operands share one dtype."""
-    need = need_bits(anchor, sample, weight, bias)
-    if not need:
-        return torch.ops.crrcd.relation(anchor, sample, weight, bias)[0]
-    return Relation.apply(anchor, sample, weight, bias, need)
+    return torch.ops.crrcd.relation(anchor, sample, weight, bias)[0]
 
 
 def relation_nce(
@@ -101,16 +113,22 @@ def relation_nce(
     bank) and scale, offset (0-dim); ``masks`` are anchor_id, query_id, key_id, query_label,
     key_label; ``options`` self_pairs and objective.
     """
+    query, positive, anchor, bank, key_weight, weight, bias, scale, offset = inputs
+    head = (query, positive, anchor, bank, weight, bias, scale, offset, index, key_weight)
     need = need_bits(*inputs)
-    # The compiler cannot trace an autograd.Function that mutates an input. There the update is an
-    # operator of its own; the graph keeps it behind the pass, which reads the bank.
-    fused = None if torch.compiler.is_compiling() else update
+    arguments = (*head, *masks, *options, need)
+    # The compiler cannot trace a Function that changes an input. There the update is an operator
+    # of its own; the graph keeps it behind the pass, which reads the bank.
+    if update is None or torch.compiler.is_compiling():
+        loss = torch.ops.crrcd.relation_nce(*arguments)[0]
+        if update is not None:
+            bank_update_(bank, *update)
+        return loss
     if need:
-        loss = RelationNCE.apply(index, masks, options, need, fused, *inputs)
+        loss = RelationNCEUpdate.apply(*arguments, *update)[0]
     else:
-        loss = call_relation_nce(inputs, index, masks, options, need, fused)[0]
-    if update is not None and fused is None:
-        bank_update_(inputs[3], *update)
+        loss = torch.ops.crrcd.relation_nce_(*arguments, *update)[0]
+    torch.autograd.graph.increment_version(bank)
     return loss
 
 
