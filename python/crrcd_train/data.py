@@ -64,6 +64,12 @@ def load(data: Data, say: fetch.Say = print) -> Images:
     if data.name != "folder" and data.image_size:
         images.train = resize(images.train, data.image_size, data.resize)
         images.test = resize(images.test, data.image_size, data.resize)
+    check_sizes(data, images)
+    return images
+
+
+def check_sizes(data: Data, images: Images) -> None:
+    """Raises UserError where sizes of the settings and the images contradict each other."""
     edge = images.train.shape[-1]
     if data.student_size > edge:
         raise UserError(
@@ -71,7 +77,6 @@ def load(data: Data, say: fetch.Say = print) -> Images:
         )
     if data.shift >= edge:
         raise UserError(f"data.shift: {data.shift} is not smaller than the images' {edge} pixels")
-    return images
 
 
 def split(data: Data, labels: Tensor, classes: int, seed: int) -> Split:

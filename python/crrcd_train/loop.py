@@ -6,6 +6,7 @@ import csv
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -118,7 +119,11 @@ class Session:
         self.sums: dict[str, Tensor] = {}
         self.history: list[dict[str, Any]] = []
         if resume and checkpoint.exists(self.path):
-            self._restore(checkpoint.load(self.path, say))
+            try:
+                state = checkpoint.load(self.path, say)
+            except UserError as error:
+                raise UserError(f"{error}; start over with --fresh") from None
+            self._restore(state)
 
     def run(self) -> list[dict[str, Any]]:
         """Trains to the end and returns one row of metrics for each epoch.
@@ -144,9 +149,9 @@ class Session:
                     self._train(rows, variants)
                     self.watcher.step(1)
                     self.seconds = before + time.monotonic() - started
-                    if interrupt.requested() and self.step < self.steps:
-                        self._save()
-                        raise Interrupted(f"stopped at step {self.step} of {self.steps}")
+                    # At the last step of an epoch the epoch is closed first.
+                    if interrupt.requested() and self.step < (epoch + 1) * self.per_epoch:
+                        self._stop()
                 row = self._close_epoch(epoch)
                 self.seconds = row["seconds"] = round(before + time.monotonic() - started, 3)
                 self.history.append(row)
@@ -159,6 +164,8 @@ class Session:
                 if self.step == self.steps or time.monotonic() - saved > run.checkpoint_seconds:
                     self._save()
                     saved = time.monotonic()
+                if interrupt.requested() and self.step < self.steps:
+                    self._stop()
         finally:
             self.watcher.close()
             if board is not None:
@@ -199,8 +206,16 @@ class Session:
             for module in self.task.modules().values():
                 module.eval()
             row["validation"] = self.task.validate()
-            row.update(self.task.diagnostics())
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                row.update(self.task.diagnostics())
+            for warning in caught:
+                self.say(f"{self.output}, epoch {epoch + 1}: warning: {warning.message}")
         return row
+
+    def _stop(self) -> None:
+        self._save()
+        raise Interrupted(f"{self.output}: stopped at step {self.step} of {self.steps}")
 
     def _save(self) -> None:
         state = {

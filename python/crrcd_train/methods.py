@@ -173,7 +173,9 @@ class StudentTask:
         if "crrcd" in self.method:
             features = self._teacher_features()
             self.criterion = self._make_criterion(features.shape[1])
-            self.criterion.fill(torch.arange(self.count, device=device), features)
+            rows = torch.arange(self.count, device=device)
+            labels = chosen[1].to(device) if config.crrcd.exclude_same_label else None
+            self.criterion.fill(rows, features, labels=labels)
         edge, mode = data.student_size, data.resize
         self._validate = _Validation(
             prepared(images.train[parts.validation], self.normalize, edge, mode),

@@ -218,7 +218,9 @@ def _drain(messages: Any, bar: Any, totals: dict[str, int], count: int) -> None:
             kind, title, value = messages.get_nowait()
         except queue.Empty:
             break
-        if kind == "start":
+        if kind == "say":
+            say(value)
+        elif kind == "start":
             totals[title] = value
             # Runs that have not begun are expected to be as long as those that have.
             bar.total = round(sum(totals.values()) / len(totals) * count)
@@ -261,11 +263,10 @@ def _work(job: Job) -> dict[str, Any]:
         _worker["images"] = data.load(job.config.data, lambda text: None)
     watcher = _Report(_worker["messages"], job.title)
     return runs.train_student(
-        job.config, _worker["images"], job.output, resume=True, watcher=watcher, say=_quiet
+        job.config,
+        _worker["images"],
+        job.output,
+        resume=True,
+        watcher=watcher,
+        say=lambda text: _worker["messages"].put(("say", job.title, text)),
     )
-
-
-def _quiet(text: str) -> None:
-    """Workers only speak of what a user must know: a checkpoint that was damaged."""
-    if "damaged" in text:
-        say(text)

@@ -1,0 +1,293 @@
+"""Training itself: every method learns, resuming is exact, trouble is told."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import idx_files
+
+from crrcd_train import checkpoint, config, data, interrupt, methods, runs
+from crrcd_train.errors import Interrupted, UserError
+
+SMALL = [
+    "data.validation=50",
+    "data.labels=100",
+    "data.shift=2",
+    "teacher.model=cnn3",
+    "teacher.width=4",
+    "teacher.optim.epochs=6",
+    "teacher.optim.batch_size=32",
+    "student.width=4",
+    "optim.epochs=3",
+    "optim.batch_size=32",
+    "crrcd.negatives=32",
+    "crrcd.embedding_dim=16",
+    "crrcd.hidden_dim=16",
+    "crrcd.relation_dim=16",
+    "crrcd.anchors=4",
+    "data.cache=table",
+    "run.validate_every=1",
+    "run.checkpoint_seconds=0",
+    "run.tensorboard=false",
+    "run.progress=false",
+    "run.threads=1",
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return idx_files.write(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="module")
+def base(files: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    root = tmp_path_factory.mktemp("data")
+    return [*SMALL, f"data.source={files}", f"data.root={root}"]
+
+
+@pytest.fixture(scope="module")
+def images(base: list[str]) -> data.Images:
+    return data.load(config.load(None, base).data)
+
+
+@pytest.fixture(scope="module")
+def teacher(base: list[str], images: data.Images, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("teacher")
+    result = runs.train_teacher(config.load(None, base), images, folder)
+    assert result["test"] > 30  # chance is 10
+    return folder
+
+
+@pytest.fixture
+def settings(base: list[str], teacher: Path) -> Any:
+    def make(*overrides: str) -> config.Config:
+        return config.load(None, [*base, f"teacher.checkpoint={teacher}", *overrides])
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    calls = iter(range(10**6))
+    monkeypatch.setattr(interrupt, "requested", lambda: next(calls) >= steps)
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Bit for bit, through nested containers."""
+    if isinstance(one, torch.Tensor):
+        same = one.dtype == other.dtype and one.shape == other.shape
+        return same and one.flatten().view(torch.uint8).equal(other.flatten().view(torch.uint8))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other or (one != one and other != other)
+
+
+def without_times(state: dict) -> dict:
+    history = [{k: v for k, v in row.items() if k != "seconds"} for row in state["history"]]
+    return {k: v for k, v in state.items() if k not in ("seconds", "config")} | {"history": history}
+
+
+@pytest.mark.parametrize("method", config.METHODS)
+def test_every_method_trains(
+    method: str, settings: Any, images: data.Images, tmp_path: Path
+) -> None:
+    chosen = settings(f"run.method={method}")
+    result = runs.train_student(chosen, images, tmp_path)
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
+    if "shuffled" not in method:
+        assert float(rows[-1]["ce"]) < float(rows[0]["ce"])
+    assert result["validation"] == float(rows[-1]["validation"])
+    assert result["method"] == method and "test" in result
+    parts = set(method.removesuffix("-shuffled").split("+")) | {"ce"}
+    assert parts == {name for name in ("ce", "kd", "crrcd") if name in rows[0]}
+    if "crrcd" in parts:
+        assert float(rows[-1]["crrcd_relation_variance"]) > 1e-3
+        assert float(rows[-1]["crrcd_no_information_loss"]) > 0
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["run.method=kd+crrcd"],
+        ["run.method=crrcd", "data.cache=live", "crrcd.direction=both", "crrcd.keys=live"],
+        ["run.method=crrcd", "optim.schedule=cosine", "crrcd.exclude_same_label=true"],
+        ["run.method=ce", "optim.schedule=step", "optim.clip_norm=1", "optim.label_smoothing=0.1"],
+        ["run.method=kd", "optim.schedule=constant", "kd.schedule=ramp-down"],
+        ["run.method=crrcd", "run.amp=bfloat16", "crrcd.schedule=ramp-up"],
+        ["run.method=kd", "run.amp=float16"],
+        ["run.method=ce", "student.model=timm:mobilenetv3_small_050"],
+    ],
+    ids=lambda overrides: " ".join(o.split(".")[-1] for o in overrides),
+)
+def test_resuming_is_exact(
+    overrides: list[str],
+    settings: Any,
+    images: data.Images,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = settings(*overrides)
+    whole = runs.train_student(chosen, images, tmp_path / "whole")
+    # Within the first epoch, then at the end of the second one, or in it.
+    for steps in (2, 7):
+        interrupt_after(monkeypatch, steps)
+        with pytest.raises(Interrupted):
+            runs.train_student(chosen, images, tmp_path / "parts", resume=True)
+        torch.rand(7)  # another process would have another state
+        monkeypatch.undo()
+        assert not (tmp_path / "parts" / runs.RESULT).exists()
+    parts = runs.train_student(chosen, images, tmp_path / "parts", resume=True)
+    one, other = (
+        without_times(checkpoint.load(tmp_path / name / checkpoint.FILE))
+        for name in ("whole", "parts")
+    )
+    for key in one:
+        assert equal(one[key], other[key]), key
+    assert parts["test"] == whole["test"]
+
+
+def test_teacher_resumes_exactly(
+    base: list[str], images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = config.load(None, base)
+    runs.train_teacher(chosen, images, tmp_path / "whole")
+    interrupt_after(monkeypatch, 1)
+    with pytest.raises(Interrupted):
+        runs.train_teacher(chosen, images, tmp_path / "parts")
+    monkeypatch.undo()
+    runs.train_teacher(chosen, images, tmp_path / "parts", resume=True)
+    one, other = (
+        without_times(checkpoint.load(tmp_path / name / checkpoint.FILE))
+        for name in ("whole", "parts")
+    )
+    assert equal(one, other)
+
+
+def test_damaged_checkpoint_goes_on_from_the_previous_one(
+    settings: Any, images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = settings("run.method=crrcd")
+    whole = runs.train_student(chosen, images, tmp_path / "whole")
+    interrupt_after(monkeypatch, 8)  # two epochs of four batches are saved, and the third begun
+    with pytest.raises(Interrupted):
+        runs.train_student(chosen, images, tmp_path / "parts")
+    monkeypatch.undo()
+    path = tmp_path / "parts" / checkpoint.FILE
+    path.write_bytes(path.read_bytes()[:-50])
+    said: list[str] = []
+    parts = runs.train_student(chosen, images, tmp_path / "parts", resume=True, say=said.append)
+    assert any("is damaged" in line and "previous" in line for line in said)
+    assert parts["validation"] == whole["validation"]
+    weights = [
+        checkpoint.load(tmp_path / name / checkpoint.FILE)["modules"] for name in ("whole", "parts")
+    ]
+    assert equal(*weights)
+
+
+def test_finished_runs_are_read_not_repeated(
+    settings: Any, images: data.Images, tmp_path: Path
+) -> None:
+    chosen = settings("run.method=ce", "optim.epochs=1")
+    first = runs.train_student(chosen, images, tmp_path)
+    assert runs.train_student(chosen, None, tmp_path, resume=True) == first  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="already holds a run; give --resume"):
+        runs.train_student(chosen, images, tmp_path)
+    with pytest.raises(UserError, match=r"holds a run with other settings \(optim.lr: 0.1 -> 0.2"):
+        other = settings("run.method=ce", "optim.epochs=1", "optim.lr=0.2")
+        runs.train_student(other, images, tmp_path, resume=True)
+
+
+def test_resuming_with_other_settings_is_refused(
+    settings: Any, images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_after(monkeypatch, 2)
+    with pytest.raises(Interrupted):
+        runs.train_student(settings("run.method=ce"), images, tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"other settings \(optim.epochs: 3 -> 4\)"):
+        runs.train_student(
+            settings("run.method=ce", "optim.epochs=4"), images, tmp_path, resume=True
+        )
+
+
+def test_divergence_is_told(settings: Any, images: data.Images, tmp_path: Path) -> None:
+    chosen = settings("run.method=ce", "optim.lr=1e30")
+    with pytest.raises(UserError, match=r"the loss became (nan|inf) in epoch 1; lower"):
+        runs.train_student(chosen, images, tmp_path)
+
+
+def test_wrong_options_of_the_loss_are_told(
+    settings: Any, images: data.Images, tmp_path: Path
+) -> None:
+    chosen = settings("run.method=crrcd", "crrcd.negatives=5000")
+    with pytest.raises(UserError, match="config table crrcd: .*negatives"):
+        runs.train_student(chosen, images, tmp_path)
+
+
+def test_teacher_is_needed_and_checked(
+    base: list[str], settings: Any, images: data.Images, teacher: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="method kd needs a teacher"):
+        runs.train_student(config.load(None, [*base, "run.method=kd"]), images, tmp_path / "a")
+    chosen = settings("run.method=kd", f"teacher.checkpoint={tmp_path / 'none.pt'}")
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        runs.train_student(chosen, images, tmp_path / "b")
+    runs.train_student(settings("run.method=ce", "optim.epochs=1"), images, tmp_path / "c")
+    chosen = settings("run.method=kd", f"teacher.checkpoint={tmp_path / 'c'}")
+    with pytest.raises(UserError, match="holds a student, not a teacher"):
+        runs.train_student(chosen, images, tmp_path / "d")
+
+
+def test_teacher_table_is_kept_checked_and_shared(
+    settings: Any, images: data.Images, teacher: Path, tmp_path: Path
+) -> None:
+    chosen = settings("run.method=kd", "run.seed=5", "optim.epochs=1")
+    runs.train_student(chosen, images, tmp_path / "a")
+    tables = teacher / runs.TABLES
+    newest = max(tables.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    count = len(list(tables.iterdir()))
+    newest.write_bytes(b"damaged")
+    said: list[str] = []
+    runs.train_student(chosen, images, tmp_path / "b", say=said.append)
+    assert any("is made anew" in line for line in said)
+    assert checkpoint.load(newest)["logits"].shape == (18, 100, 10)
+    assert len([p for p in tables.iterdir() if "previous" not in p.name]) == count
+
+
+def test_shuffling_gives_every_image_another_teacher_row(
+    settings: Any, images: data.Images
+) -> None:
+    chosen = settings("run.method=crrcd-shuffled")
+    parts = data.split(chosen.data, images.train_labels, 10, 0)
+    device = torch.device("cpu")
+    teacher, outputs = runs._teacher_for(chosen, images, parts, device, print)
+    task = methods.StudentTask(chosen, images, device, parts, teacher, outputs)
+    assert torch.equal(task.foreign.sort().values, torch.arange(100))
+    assert not (task.foreign == torch.arange(100)).any()
+    labels = images.train_labels[parts.student]
+    assert (labels == labels[task.foreign]).double().mean() < 0.3
+
+
+def test_kd_loss() -> None:
+    student, teacher = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5).double()
+    p, q = (torch.softmax(x / 4, 1) for x in (teacher, student))
+    expected = 16 * (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(methods.kd_loss(student, teacher, 4.0), expected.float())
+
+
+def test_unknown_device() -> None:
+    with pytest.raises(UserError, match="run.device: 'tpu' cannot be used"):
+        methods.pick_device("tpu")
