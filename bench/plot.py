@@ -53,6 +53,7 @@ def _panel(axes, cases: list[dict], field: str, factor: float, label: str) -> No
     ticks = sorted({case["shape"]["keys"] for case in cases})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("negatives K")
     axes.set_title(label, loc="left", fontsize=11)

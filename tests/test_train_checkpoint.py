@@ -109,6 +109,6 @@ def test_full_disk_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="cannot be written .No space left on device"):
+    with pytest.raises(UserError, match=r"cannot be written .No space left on device"):
         checkpoint.save(path, state(3))
     assert checkpoint.load(path)["step"] == 2

@@ -161,7 +161,7 @@ def test_local_folder_with_damage(tmp_path: Path, files: Path, damage: str, text
 def test_missing_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         data.load(settings(tmp_path, source=str(tmp_path / "nowhere")))
-    with pytest.raises(UserError, match="data.root: no folder"):
+    with pytest.raises(UserError, match=r"data.root: no folder"):
         data.load(Data(name="folder", root=str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match="expected one of fashion-mnist"):
         data.load(Data(name="mnist"))
@@ -195,7 +195,7 @@ def test_image_folder(tmp_path: Path) -> None:
         Data(name="folder", root=str(tmp_path / "train"), image_size=16, student_size=4)
     )
     assert (len(whole.train), len(whole.test)) == (5, 1)
-    with pytest.raises(UserError, match="data.image_size: give"):
+    with pytest.raises(UserError, match=r"data.image_size: give"):
         data.load(Data(name="folder", root=str(tmp_path)))
     (tmp_path / "test" / "dog" / "1.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"1.png is damaged"):
@@ -222,9 +222,9 @@ def test_split() -> None:
     assert torch.equal(*fixed)
     whole = data.split(Data(validation=200, labels=0), labels, 10, 0)
     assert torch.equal(whole.student, whole.teacher)
-    with pytest.raises(UserError, match="data.labels: 900 is more than the 800"):
+    with pytest.raises(UserError, match=r"data.labels: 900 is more than the 800"):
         data.split(Data(validation=200, labels=900), labels, 10, 0)
-    with pytest.raises(UserError, match="data.validation: 1000 leaves none"):
+    with pytest.raises(UserError, match=r"data.validation: 1000 leaves none"):
         data.split(Data(validation=1000), labels, 10, 0)
 
 
@@ -244,9 +244,9 @@ def test_resize() -> None:
     flat = torch.full((1, 1, 28, 28), 9.0)
     torch.testing.assert_close(data.resize(flat, 14, "bicubic"), torch.full((1, 1, 14, 14), 9.0))
     assert data.resize(images, 28, "area") is images
-    with pytest.raises(UserError, match="data.student_size: 32 is larger"):
+    with pytest.raises(UserError, match=r"data.student_size: 32 is larger"):
         _check_size(student_size=32)
-    with pytest.raises(UserError, match="data.shift: 28 is not smaller"):
+    with pytest.raises(UserError, match=r"data.shift: 28 is not smaller"):
         _check_size(shift=28)
 
 

@@ -233,7 +233,7 @@ def test_wrong_options_of_the_loss_are_told(
     settings: Any, images: data.Images, tmp_path: Path
 ) -> None:
     chosen = settings("run.method=crrcd", "crrcd.negatives=5000")
-    with pytest.raises(UserError, match="config table crrcd: .*negatives"):
+    with pytest.raises(UserError, match=r"config table crrcd: .*negatives"):
         runs.train_student(chosen, images, tmp_path)
 
 
@@ -289,5 +289,5 @@ def test_kd_loss() -> None:
 
 
 def test_unknown_device() -> None:
-    with pytest.raises(UserError, match="run.device: 'tpu' cannot be used"):
+    with pytest.raises(UserError, match=r"run.device: 'tpu' cannot be used"):
         methods.pick_device("tpu")

@@ -204,7 +204,7 @@ class CRRCDLoss(KeepsBufferDtype):
         self.log_scale = nn.Parameter(scale) if learnable_temperature else None
         self.offset = nn.Parameter(torch.zeros(())) if learnable_offset else None
 
-        self.register_buffer("log_zbar", torch.full((2,), torch.nan, dtype=torch.float64))
+        self.register_buffer("log_zbar", torch.full((2,), -torch.inf, dtype=torch.float64))
         self.register_buffer("seed", torch.tensor(int(seed) + 2, dtype=torch.int64))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64))
@@ -753,7 +753,7 @@ class CRRCDLoss(KeepsBufferDtype):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         log_zbar = state_dict.get(prefix + "log_zbar")
         if log_zbar is not None:
-            self._normalized = not bool(log_zbar.isnan().all())
+            self._normalized = bool(log_zbar.isfinite().any())
         labels = state_dict.get(prefix + "labels")
         if labels is not None and self.labels is not None:
             self._labelled = bool((labels >= 0).any())

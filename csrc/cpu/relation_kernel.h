@@ -298,38 +298,42 @@ void tile_logits(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t a, int
       const T slope = p.scale * inverse;
       const V z = load(s.z + n * p.ldB + b);
       const V logit = z * slope - p.offset;
-      V count = weight;
-      if (kMasked) count *= load(keep + n * p.ldB + b);
       V g;
       if (kPass == Pass::kNce) {
-        const V magnitude = logit > 0 ? logit : -logit;
-        const V e = exp_nonpositive(-magnitude);
-        const V r = T(1) / (T(1) + e);
-        g = (logit > 0 ? r : e * r) * count;
-        const V counted = e * count;
-        sum_positive += (logit > 0 ? logit : V{}) * count;
-        q = q * counted + (q + counted);
+        V e = exp_nonpositive(logit > 0 ? -logit : logit);
+        const V r = reciprocal(T(1) + e);
+        g = logit > 0 ? r : e * r;
+        V above = logit > 0 ? logit : V{};
+        if (kMasked) {
+          const V keep_row = load(keep + n * p.ldB + b);
+          e *= keep_row;
+          above *= keep_row;
+          g *= keep_row;
+        }
+        sum_positive += above;
+        q = q * e + (q + e);
       } else {
-        g = exp_nonpositive(logit - load(log_normalizer + b)) * count;
+        g = exp_nonpositive(logit - load(log_normalizer + b));
+        if (kMasked) g *= load(keep + n * p.ldB + b);
       }
-      const V ds = g * (slope * p.gradient_scale);
+      const V ds = g * (weight * (slope * p.gradient_scale));
       store(s.ds + n * p.ldB + b, ds);
-      sum_ds += ds;
-      sum_g += g;
-      sum_g_cosine += g * z * inverse;
       T* ds_z = s.ds_z + n * kLanes;
       store(ds_z, b == 0 ? ds * z : load(ds_z) + ds * z);
+      sum_ds += ds;
+      sum_g += g;
+      sum_g_cosine += g * (z * inverse);
       if (kPass == Pass::kNce && ((n + 1) % kFlush == 0 || n + 1 == m)) {
         T lanes[kLanes];
-        store(lanes, q);
+        store(lanes, weight > 0 ? q : V{});
         loss += log_product(lanes, kLanes);
         q = V{};
       }
     }
     if (d_logit) store(d_logit + b, load(d_logit + b) + sum_ds);
-    loss += horizontal_sum<T>(sum_positive);
-    d_scale += horizontal_sum<T>(sum_g_cosine);
-    d_offset -= horizontal_sum<T>(sum_g);
+    loss += horizontal_sum<T>(sum_positive * weight);
+    d_scale += horizontal_sum<T>(sum_g_cosine * weight);
+    d_offset -= horizontal_sum<T>(sum_g * weight);
   }
   if (kPass == Pass::kLogSumExp) return;
   double coefficients = 0;
@@ -549,13 +553,14 @@ void process_tile(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t t, in
                    p.d_qw_t + slice * p.Hp * p.ldB, p.ldB, false, false);
   if (p.need_weight) {
     T* d_hid_sum = p.d_hid_sum + part * p.ldH;
-    for (int64_t n = 0; n < m; ++n) {
-      const T k = s.coefficient[n];
-      for (int64_t h = 0; h < p.Hp; h += kLanes) {
-        const auto v = load(s.hid + n * p.ldH + h) * k;
+    for (int64_t h = 0; h < p.Hp; h += kLanes) {
+      auto total = load(d_hid_sum + h);
+      for (int64_t n = 0; n < m; ++n) {
+        const auto v = load(s.hid + n * p.ldH + h) * s.coefficient[n];
         store(s.weighted + n * p.ldH + h, v);
-        store(d_hid_sum + h, load(d_hid_sum + h) + v);
+        total += v;
       }
+      store(d_hid_sum + h, total);
     }
     constexpr int64_t kWidth = 4 * kLanes;
     T* d_gram = p.d_gram + part * p.Hp * p.ldH;

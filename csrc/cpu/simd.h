@@ -82,6 +82,18 @@ CRRCD_INLINE uint32_t positive_bits(Simd<double>::V v) {
 #endif
 }
 
+// 1 / x for x in [1, 2].
+CRRCD_INLINE Simd<float>::V reciprocal(Simd<float>::V x) {
+#if CRRCD_VECTOR_BYTES == 64 && defined(__x86_64__)
+  const Simd<float>::V r = (Simd<float>::V)_mm512_rcp14_ps((__m512)x);
+  return r * (2.0f - x * r);  // one Newton step: 14 bits become 28
+#else
+  return 1.0f / x;
+#endif
+}
+
+CRRCD_INLINE Simd<double>::V reciprocal(Simd<double>::V x) { return 1.0 / x; }
+
 // exp(x) for x <= 0, to about one unit in the last place; 0 where the result is not a normal number.
 CRRCD_INLINE Simd<float>::V exp_nonpositive(Simd<float>::V x) {
   using V = Simd<float>::V;
