@@ -79,10 +79,12 @@ def relation(
     dtype = _compute_dtype(anchor.device, anchor, sample, weight, bias)
     anchor, sample, weight, bias = _cast(dtype, anchor, sample, weight, bias)
     if chosen == "reference":
-        with _without_autocast(anchor.device):
-            return reference.relation(anchor, sample, weight, bias)
-    check_compiled_dtype(name, dtype)
-    return autograd.relation(anchor, sample, weight, bias)
+        run = reference.relation
+    else:
+        check_compiled_dtype(name, dtype)
+        run = autograd.relation
+    with _without_autocast(anchor.device):
+        return run(anchor, sample, weight, bias)
 
 
 def relation_nce(
@@ -130,7 +132,7 @@ def relation_nce(
         index: int64 [K], rows of the bank that are the negatives, duplicates allowed; None: all N.
         key_weight: Wb, [H, D]; None when the rows are projected already (D = H).
         anchor_id: int64 [A], needs query_id. A pair with anchor_id[a] == query_id[b] is a self
-            pair; without anchor_id the diagonal is when A == B.
+            pair. Without both ids the diagonal is when A == B; with query_id alone no pair is.
         query_id: int64 [B]. A negative whose id is the query's is left out.
         key_id: int64 [N], ids of the bank's rows (default: their position); needs query_id.
         query_label: int64 [B], with key_label: a negative of the query's class is left out.
@@ -210,7 +212,8 @@ def relation_nce(
     check_compiled_dtype(name, dtype)
     inputs = (query, positive, anchor, bank, key_weight, weight, bias)
     scalars = (_as_scalar(scale, query), _as_scalar(offset, query))
-    return autograd.relation_nce((*inputs, *scalars), index, masks, options, update)
+    with _without_autocast(query.device):
+        return autograd.relation_nce((*inputs, *scalars), index, masks, options, update)
 
 
 @torch.no_grad()
@@ -244,10 +247,11 @@ def bank_update_(
     update = check_update(name, "", bank, (index, value, momentum, normalize), sizes)
     if resolve(name, backend, bank.device) == "reference":
         check_range(name, "index", index, bank)
-        with _without_autocast(bank.device):
-            reference.bank_update_(bank, *update)
+        run = reference.bank_update_
     else:
-        autograd.bank_update_(bank, *update)
+        run = autograd.bank_update_
+    with _without_autocast(bank.device):
+        run(bank, *update)
 
 
 def _compute_dtype(device: torch.device, *operands: Tensor | None) -> torch.dtype:
@@ -269,7 +273,8 @@ def _autocasting(device: torch.device) -> bool:
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:
-    # The operands have the autocast dtype by now; what is left wide is meant to stay so.
+    # The operands have the autocast dtype by now. What is left wide is meant to stay so, in the
+    # reference and in the tensor library's calls inside of the compiled operators.
     return torch.autocast(device.type, enabled=False) if _autocasting(device) else nullcontext()
 
 

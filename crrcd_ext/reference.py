@@ -38,13 +38,13 @@ def relation(anchor: Tensor, sample: Tensor, weight: Tensor, bias: Tensor | None
 
 
 def kept_pairs(anchor: Tensor, query: Tensor, anchor_id, query_id, self_pairs: bool) -> Tensor:
-    """bool [A, B]: False for self pairs, by id, or the diagonal without anchor_id when A == B."""
+    """bool [A, B]: False for self pairs, by their ids, or without ids the diagonal when A == B."""
     anchors, queries = query.shape[:2]
-    if self_pairs or (anchor_id is None and anchors != queries):
-        return torch.ones(anchors, queries, dtype=torch.bool, device=query.device)
-    if anchor_id is None:
+    if not self_pairs and anchor_id is not None and query_id is not None:
+        return anchor_id[:, None] != query_id[None]
+    if not self_pairs and anchor_id is None and query_id is None and anchors == queries:
         return ~torch.eye(anchors, dtype=torch.bool, device=query.device)
-    return anchor_id[:, None] != query_id[None]
+    return torch.ones(anchors, queries, dtype=torch.bool, device=query.device)
 
 
 def kept_negatives(
