@@ -5,9 +5,25 @@
 // zero together (its threshold lies low or high for all keys). A register block of one or two rows of
 // hid therefore walks only the bits of a mask word and skips a third to a half of the multiplications.
 
+// Products of float32 or float64, or of pairs of bfloat16 with float32 sums. A pair lies in 32 bits and
+// stands for two neighbouring values of k, so that the loops are the same with half as many k: A holds
+// [m, k / 2] pairs, B [k / 2, n] pairs.
+enum class Product { kFull, kPairs };
+
+template <Product kProduct, typename V>
+CRRCD_INLINE void accumulate(V& sum, V x, V y) {
+#ifdef CRRCD_BF16_PAIRS
+  if constexpr (kProduct == Product::kPairs) {
+    sum = (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+    return;
+  }
+#endif
+  sum += x * y;
+}
+
 // sum += rows [0, kRows) of A times kVectors vectors of columns of B, over the set bits of active or
 // over k_count rows of B.
-template <typename T, int kRows, int kVectors, bool kSparse>
+template <typename T, Product kProduct, int kRows, int kVectors, bool kSparse>
 CRRCD_INLINE void multiply_add(typename Simd<T>::V (&sum)[kRows][kVectors], const T* a, int64_t lda,
                                const T* b, int64_t ldb, int64_t k_count, uint64_t active) {
   constexpr int kLanes = Simd<T>::kLanes;
@@ -20,13 +36,13 @@ CRRCD_INLINE void multiply_add(typename Simd<T>::V (&sum)[kRows][kVectors], cons
     const T* row = b + k * ldb;
     for (int i = 0; i < kRows; ++i) {
       const typename Simd<T>::V x = splat(a[i * lda + k]);
-      for (int j = 0; j < kVectors; ++j) sum[i][j] += x * load(row + j * kLanes);
+      for (int j = 0; j < kVectors; ++j) accumulate<kProduct>(sum[i][j], x, load(row + j * kLanes));
     }
     if (!kSparse) ++k;
   }
 }
 
-template <typename T, int kRows, int kVectors, bool kSparse>
+template <typename T, Product kProduct, int kRows, int kVectors, bool kSparse>
 CRRCD_INLINE void block(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t k_count,
                         uint64_t active, T* c, int64_t ldc, bool zero) {
   using V = typename Simd<T>::V;
@@ -35,13 +51,13 @@ CRRCD_INLINE void block(const T* a, int64_t lda, const T* b, int64_t ldb, int64_
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < kVectors; ++j)
       sum[i][j] = zero ? V{} : load(c + i * ldc + j * kLanes);
-  multiply_add<T, kRows, kVectors, kSparse>(sum, a, lda, b, ldb, k_count, active);
+  multiply_add<T, kProduct, kRows, kVectors, kSparse>(sum, a, lda, b, ldb, k_count, active);
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < kVectors; ++j) store(c + i * ldc + j * kLanes, sum[i][j]);
 }
 
 // One panel (kVectors vectors wide) of C over all rows and all k; k in words of 64.
-template <typename T, int kVectors>
+template <typename T, Product kProduct, int kVectors>
 __attribute__((noinline)) void sparse_panel(int64_t m, int64_t k, const T* a, int64_t lda,
                                             const uint64_t* mask, int64_t words, int64_t first_word,
                                             const T* b, int64_t ldb, T* c, int64_t ldc, bool zero,
@@ -53,11 +69,11 @@ __attribute__((noinline)) void sparse_panel(int64_t m, int64_t k, const T* a, in
     int64_t i = 0;
     if (kVectors <= 4 && pair_rows)
       for (; i + 2 <= m; i += 2)
-        block<T, 2, kVectors, true>(a_block + i * lda, lda, b_block, ldb, 64,
+        block<T, kProduct, 2, kVectors, true>(a_block + i * lda, lda, b_block, ldb, 64,
                                     mask[i * words + w] | mask[(i + 1) * words + w], c + i * ldc,
                                     ldc, fresh);
     for (; i < m; ++i)
-      block<T, 1, kVectors, true>(a_block + i * lda, lda, b_block, ldb, 64, mask[i * words + w],
+      block<T, kProduct, 1, kVectors, true>(a_block + i * lda, lda, b_block, ldb, 64, mask[i * words + w],
                                   c + i * ldc, ldc, fresh);
   }
 }
@@ -65,7 +81,7 @@ __attribute__((noinline)) void sparse_panel(int64_t m, int64_t k, const T* a, in
 // C[m, n] (+)= A[m, k] B[k, n], where bit j of mask[i * words + j / 64] says that A[i, j] may differ
 // from zero. n is a multiple of the vector width. pair_rows: neighbouring rows share most of their
 // zeros, so that two of them can share one walk.
-template <typename T>
+template <typename T, Product kProduct = Product::kFull>
 void sparse_gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const uint64_t* mask,
                  int64_t words, const T* b, int64_t ldb, T* c, int64_t ldc, bool zero,
                  bool pair_rows, int64_t first_word = 0) {
@@ -76,7 +92,7 @@ void sparse_gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const
     if (vectors > 8) vectors = 8;
 #define CRRCD_PANEL(NV)                                                                          \
   case NV:                                                                                       \
-    sparse_panel<T, NV>(m, k, a, lda, mask, words, first_word, b + j, ldb, c + j, ldc, zero,     \
+    sparse_panel<T, kProduct, NV>(m, k, a, lda, mask, words, first_word, b + j, ldb, c + j, ldc, zero,     \
                         pair_rows);                                                              \
     break
     switch (vectors) {
@@ -100,18 +116,18 @@ constexpr int kDenseRows = 4;  // 16 accumulators of 32 registers
 constexpr int kDenseRows = 2;  // 8 accumulators of 16 registers
 #endif
 
-template <typename T, int kVectors>
+template <typename T, Product kProduct, int kVectors>
 __attribute__((noinline)) void dense_panel(int64_t m, int64_t k, const T* a, int64_t lda, const T* b,
                                            int64_t ldb, T* c, int64_t ldc, bool zero) {
   int64_t i = 0;
   for (; i + kDenseRows <= m; i += kDenseRows)
-    block<T, kDenseRows, kVectors, false>(a + i * lda, lda, b, ldb, k, 0, c + i * ldc, ldc, zero);
+    block<T, kProduct, kDenseRows, kVectors, false>(a + i * lda, lda, b, ldb, k, 0, c + i * ldc, ldc, zero);
   for (; i < m; ++i)
-    block<T, 1, kVectors, false>(a + i * lda, lda, b, ldb, k, 0, c + i * ldc, ldc, zero);
+    block<T, kProduct, 1, kVectors, false>(a + i * lda, lda, b, ldb, k, 0, c + i * ldc, ldc, zero);
 }
 
 // The same without a mask.
-template <typename T>
+template <typename T, Product kProduct = Product::kFull>
 void dense_gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb,
                 T* c, int64_t ldc, bool zero) {
   constexpr int kLanes = Simd<T>::kLanes;
@@ -121,16 +137,16 @@ void dense_gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const 
     if (vectors > 4) vectors = 4;
     switch (vectors) {
       case 1:
-        dense_panel<T, 1>(m, k, a, lda, b + j, ldb, c + j, ldc, zero);
+        dense_panel<T, kProduct, 1>(m, k, a, lda, b + j, ldb, c + j, ldc, zero);
         break;
       case 2:
-        dense_panel<T, 2>(m, k, a, lda, b + j, ldb, c + j, ldc, zero);
+        dense_panel<T, kProduct, 2>(m, k, a, lda, b + j, ldb, c + j, ldc, zero);
         break;
       case 3:
-        dense_panel<T, 3>(m, k, a, lda, b + j, ldb, c + j, ldc, zero);
+        dense_panel<T, kProduct, 3>(m, k, a, lda, b + j, ldb, c + j, ldc, zero);
         break;
       default:
-        dense_panel<T, 4>(m, k, a, lda, b + j, ldb, c + j, ldc, zero);
+        dense_panel<T, kProduct, 4>(m, k, a, lda, b + j, ldb, c + j, ldc, zero);
         break;
     }
     j += vectors * kLanes;

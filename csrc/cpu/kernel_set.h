@@ -39,6 +39,7 @@ const Kernels& kernels() {
   static constexpr Kernels table = {
       CRRCD_ISA_NAME,
       CRRCD_VECTOR_BYTES,
+      kHasPairs,
       nce_scratch<float>,
       nce_scratch<double>,
       nce<float>,

@@ -32,6 +32,14 @@ struct ChunkScratch {
   T* inverse;     // [tile] 1 / |w|, 0 where the norm vanishes
   uint64_t* mask;    // [tile, ceil(Hp / 64)] hid > 0
   uint64_t* mask_t;  // [Hp, tile / 64]
+  // bfloat16 pairs (bf16_kernel.h)
+  uint32_t* hid_pairs;       // [tile, ldH / 2] along h
+  uint32_t* hid_t_pairs;     // [Hp, ldM / 2] along n
+  uint32_t* ds_pairs;        // [tile, ldB / 2] along b
+  uint32_t* ds_t_pairs;      // [tile / 2, ldB] along n
+  uint32_t* weighted_pairs;  // [tile / 2, ldH] along n
+  uint64_t* pair_mask;       // [tile, ceil(Hp / 128)]
+  uint64_t* pair_mask_t;     // [Hp, ceil(tile / 128)]
 };
 
 // Carves typed arrays out of one allocation; with a null base it only measures.
@@ -83,6 +91,14 @@ size_t carve(const NceParams<T>& p, std::byte* base, ChunkScratch<T>& s) {
   s.inverse = c.take<T>(m);
   s.mask = c.take<uint64_t>(m * words_of(p.Hp));
   s.mask_t = c.take<uint64_t>(p.Hp * (m / 64));
+  const bool pairs = p.pairs && !direct;
+  s.hid_pairs = c.take<uint32_t>(pairs ? m * p.ldH / 2 : 0);
+  s.hid_t_pairs = c.take<uint32_t>(pairs && transposed ? p.Hp * ld_m / 2 : 0);
+  s.ds_pairs = c.take<uint32_t>(pairs && key_side ? m * p.ldB / 2 : 0);
+  s.ds_t_pairs = c.take<uint32_t>(pairs ? m / 2 * p.ldB : 0);
+  s.weighted_pairs = c.take<uint32_t>(pairs && p.need_weight ? m / 2 * p.ldH : 0);
+  s.pair_mask = c.take<uint64_t>(pairs ? m * words_of(p.Hp / 2) : 0);
+  s.pair_mask_t = c.take<uint64_t>(pairs ? p.Hp * words_of(m / 2) : 0);
   return c.used;
 }
 
@@ -350,7 +366,7 @@ void tile_logits(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t a, int
 
 // d hid = rows of `left` [m, k] times `right` [k, Hp] plus coefficient * extra, cut where hid is
 // zero; subtracted from d_x and summed into d_anchor.
-template <typename T, int kRows, int kVectors>
+template <typename T, Product kProduct, int kRows, int kVectors>
 CRRCD_INLINE void hidden_gradient_block(int64_t k, const T* left, int64_t ld_left, const T* right,
                                         int64_t ld_right, const T* hid, int64_t ldH, const T* extra,
                                         const T* coefficient, T* d_x,
@@ -361,7 +377,7 @@ CRRCD_INLINE void hidden_gradient_block(int64_t k, const T* left, int64_t ld_lef
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < kVectors; ++j)
       sum[i][j] = extra ? load(extra + i * ldH + j * kLanes) * coefficient[i] : V{};
-  multiply_add<T, kRows, kVectors, false>(sum, left, ld_left, right, ld_right, k, 0);
+  multiply_add<T, kProduct, kRows, kVectors, false>(sum, left, ld_left, right, ld_right, k, 0);
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < kVectors; ++j) {
       const V cut = load(hid + i * ldH + j * kLanes) > 0 ? sum[i][j] : V{};
@@ -373,7 +389,7 @@ CRRCD_INLINE void hidden_gradient_block(int64_t k, const T* left, int64_t ld_lef
     }
 }
 
-template <typename T, int kVectors>
+template <typename T, Product kProduct, int kVectors>
 __attribute__((noinline)) void hidden_gradient_panel(int64_t m, int64_t k, const T* left,
                                                      int64_t ld_left, const T* right,
                                                      int64_t ld_right, const T* hid, int64_t ldH,
@@ -384,11 +400,11 @@ __attribute__((noinline)) void hidden_gradient_panel(int64_t m, int64_t k, const
   V anchor_sum[kVectors] = {};
   int64_t n = 0;
   for (; n + kDenseRows <= m; n += kDenseRows)
-    hidden_gradient_block<T, kDenseRows, kVectors>(
+    hidden_gradient_block<T, kProduct, kDenseRows, kVectors>(
         k, left + n * ld_left, ld_left, right, ld_right, hid + n * ldH, ldH,
         extra ? extra + n * ldH : nullptr, coefficient + n, d_x ? d_x + n * ldH : nullptr, anchor_sum);
   for (; n < m; ++n)
-    hidden_gradient_block<T, 1, kVectors>(
+    hidden_gradient_block<T, kProduct, 1, kVectors>(
         k, left + n * ld_left, ld_left, right, ld_right, hid + n * ldH, ldH,
         extra ? extra + n * ldH : nullptr, coefficient + n, d_x ? d_x + n * ldH : nullptr, anchor_sum);
   if (d_anchor)
@@ -396,7 +412,7 @@ __attribute__((noinline)) void hidden_gradient_panel(int64_t m, int64_t k, const
       store(d_anchor + j * kLanes, load(d_anchor + j * kLanes) + anchor_sum[j]);
 }
 
-template <typename T>
+template <typename T, Product kProduct = Product::kFull>
 void hidden_gradient(int64_t m, int64_t hp, int64_t k, const T* left, int64_t ld_left,
                      const T* right, int64_t ld_right, const T* hid, int64_t ldH, const T* extra,
                      const T* coefficient, T* d_x, T* d_anchor) {
@@ -408,7 +424,7 @@ void hidden_gradient(int64_t m, int64_t hp, int64_t k, const T* left, int64_t ld
     T* da = d_anchor ? d_anchor + j : nullptr;
 #define CRRCD_PANEL(NV)                                                                          \
   case NV:                                                                                       \
-    hidden_gradient_panel<T, NV>(m, k, left, ld_left, right + j, ld_right, hid + j, ldH, e,      \
+    hidden_gradient_panel<T, kProduct, NV>(m, k, left, ld_left, right + j, ld_right, hid + j, ldH, e,      \
                                  coefficient, dx, da);                                           \
     break
     switch (vectors) {
@@ -433,34 +449,22 @@ CRRCD_INLINE T inverse_norm_of(T squared) {
   return squared > T(kZeroNormSquared) ? T(1) / std::sqrt(squared) : T(0);
 }
 
-// 1/|w| of every key of the tile, in s.inverse; leaves G hid or T hid in s.norm (or w in s.w).
+// 1/|w| of every key of the tile, in s.inverse, from T hid in s.norm.
 template <typename T>
-void tile_norms(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m) {
+void triangular_norms(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m) {
+  const int64_t rank = p.R < p.H ? p.Rp : p.Hp;
+  for (int64_t n = 0; n < m; ++n) {
+    const T* y = s.norm + n * p.ldH;
+    s.inverse[n] = inverse_norm_of(dot(rank, y, y) + p.norm_constant);
+  }
+}
+
+// The same from G hid in s.norm: |w|^2 = hid' G hid, or from w itself where that cancels.
+template <typename T>
+void gram_norms(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m) {
   using V = typename Simd<T>::V;
   constexpr int kLanes = Simd<T>::kLanes;
   const int64_t words = words_of(p.Hp);
-  const int64_t rank = (p.R < p.H ? p.Rp : p.Hp);
-  if (p.form == Form::kDirect) {
-    if (p.bias) fill_rows(m, p.Rp, p.bias, s.w, p.ldR);
-    sparse_gemm<T>(m, p.Rp, p.Hp, s.hid, p.ldH, s.mask, words, p.weight_t, p.ldR, s.w, p.ldR,
-                   !p.bias, true);
-    for (int64_t n = 0; n < m; ++n)
-      s.inverse[n] = inverse_norm_of(dot(p.Rp, s.w + n * p.ldR, s.w + n * p.ldR));
-    return;
-  }
-  if (p.norm_bias) fill_rows(m, p.Hp, p.norm_bias, s.norm, p.ldH);
-  if (p.form == Form::kTriangular) {
-    constexpr int64_t kWidth = 4 * kLanes;
-    for (int64_t j = 0; j < rank; j += kWidth)  // T[i, h] = 0 for h < i: start at word i / 64
-      sparse_gemm<T>(m, rank - j < kWidth ? rank - j : kWidth, p.Hp, s.hid, p.ldH, s.mask, words,
-                     p.norm_matrix + j, p.ldH, s.norm + j, p.ldH, !p.norm_bias, true, j / 64);
-    for (int64_t n = 0; n < m; ++n)
-      s.inverse[n] = inverse_norm_of(dot(rank, s.norm + n * p.ldH, s.norm + n * p.ldH) +
-                                     p.norm_constant);
-    return;
-  }
-  sparse_gemm<T>(m, p.Hp, p.Hp, s.hid, p.ldH, s.mask, words, p.norm_matrix, p.ldH, s.norm, p.ldH,
-                 !p.norm_bias, true);
   for (int64_t n = 0; n < m; ++n) {
     const T* hid = s.hid + n * p.ldH;
     const T* norm = s.norm + n * p.ldH;
@@ -484,24 +488,141 @@ void tile_norms(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m) {
   }
 }
 
+// C = T hid, skipping what lies below the diagonal: T[i, h] = 0 for h < i, so columns from i start at
+// word i / k_per_word of k.
+template <typename T, Product kProduct>
+void triangular_product(int64_t m, int64_t rank, int64_t k, int64_t k_per_word, const T* a, int64_t lda,
+                        const uint64_t* mask, int64_t words, const T* b, int64_t ldb, T* c, int64_t ldc,
+                        bool zero) {
+  constexpr int64_t kWidth = 4 * Simd<T>::kLanes;
+  for (int64_t j = 0; j < rank; j += kWidth)
+    sparse_gemm<T, kProduct>(m, rank - j < kWidth ? rank - j : kWidth, k, a, lda, mask, words, b + j,
+                             ldb, c + j, ldc, zero, true, j / k_per_word);
+}
+
+// Products of hid with everything that the logits need: s.norm or s.w, s.z, s.inverse.
+template <typename T>
+void forward_products(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m, int64_t a) {
+  const int64_t words = words_of(p.Hp);
+  if (p.form == Form::kDirect) {
+    if (p.bias) fill_rows(m, p.Rp, p.bias, s.w, p.ldR);
+    sparse_gemm<T>(m, p.Rp, p.Hp, s.hid, p.ldH, s.mask, words, p.weight_t, p.ldR, s.w, p.ldR,
+                   !p.bias, true);
+    for (int64_t n = 0; n < m; ++n)
+      s.inverse[n] = inverse_norm_of(dot(p.Rp, s.w + n * p.ldR, s.w + n * p.ldR));
+    dense_gemm<T>(m, p.Bp, p.Rp, s.w, p.ldR, p.q_t + a * p.Rp * p.ldB, p.ldB, s.z, p.ldB, true);
+    return;
+  }
+  if (p.norm_bias) fill_rows(m, p.Hp, p.norm_bias, s.norm, p.ldH);
+  if (p.qc) fill_rows(m, p.Bp, p.qc + a * p.ldB, s.z, p.ldB);
+  if (p.form == Form::kTriangular) {
+    triangular_product<T, Product::kFull>(m, p.R < p.H ? p.Rp : p.Hp, p.Hp, 64, s.hid, p.ldH, s.mask,
+                                          words, p.norm_matrix, p.ldH, s.norm, p.ldH, !p.norm_bias);
+    triangular_norms(p, s, m);
+  } else {
+    sparse_gemm<T>(m, p.Hp, p.Hp, s.hid, p.ldH, s.mask, words, p.norm_matrix, p.ldH, s.norm, p.ldH,
+                   !p.norm_bias, true);
+    gram_norms(p, s, m);
+  }
+  sparse_gemm<T>(m, p.Bp, p.Hp, s.hid, p.ldH, s.mask, words, p.qw_t + a * p.Hp * p.ldB, p.ldB, s.z,
+                 p.ldB, !p.qc, true);
+}
+
+// ds' hid into d_qw_t and hid' (k hid) into d_gram, Gram and triangular form.
+template <typename T, Product kProduct>
+void transposed_products(const NceParams<T>& p, int64_t k, const T* hid_t, int64_t ld_hid_t,
+                         const uint64_t* mask_t, int64_t words, const T* ds, const T* weighted,
+                         int64_t slice, int64_t part) {
+  if (p.need_query)
+    sparse_gemm<T, kProduct>(p.H, p.Bp, k, hid_t, ld_hid_t, mask_t, words, ds, p.ldB,
+                             p.d_qw_t + slice * p.Hp * p.ldB, p.ldB, false, false);
+  if (p.need_weight) {
+    constexpr int64_t kWidth = 4 * Simd<T>::kLanes;
+    T* d_gram = p.d_gram + part * p.Hp * p.ldH;
+    for (int64_t j = 0; j < p.H; j += kWidth)  // symmetric: rows from the diagonal block on
+      sparse_gemm<T, kProduct>(p.H - j, p.Hp - j < kWidth ? p.Hp - j : kWidth, k, hid_t + j * ld_hid_t,
+                               ld_hid_t, mask_t + j * words, words, weighted + j, p.ldH,
+                               d_gram + j * p.ldH + j, p.ldH, false, false);
+  }
+}
+
+template <typename T>
+void direct_backward(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m, int64_t a,
+                     int64_t slice, int64_t part, T* d_x, T* d_anchor) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  const int64_t ld_m = odd_lines<T>(p.tile);
+  if (p.need_query) {
+    transpose<T>(m, p.Bp, s.ds, p.ldB, s.ds_t, ld_m);
+    dense_gemm<T>(p.Bp, p.Rp, m, s.ds_t, ld_m, s.w, p.ldR, p.d_q + slice * p.Bp * p.ldR, p.ldR, false);
+  }
+  if (!(p.need_key || p.need_anchor || p.need_weight)) return;
+  for (int64_t n = 0; n < m; ++n)
+    for (int64_t r = 0; r < p.Rp; r += kLanes)
+      store(s.d_w + n * p.ldR + r, load(s.w + n * p.ldR + r) * s.coefficient[n]);
+  dense_gemm<T>(m, p.Rp, p.Bp, s.ds, p.ldB, p.q + a * p.Bp * p.ldR, p.ldR, s.d_w, p.ldR, false);
+  if (p.need_key || p.need_anchor)
+    hidden_gradient<T>(m, p.Hp, p.Rp, s.d_w, p.ldR, p.weight, p.ldH, s.hid, p.ldH, nullptr,
+                       s.coefficient, d_x, d_anchor);
+  if (p.need_weight) {
+    sparse_gemm<T>(p.H, p.Rp, p.tile, s.hid_t, ld_m, s.mask_t, p.tile / 64, s.d_w, p.ldR,
+                   p.d_w_t + part * p.Hp * p.ldR, p.ldR, false, false);
+    T* d_bias = p.d_bias + part * p.ldR;
+    for (int64_t n = 0; n < m; ++n)
+      for (int64_t r = 0; r < p.Rp; r += kLanes)
+        store(d_bias + r, load(d_bias + r) + load(s.d_w + n * p.ldR + r));
+  }
+}
+
+template <typename T>
+void gram_backward(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m, int64_t a,
+                   int64_t slice, int64_t part, T* d_x, T* d_anchor) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  if (p.need_key || p.need_anchor)
+    hidden_gradient<T>(m, p.Hp, p.Bp, s.ds, p.ldB, p.qw + a * p.Bp * p.ldH, p.ldH, s.hid, p.ldH,
+                       s.norm, s.coefficient, d_x, d_anchor);
+  if (p.need_weight) {
+    T* d_hid_sum = p.d_hid_sum + part * p.ldH;
+    for (int64_t h = 0; h < p.Hp; h += kLanes) {
+      auto total = load(d_hid_sum + h);
+      for (int64_t n = 0; n < m; ++n) {
+        const auto v = load(s.hid + n * p.ldH + h) * s.coefficient[n];
+        store(s.weighted + n * p.ldH + h, v);
+        total += v;
+      }
+      store(d_hid_sum + h, total);
+    }
+  }
+  transposed_products<T, Product::kFull>(p, p.tile, s.hid_t, odd_lines<T>(p.tile), s.mask_t,
+                                         p.tile / 64, s.ds, s.weighted, slice, part);
+}
+
+#ifdef CRRCD_BF16_PAIRS
+#include "bf16_kernel.h"
+#else
+// Without an instruction for pairs bfloat16 operands are multiplied as the float32 that they are.
+constexpr bool kHasPairs = false;
+CRRCD_INLINE void forward_pairs(const NceParams<float>&, const ChunkScratch<float>&, int64_t, int64_t,
+                                int64_t) {}
+CRRCD_INLINE void backward_pairs(const NceParams<float>&, const ChunkScratch<float>&, int64_t, int64_t,
+                                 int64_t, int64_t, int64_t, float*, float*) {}
+#endif
+
 // One tile of keys against one anchor.
 template <typename T, Pass kPass>
 void process_tile(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t t, int64_t m, int64_t a,
                   int64_t key_part, int64_t part) {
-  constexpr int kLanes = Simd<T>::kLanes;
-  const int64_t words = words_of(p.Hp), ld_m = odd_lines<T>(p.tile);
+  const int64_t ld_m = odd_lines<T>(p.tile);
   const bool direct = p.form == Form::kDirect;
+  const bool pairs = kHasPairs && p.pairs && !direct;
   const T* anchor = p.anchor + a * p.ldH;
   const int64_t slice = key_part * p.A + a;
 
-  hidden_rows<T>(m, p.Hp, anchor, s.x + t * p.tile * p.ldH, p.ldH, s.hid, s.mask);
-  tile_norms(p, s, m);
-  if (direct) {
-    dense_gemm<T>(m, p.Bp, p.Rp, s.w, p.ldR, p.q_t + a * p.Rp * p.ldB, p.ldB, s.z, p.ldB, true);
-  } else {
-    if (p.qc) fill_rows(m, p.Bp, p.qc + a * p.ldB, s.z, p.ldB);
-    sparse_gemm<T>(m, p.Bp, p.Hp, s.hid, p.ldH, s.mask, words, p.qw_t + a * p.Hp * p.ldB, p.ldB,
-                   s.z, p.ldB, !p.qc, true);
+  if constexpr (sizeof(T) == 4) {
+    if (pairs) forward_pairs(p, s, t, m, a);
+  }
+  if (!pairs) {
+    hidden_rows<T>(m, p.Hp, anchor, s.x + t * p.tile * p.ldH, p.ldH, s.hid, s.mask);
+    forward_products(p, s, m, a);
   }
 
   T* d_logit = p.d_logit ? p.d_logit + slice * p.ldB : nullptr;
@@ -516,60 +637,15 @@ void process_tile(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t t, in
 
   T* d_x = p.need_key ? s.d_x + t * p.tile * p.ldH : nullptr;
   T* d_anchor = p.need_anchor ? p.d_anchor + slice * p.ldH : nullptr;
-  const bool transposed = (p.need_query && !direct) || p.need_weight;
-  if (transposed)
+  if constexpr (sizeof(T) == 4) {
+    if (pairs) return backward_pairs(p, s, t, m, a, slice, part, d_x, d_anchor);
+  }
+  if ((p.need_query && !direct) || p.need_weight)
     hidden_columns<T>(p.tile, p.H, anchor, s.x_t + t * p.Hp * ld_m, ld_m, s.hid_t, s.mask_t);
-
-  if (direct) {
-    if (p.need_query) {
-      transpose<T>(m, p.Bp, s.ds, p.ldB, s.ds_t, ld_m);
-      dense_gemm<T>(p.Bp, p.Rp, m, s.ds_t, ld_m, s.w, p.ldR, p.d_q + slice * p.Bp * p.ldR, p.ldR,
-                    false);
-    }
-    if (!(p.need_key || p.need_anchor || p.need_weight)) return;
-    for (int64_t n = 0; n < m; ++n)
-      for (int64_t r = 0; r < p.Rp; r += kLanes)
-        store(s.d_w + n * p.ldR + r, load(s.w + n * p.ldR + r) * s.coefficient[n]);
-    dense_gemm<T>(m, p.Rp, p.Bp, s.ds, p.ldB, p.q + a * p.Bp * p.ldR, p.ldR, s.d_w, p.ldR, false);
-    if (p.need_key || p.need_anchor)
-      hidden_gradient<T>(m, p.Hp, p.Rp, s.d_w, p.ldR, p.weight, p.ldH, s.hid, p.ldH, nullptr,
-                         s.coefficient, d_x, d_anchor);
-    if (p.need_weight) {
-      sparse_gemm<T>(p.H, p.Rp, p.tile, s.hid_t, ld_m, s.mask_t, p.tile / 64, s.d_w, p.ldR,
-                     p.d_w_t + part * p.Hp * p.ldR, p.ldR, false, false);
-      T* d_bias = p.d_bias + part * p.ldR;
-      for (int64_t n = 0; n < m; ++n)
-        for (int64_t r = 0; r < p.Rp; r += kLanes)
-          store(d_bias + r, load(d_bias + r) + load(s.d_w + n * p.ldR + r));
-    }
-    return;
-  }
-
-  if (p.need_key || p.need_anchor)
-    hidden_gradient<T>(m, p.Hp, p.Bp, s.ds, p.ldB, p.qw + a * p.Bp * p.ldH, p.ldH, s.hid, p.ldH,
-                       s.norm, s.coefficient, d_x, d_anchor);
-  if (p.need_query)
-    sparse_gemm<T>(p.H, p.Bp, p.tile, s.hid_t, ld_m, s.mask_t, p.tile / 64, s.ds, p.ldB,
-                   p.d_qw_t + slice * p.Hp * p.ldB, p.ldB, false, false);
-  if (p.need_weight) {
-    T* d_hid_sum = p.d_hid_sum + part * p.ldH;
-    for (int64_t h = 0; h < p.Hp; h += kLanes) {
-      auto total = load(d_hid_sum + h);
-      for (int64_t n = 0; n < m; ++n) {
-        const auto v = load(s.hid + n * p.ldH + h) * s.coefficient[n];
-        store(s.weighted + n * p.ldH + h, v);
-        total += v;
-      }
-      store(d_hid_sum + h, total);
-    }
-    constexpr int64_t kWidth = 4 * kLanes;
-    T* d_gram = p.d_gram + part * p.Hp * p.ldH;
-    for (int64_t j = 0; j < p.Hp; j += kWidth)  // symmetric: rows below the diagonal block only
-      if (j < p.H)
-        sparse_gemm<T>(p.H - j, p.Hp - j < kWidth ? p.Hp - j : kWidth, p.tile, s.hid_t + j * ld_m,
-                       ld_m, s.mask_t + j * (p.tile / 64), p.tile / 64, s.weighted + j, p.ldH,
-                       d_gram + j * p.ldH + j, p.ldH, false, false);
-  }
+  if (direct)
+    direct_backward(p, s, m, a, slice, part, d_x, d_anchor);
+  else
+    gram_backward(p, s, m, a, slice, part, d_x, d_anchor);
 }
 
 // Gradient of a finished tile's keys: into d_key_weight and d_rows.

@@ -1,5 +1,6 @@
 #include "relation_nce.h"
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/linalg_qr.h>
 
@@ -56,6 +57,15 @@ at::Tensor sum_parts(const at::Tensor& parts) {
   return total;
 }
 
+// Rows 2i and 2i + 1 rounded to bfloat16 and interleaved: [..., rows / 2, ld, 2].
+at::Tensor row_pairs(const at::Tensor& t) {
+  std::vector<int64_t> shape = t.sizes().vec();
+  shape.back() = 2;
+  shape[shape.size() - 2] /= 2;
+  shape.push_back(t.size(-1));
+  return t.to(at::kBFloat16).view(shape).transpose(-1, -2).contiguous();
+}
+
 // 1 for the pairs (anchor, query) that count.
 at::Tensor pair_mask(const Arguments& x, at::ScalarType dtype) {
   at::Tensor mask = at::ones({x.A, x.B}, at::TensorOptions().dtype(dtype));
@@ -69,8 +79,10 @@ at::Tensor pair_mask(const Arguments& x, at::ScalarType dtype) {
 template <typename T>
 class RelationNce {
  public:
-  explicit RelationNce(const Arguments& arguments)
-      : x(arguments), kernels(active_kernels()), dtype(c10::CppTypeToScalarType<T>::value) {}
+  RelationNce(const Arguments& arguments, bool bf16)
+      : x(arguments), kernels(active_kernels()), dtype(c10::CppTypeToScalarType<T>::value) {
+    p.pairs = bf16 && kernels.bf16_pairs;
+  }
 
   NceResult run() {
     query = x.query.to(dtype).contiguous();
@@ -177,6 +189,17 @@ class RelationNce {
       if (bias.defined()) {
         qc = padded(at::matmul(query, bias), dtype, x.A, p.ldB);
         p.qc = pointer<T>(qc);
+      }
+    }
+    if (p.form == Form::kDirect) p.pairs = false;
+    if (p.pairs) {
+      norm_pairs = row_pairs(norm_matrix);
+      qw_t_pairs = row_pairs(qw_t);
+      p.norm_pairs = reinterpret_cast<const uint32_t*>(norm_pairs.const_data_ptr());
+      p.qw_t_pairs = reinterpret_cast<const uint32_t*>(qw_t_pairs.const_data_ptr());
+      if (qw.defined()) {
+        qw_pairs = row_pairs(qw);
+        p.qw_pairs = reinterpret_cast<const uint32_t*>(qw_pairs.const_data_ptr());
       }
     }
     p.scratch_bytes = (kernels.*Functions<T>::scratch)(p);
@@ -365,6 +388,7 @@ class RelationNce {
   at::Tensor query, positive, weight, bias, bank, pair, positive_logit, log_normalizer;
   at::Tensor key_weight, key_weight_t, anchor, pair_padded, weight_padded, weight_t_padded;
   at::Tensor bias_padded, query_padded, query_t_padded, norm_matrix, norm_bias, qw, qw_t, qc, memory;
+  at::Tensor norm_pairs, qw_pairs, qw_t_pairs;
   at::Tensor log_normalizer_padded, scalars, d_qw_t, d_q, d_logit, d_anchor, d_gram, d_hid_sum;
   at::Tensor d_w_t, d_bias, d_key_weight, d_rows;
 };
@@ -419,7 +443,11 @@ NceResult relation_nce_cpu(const at::Tensor& query, const at::Tensor& positive,
   x.self_pairs = self_pairs;
   x.infonce = objective == "infonce";
   x.need = need;
-  return dtype == at::kDouble ? RelationNce<double>(x).run() : RelationNce<float>(x).run();
+  if (dtype == at::kDouble) return RelationNce<double>(x, false).run();
+  // "medium" allows bfloat16 products of float32 matrices everywhere else in torch, so here too
+  const bool bf16 = dtype == at::kBFloat16 || at::globalContext().float32MatmulPrecision() ==
+                                                  at::Float32MatmulPrecision::MEDIUM;
+  return RelationNce<float>(x, bf16).run();
 }
 
 NceResult relation_nce_update_cpu(

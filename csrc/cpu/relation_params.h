@@ -73,6 +73,12 @@ struct NceParams {
   const T* qc = nullptr;           // [A, ldB]: <query, c>, or null
   T cancellation = 0;              // squared norms below cancellation * |hid|^2 are recomputed
 
+  // bfloat16 operands as pairs along the summed dimension, where the instruction set multiplies them
+  bool pairs = false;
+  const uint32_t* norm_pairs = nullptr;  // [Hp / 2, ldH]
+  const uint32_t* qw_pairs = nullptr;    // [A, Bp / 2, ldH]
+  const uint32_t* qw_t_pairs = nullptr;  // [A, Hp / 2, ldB]
+
   // direct form, and the recomputation of cancelled norms
   const T* weight = nullptr;    // [Rp, ldH]
   const T* weight_t = nullptr;  // [Hp, ldR]
@@ -136,6 +142,7 @@ struct RelationParams {
 struct Kernels {
   const char* isa;
   int vector_bytes;
+  bool bf16_pairs;  // multiplies bfloat16 operands as they are
   size_t (*nce_scratch_f32)(const NceParams<float>&);
   size_t (*nce_scratch_f64)(const NceParams<double>&);
   void (*nce_f32)(const NceParams<float>&, int64_t part);
