@@ -113,7 +113,7 @@ def test_study_is_interrupted_completed_and_reported(
     assert found.images == len(names) and found.outside == []
     for text in ("optim.epochs = 20", "crrcd-train study", "torch: ", "<td>crrcd</td>", "gain"):
         assert text in page
-    assert (report / "table.md").read_text().count("\n") == 2 + 3  # head and methods
+    assert (report / "table.md").read_text().count("\n") == 2 + 1 + 3  # head, teacher, methods
 
     # Again: nothing is repeated, the report is made anew.
     assert main(arguments) == 0

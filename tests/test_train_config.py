@@ -97,6 +97,29 @@ def test_shipped_studies_are_valid(path: Path, tmp_path: Path) -> None:
 
     read = config.load(path)
     jobs = study.jobs(read, tmp_path)
-    expected = len(read.study.methods) * len(read.study.seeds) * len(read.study.sizes)
-    assert len(jobs) == expected
-    assert len({job.output for job in jobs}) == expected
+    assert {job.size for job in jobs} == set(read.study.sizes)
+    assert {job.label for job in jobs} == set(read.study.methods)
+    assert {job.seed for job in jobs} == set(read.study.seeds)
+    assert len({job.output for job in jobs}) == len(jobs)
+    assert read.study.baseline in read.study.methods
+    assert read.study.highlight in read.study.methods
+
+
+def test_settings_of_one_method_and_size(tmp_path: Path) -> None:
+    from crrcd_train import study
+
+    read = config.load(
+        None,
+        [
+            "study.methods=['ce', 'few']",
+            "study.seeds=[3]",
+            "study.variants={few = {method = 'crrcd', sizes = [7], set = {crrcd.negatives = 9}}}",
+            "study.size_overrides={14 = {student.width = 5}}",
+        ],
+    )
+    jobs = {(job.label, job.size): job.config for job in study.jobs(read, tmp_path)}
+    assert set(jobs) == {("ce", 7), ("ce", 14), ("few", 7)}
+    assert jobs["few", 7].run.method == "crrcd" and jobs["few", 7].crrcd.negatives == 9
+    assert jobs["ce", 7].student.width == read.student.width
+    assert jobs["ce", 14].student.width == 5 and jobs["ce", 14].data.student_size == 14
+    assert all(job.run.seed == 3 for job in jobs.values())

@@ -134,6 +134,7 @@ class Run:
 class Variant:
     method: str = "crrcd"
     set: dict[str, Any] = field(default_factory=dict)  # dotted keys, as with --set
+    sizes: list[int] = field(default_factory=list)  # only at these sizes; empty: at all
 
 
 @dataclass

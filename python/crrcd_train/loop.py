@@ -238,7 +238,7 @@ class Session:
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Everything a step depends on; the order of the batches follows from the step."""
-        changed = settings_changed(state["config"], self.config)
+        changed = settings_changed(state["config"], self.config, self.task.kind)
         if state["kind"] != self.task.kind or changed:
             what = changed[0] if changed else f"{state['kind']} -> {self.task.kind}"
             raise UserError(
@@ -287,11 +287,31 @@ _MAY_CHANGE = (
     "teacher.checkpoint",
 )
 
+_STUDENTS_ONLY = (
+    "data.cache",
+    "data.labels",
+    "data.student_size",
+    "data.subset",
+    "student.",
+    "optim.",
+    "kd.",
+    "crrcd.",
+    "run.method",
+)
 
-def settings_changed(old: dict[str, Any], config: Config) -> list[str]:
+
+def settings_changed(old: dict[str, Any], config: Config, kind: str) -> list[str]:
     """`key: old -> new` for each setting that makes another run of it."""
+    ignored = _MAY_CHANGE
+    method = config.run.method
+    if kind == "teacher":
+        ignored += _STUDENTS_ONLY
+    else:
+        ignored += () if "kd" in method else ("kd.",)
+        ignored += () if "crrcd" in method else ("crrcd.",)
+        ignored += ("teacher.", "data.cache") if method == "ce" else ()
     lines = differences(old, to_dict(config))
-    return [line for line in lines if not line.startswith(_MAY_CHANGE)]
+    return [line for line in lines if not line.startswith(ignored)]
 
 
 def _tensorboard(output: Path, step: int) -> Any:

@@ -63,24 +63,41 @@ def make(
     output = writable_folder(study / "report")
     labels = [label for label in config.study.methods if any(r.label == label for r in records)]
     part = "test" if all("test" in r.result for r in records) else "validation"
-    text = table(records, labels, config.study.baseline, part)
+    teacher = runs.read_result(study / TEACHER)
+    text = table(records, labels, config.study.baseline, part, teacher)
     (output / "table.md").write_text(text + "\n", encoding="utf-8")
     say("report: drawing")
     pictures = _draw(study, output, records, labels, config, part, say)
-    page = _page(study, record, records, text, pictures, part, len(record["runs"]))
+    page = _page(study, record, records, text, pictures, part, teacher)
     path = output / "report.html"
     path.write_text(page, encoding="utf-8")
     return Made(text, path, [picture for picture, _ in pictures])
 
 
-def table(records: list[Record], labels: list[str], baseline: str, part: str) -> str:
-    """Markdown: accuracy (mean, standard deviation) and paired gain over the baseline by size."""
+def table(
+    records: list[Record],
+    labels: list[str],
+    baseline: str,
+    part: str,
+    teacher: dict[str, Any] | None = None,
+) -> str:
+    """Markdown: accuracy (mean, standard deviation) and paired gain over the baseline by size.
+
+    Args:
+        part: "test" or "validation".
+        teacher: the teacher's result, for a row of its own.
+    """
     gain = f"gain over {baseline}"
     head = ["size", "method", "seeds", f"{part}, %", f"{gain} (standard error)"]
     if part == "test":
         head += ["validation, %", f"{gain} (validation)"]
     head.append("s a run")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    if teacher is not None and part in teacher:
+        row = ["full", "teacher", "1"]
+        for name in dict.fromkeys((part, "validation")):
+            row += [f"{teacher[name]:.2f}", ""]
+        lines.append("| " + " | ".join([*row, f"{teacher['seconds']:.0f}"]) + " |")
     for size in sorted({r.size for r in records}):
         base = {r.seed: r.result for r in records if r.size == size and r.label == baseline}
         for label in labels:
@@ -244,14 +261,13 @@ def _page(
     text: str,
     pictures: list[tuple[Path, str]],
     part: str,
-    planned: int,
+    teacher: dict[str, Any] | None,
 ) -> str:
     config = record["config"]
-    teacher = runs.read_result(study / TEACHER)
     images = config["data"]
     labelled = f"{images['labels']} labelled images" if images["labels"] else "all labelled images"
     facts = [
-        f"{images['name']}, {labelled}, {len(records)} of {planned} student runs finished, "
+        f"{images['name']}, {labelled}, {len(records)} of {len(record['runs'])} student runs finished, "
         f"{record['date']}.",
     ]
     if teacher is not None:

@@ -152,7 +152,7 @@ def finished(output: Path, config: Config) -> dict[str, Any] | None:
     result = read_result(output)
     if result is None:
         return None
-    changed = settings_changed(result["config"], config)
+    changed = settings_changed(result["config"], config, result["kind"])
     if changed:
         raise UserError(
             f"{output} holds a run with other settings ({changed[0]}); "

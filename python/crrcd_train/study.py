@@ -52,6 +52,8 @@ def jobs(config: Config, output: Path) -> list[Job]:
         for seed in config.study.seeds:
             for label in config.study.methods:
                 variant = config.study.variants.get(label)
+                if variant and variant.sizes and size not in variant.sizes:
+                    continue
                 values: dict[str, Any] = {
                     **flatten(config.study.size_overrides.get(str(size), {})),
                     **(flatten(variant.set) if variant else {}),
@@ -101,7 +103,7 @@ def _complete(config: Config, output: Path, todo: list[Job], pending: list[Job])
     needs_teacher = any(methods.uses_teacher(job.config.run.method) for job in todo)
     if needs_teacher and not config.teacher.checkpoint:
         result = runs.train_teacher(
-            with_values(config, {"run.method": "ce", "run.seed": 0}),
+            with_values(config, {"run.seed": 0}),
             images,
             output / TEACHER,
             resume=True,
