@@ -6,6 +6,7 @@ function per operator, ``python -m crrcd_ext`` tells which backends this install
 
 from crrcd_ext import functional
 from crrcd_ext._backend import available_backends, set_backend, use_backend
+from crrcd_ext.modules import CRRCDLoss, FeatureRelation, MemoryBank
 
 __version__ = "0.1.0"
 
@@ -19,11 +20,3 @@ __all__ = [
     "set_backend",
     "use_backend",
 ]
-
-
-def __getattr__(name: str):
-    if name in ("CRRCDLoss", "FeatureRelation", "MemoryBank"):
-        from crrcd_ext import modules
-
-        return getattr(modules, name)
-    raise AttributeError(f"module 'crrcd_ext' has no attribute {name!r}")

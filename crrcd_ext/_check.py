@@ -135,12 +135,11 @@ def check_range(operator: str, argument: str, index: Tensor | None, bank: Tensor
     """Rows of the bank, where looking at them costs nothing: not on a device, not in a graph."""
     if index is None or index.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if index.numel() > 0:
-        low, high = (int(x) for x in index.aminmax())
-        rows = len(bank)
-        if low < 0 or high >= rows:
-            got = low if low < 0 else high
-            fail(IndexError, operator, argument, f"values in [0, N) = [0, {rows})", got)
+    outside = (index < 0) | (index >= len(bank))
+    if outside.any():
+        place = int(outside.nonzero()[0])
+        got = f"{int(index[place])} at position {place}"
+        fail(IndexError, operator, argument, f"rows of the bank in [0, {len(bank)})", got)
 
 
 def check_compiled_dtype(operator: str, dtype: torch.dtype) -> None:

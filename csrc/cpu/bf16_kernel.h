@@ -57,7 +57,7 @@ inline void forward_pairs(const NceParams<float>& p, const ChunkScratch<float>& 
   if (p.norm_bias) fill_rows(m, p.Hp, p.norm_bias, s.norm, p.ldH);
   if (p.qc) fill_rows(m, p.Bp, p.qc + a * p.ldB, s.z, p.ldB);
   if (p.form == Form::kTriangular) {
-    triangular_product<float, kPairs>(m, p.R < p.H ? p.Rp : p.Hp, p.Hp / 2, 128, hid, p.ldH / 2,
+    triangular_product<float, kPairs>(m, p.R < p.H ? p.Rp : p.Hp, p.Hp / 2, 2, hid, p.ldH / 2,
                                       s.pair_mask, pair_words, as_float(p.norm_pairs), p.ldH, s.norm,
                                       p.ldH, !p.norm_bias);
     triangular_norms(p, s, m);

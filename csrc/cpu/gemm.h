@@ -67,7 +67,8 @@ __attribute__((noinline)) void sparse_panel(int64_t m, int64_t k, const T* a, in
     const T* b_block = b + w * 64 * ldb;
     const T* a_block = a + w * 64;
     int64_t i = 0;
-    if (kVectors <= 4 && pair_rows)
+    // four sums are too few to hide the latency of a pair product
+    if (kVectors <= 4 && (pair_rows || kProduct == Product::kPairs))
       for (; i + 2 <= m; i += 2)
         block<T, kProduct, 2, kVectors, true>(a_block + i * lda, lda, b_block, ldb, 64,
                                     mask[i * words + w] | mask[(i + 1) * words + w], c + i * ldc,

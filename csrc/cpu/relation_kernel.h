@@ -488,16 +488,64 @@ void gram_norms(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m) {
   }
 }
 
-// C = T hid, skipping what lies below the diagonal: T[i, h] = 0 for h < i, so columns from i start at
-// word i / k_per_word of k.
+// Four vectors of columns of T hid, from column j on, for kRows keys. T[i, h] = 0 for h < i: units before
+// j do not count, and of the next few vectors' worth of units the later columns do not need the
+// earlier ones. `per_vector` is how many k one vector of columns spans, `start` where column j's k is.
+template <typename T, Product kProduct, int kRows>
+CRRCD_INLINE void triangular_rows(int64_t k, int64_t start, int64_t per_vector, const T* a, int64_t lda,
+                                  const uint64_t* mask, int64_t words, const T* b, int64_t ldb, T* c,
+                                  int64_t ldc, bool zero) {
+  const int64_t first_word = start / 64;
+  for (int64_t w = first_word; w * 64 < k; ++w) {
+    uint64_t active = 0;
+    for (int i = 0; i < kRows; ++i) active |= mask[i * words + w];
+    const T* a_word = a + w * 64;
+    const T* b_word = b + w * 64 * ldb;
+    if (w > first_word) {
+      block<T, kProduct, kRows, 4, true>(a_word, lda, b_word, ldb, 64, active, c, ldc, false);
+      continue;
+    }
+    const int64_t at = start % 64;  // at + 4 * per_vector <= 64
+    const uint64_t step = (uint64_t(1) << per_vector) - 1;
+    const uint64_t wide = active & (~uint64_t(0) << (at + 3 * per_vector));
+    block<T, kProduct, kRows, 4, true>(a_word, lda, b_word, ldb, 64, wide, c, ldc, zero);
+    block<T, kProduct, kRows, 3, true>(a_word, lda, b_word, ldb, 64,
+                                       active & (step << (at + 2 * per_vector)), c, ldc, false);
+    block<T, kProduct, kRows, 2, true>(a_word, lda, b_word, ldb, 64,
+                                       active & (step << (at + per_vector)), c, ldc, false);
+    block<T, kProduct, kRows, 1, true>(a_word, lda, b_word, ldb, 64, active & (step << at), c, ldc,
+                                       false);
+  }
+}
+
 template <typename T, Product kProduct>
-void triangular_product(int64_t m, int64_t rank, int64_t k, int64_t k_per_word, const T* a, int64_t lda,
+__attribute__((noinline)) void triangular_panel(int64_t m, int64_t k, int64_t start, int64_t per_vector,
+                                                const T* a, int64_t lda, const uint64_t* mask,
+                                                int64_t words, const T* b, int64_t ldb, T* c,
+                                                int64_t ldc, bool zero) {
+  int64_t i = 0;
+  for (; i + 2 <= m; i += 2)
+    triangular_rows<T, kProduct, 2>(k, start, per_vector, a + i * lda, lda, mask + i * words, words, b,
+                                    ldb, c + i * ldc, ldc, zero);
+  for (; i < m; ++i)
+    triangular_rows<T, kProduct, 1>(k, start, per_vector, a + i * lda, lda, mask + i * words, words, b,
+                                    ldb, c + i * ldc, ldc, zero);
+}
+
+// C = T hid for upper triangular T. One k stands for units_per_k hidden units.
+template <typename T, Product kProduct>
+void triangular_product(int64_t m, int64_t rank, int64_t k, int64_t units_per_k, const T* a, int64_t lda,
                         const uint64_t* mask, int64_t words, const T* b, int64_t ldb, T* c, int64_t ldc,
                         bool zero) {
-  constexpr int64_t kWidth = 4 * Simd<T>::kLanes;
-  for (int64_t j = 0; j < rank; j += kWidth)
-    sparse_gemm<T, kProduct>(m, rank - j < kWidth ? rank - j : kWidth, k, a, lda, mask, words, b + j,
-                             ldb, c + j, ldc, zero, true, j / k_per_word);
+  constexpr int64_t kLanes = Simd<T>::kLanes;
+  for (int64_t j = 0; j < rank; j += 4 * kLanes) {
+    if (rank - j >= 4 * kLanes)
+      triangular_panel<T, kProduct>(m, k, j / units_per_k, kLanes / units_per_k, a, lda, mask, words,
+                                    b + j, ldb, c + j, ldc, zero);
+    else
+      sparse_gemm<T, kProduct>(m, rank - j, k, a, lda, mask, words, b + j, ldb, c + j, ldc, zero, true,
+                               j / units_per_k / 64);
+  }
 }
 
 // Products of hid with everything that the logits need: s.norm or s.w, s.z, s.inverse.
@@ -516,7 +564,7 @@ void forward_products(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m
   if (p.norm_bias) fill_rows(m, p.Hp, p.norm_bias, s.norm, p.ldH);
   if (p.qc) fill_rows(m, p.Bp, p.qc + a * p.ldB, s.z, p.ldB);
   if (p.form == Form::kTriangular) {
-    triangular_product<T, Product::kFull>(m, p.R < p.H ? p.Rp : p.Hp, p.Hp, 64, s.hid, p.ldH, s.mask,
+    triangular_product<T, Product::kFull>(m, p.R < p.H ? p.Rp : p.Hp, p.Hp, 1, s.hid, p.ldH, s.mask,
                                           words, p.norm_matrix, p.ldH, s.norm, p.ldH, !p.norm_bias);
     triangular_norms(p, s, m);
   } else {

@@ -201,6 +201,7 @@ class RelationNce {
         qw_pairs = row_pairs(qw);
         p.qw_pairs = reinterpret_cast<const uint32_t*>(qw_pairs.const_data_ptr());
       }
+      norm_matrix = qw = qw_t = at::Tensor();
     }
     p.scratch_bytes = (kernels.*Functions<T>::scratch)(p);
     memory = scratch(parts * static_cast<int64_t>(p.scratch_bytes));

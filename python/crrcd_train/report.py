@@ -267,8 +267,8 @@ def _page(
     images = config["data"]
     labelled = f"{images['labels']} labelled images" if images["labels"] else "all labelled images"
     facts = [
-        f"{images['name']}, {labelled}, {len(records)} of {len(record['runs'])} student runs finished, "
-        f"{record['date']}.",
+        f"{images['name']}, {labelled}, {record['date']}; "
+        f"{len(records)} of {len(record['runs'])} student runs are finished.",
     ]
     if teacher is not None:
         shown = f"{teacher[part]:.2f} %" if part in teacher else f"{teacher['validation']:.2f} %"
