@@ -1,0 +1,186 @@
+"""Which backend runs, what happens when one is absent, the package without its compiled module."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.cases import BACKENDS, COMPILED, make
+from helpers.process import python
+
+import crrcd_ext
+from crrcd_ext import _backend, functional
+
+AUTO = "cpu" if COMPILED else "reference"
+
+
+# An import hook that hides the compiled module, as in an installation without a compiler.
+HIDDEN = """
+import sys, importlib.abc
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "crrcd_ext._C":
+            raise ModuleNotFoundError("No module named 'crrcd_ext._C'", name=name)
+sys.meta_path.insert(0, Hide())
+import torch
+from helpers.cases import make, run
+import crrcd_ext
+from crrcd_ext import functional
+"""
+
+RESOLVE = """
+import torch
+from crrcd_ext._backend import resolve
+print(resolve("relation", None, torch.device("cpu")))
+"""
+
+
+def resolved(argument: str | None = None) -> str:
+    return _backend.resolve("relation", argument, torch.device("cpu"))
+
+
+def test_order_of_choice(monkeypatch):
+    assert resolved() == AUTO
+    monkeypatch.setattr(_backend, "_environment", "reference")
+    assert resolved() == "reference"
+    assert resolved("auto") == AUTO
+    crrcd_ext.set_backend("auto")
+    assert resolved() == AUTO
+    with crrcd_ext.use_backend("reference"):
+        assert resolved() == "reference"
+        assert resolved(AUTO) == AUTO
+        with crrcd_ext.use_backend("auto"):
+            assert resolved() == AUTO
+        assert resolved() == "reference"
+    assert resolved() == AUTO
+    crrcd_ext.set_backend(None)
+    assert resolved() == "reference"  # the environment again
+
+
+def test_use_backend_is_undone_by_an_error():
+    with pytest.raises(KeyError), crrcd_ext.use_backend("reference"):
+        raise KeyError
+    assert _backend._chosen is None
+    with pytest.raises(ValueError, match="expected one of"), crrcd_ext.use_backend("none"):
+        pass
+    assert _backend._chosen is None
+
+
+def test_unknown_names():
+    message = r"backend: expected one of auto, reference, cpu, got 'cuda'$"
+    with pytest.raises(ValueError, match=r"^crrcd_ext\.set_backend: " + message):
+        crrcd_ext.set_backend("cuda")
+    with pytest.raises(ValueError, match=r"^crrcd_ext\.relation_nce: " + message):
+        functional.relation_nce(**make(), backend="cuda")
+
+
+def test_a_device_without_compiled_kernels_has_the_reference():
+    device = torch.device("cuda")
+    assert _backend.resolve("relation", None, device) == "reference"
+    if COMPILED:
+        message = r"^crrcd_ext\.relation: backend 'cpu': expected tensors on cpu, got cuda$"
+        with pytest.raises(ValueError, match=message):
+            _backend.resolve("relation", "cpu", device)
+
+
+def test_meta_tensors_have_the_reference():
+    anchor, sample, weight = (torch.ones(n, 5, device="meta") for n in (2, 3, 4))
+    assert functional.relation(anchor, sample, weight).shape == (2, 3, 4)
+
+
+def test_available_backends():
+    assert list(crrcd_ext.available_backends()) == ["reference", "cpu"]
+    assert [k for k, v in crrcd_ext.available_backends().items() if v is None] == BACKENDS
+
+
+def test_environment():
+    done = python(RESOLVE, CRRCD_BACKEND="reference")
+    assert done.stdout.strip() == "reference", done.stderr
+
+
+def test_environment_with_a_wrong_name():
+    done = python(RESOLVE, CRRCD_BACKEND="fast")
+    assert done.returncode != 0
+    message = "crrcd_ext.CRRCD_BACKEND: backend: expected one of auto, reference, cpu, got 'fast'"
+    assert message in done.stderr
+
+
+def test_report():
+    # An empty variable counts as none.
+    done = python("from crrcd_ext.__main__ import main; main()", CRRCD_BACKEND="")
+    assert done.returncode == 0, done.stderr
+    assert f"crrcd_ext    {crrcd_ext.__version__}" in done.stdout
+    assert f"torch        {torch.__version__}" in done.stdout
+    assert "chosen       auto" in done.stdout
+    assert "reference  available" in done.stdout
+    if COMPILED:
+        assert "cpu        available" in done.stdout
+        assert f"instruction sets  {', '.join(_backend.compiled.isa_available())}" in done.stdout
+        assert "threads           1" in done.stdout
+        assert "compiler" in done.stdout
+
+
+def test_without_the_compiled_module():
+    """It imports, says so once when "auto" falls back, and refuses "cpu" with the reason."""
+    done = python(
+        HIDDEN
+        + """
+from crrcd_ext.__main__ import main
+main()
+print("--- refused")
+for choose in (
+    lambda: functional.relation_nce(**make(), backend="cpu"),
+    lambda: crrcd_ext.set_backend("cpu"),
+):
+    try:
+        choose()
+    except RuntimeError as error:
+        print(error)
+run(make(), "reference")
+print("no warning so far", file=sys.stderr)
+first = run(make(), "auto")
+second = run(make(), None)
+assert all(torch.equal(first[k], second[k]) for k in first)
+bank = torch.ones(3, 4)
+functional.bank_update_(bank, torch.tensor([1]), torch.ones(1, 4), momentum=0.5)
+print("--- loss")
+print(float(first["loss"]))
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    report, refused = done.stdout.split("--- refused\n")
+    assert "cpu        absent: crrcd_ext._C is not there" in report
+    assert "to have cpu: build it with `pip install .`" in report
+    refused, loss = refused.split("--- loss\n")
+    lines = refused.splitlines()
+    for line, where in zip(lines, ("relation_nce", "set_backend"), strict=True):
+        start = f"crrcd_ext.{where}: backend 'cpu' is not available: crrcd_ext._C is not there"
+        assert line.startswith(start)
+        assert "No module named 'crrcd_ext._C'" in line
+        assert "pip install ." in line
+    expected = functional.relation_nce(**make(), backend="reference")
+    assert float(loss) == pytest.approx(float(expected), rel=1e-12)
+    before, after = done.stderr.split("no warning so far")
+    assert "RuntimeWarning" not in before
+    assert after.count("RuntimeWarning") == 1
+    assert "crrcd_ext runs on the slow 'reference' backend: crrcd_ext._C is not there" in after
+    assert "pip install" in after
+
+
+def test_without_the_compiled_module_a_compiled_graph_warns_too():
+    done = python(
+        HIDDEN
+        + """
+f = torch.compile(functional.relation, fullgraph=True, backend="aot_eager")
+for _ in range(3):
+    f(torch.ones(2, 5), torch.zeros(3, 5), torch.ones(4, 5))
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("crrcd_ext runs on the slow 'reference' backend") == 1
+
+
+def test_public_names():
+    for name in crrcd_ext.__all__:
+        assert hasattr(crrcd_ext, name), name
+    for name in functional.__all__:
+        assert getattr(functional, name).__doc__

@@ -1,0 +1,340 @@
+"""Each wrong argument is one clear error, before anything has changed."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from helpers.cases import BACKENDS, COMPILED, cast, make
+
+from crrcd_ext import functional
+
+A, B, K, H, R, D, N = 5, 6, 11, 7, 8, 4, 13
+
+
+def update(index=(1, 2), value=(2, D), momentum=0.5, *rest):
+    return (torch.tensor(index), torch.ones(value), momentum, *rest)
+
+
+NCE = [  # what is changed, error, the message after "crrcd_ext.relation_nce: "
+    (
+        {"query": torch.ones(A, B)},
+        ValueError,
+        "query: expected shape [A, B, R] = [*, *, *], got [5, 6]",
+    ),
+    (
+        {"positive": torch.ones(A, B, R + 1)},
+        ValueError,
+        "positive: expected shape [A, B, R] = [5, 6, 8], got [5, 6, 9]",
+    ),
+    (
+        {"anchor": torch.ones(A + 1, H)},
+        ValueError,
+        "anchor: expected shape [A, H] = [5, *], got [6, 7]",
+    ),
+    (
+        {"weight": torch.ones(R, H + 1)},
+        ValueError,
+        "weight: expected shape [R, H] = [8, 7], got [8, 8]",
+    ),
+    ({"bias": torch.ones(R + 1)}, ValueError, "bias: expected shape [R] = [8], got [9]"),
+    ({"bank": torch.ones(N)}, ValueError, "bank: expected shape [N, D] = [*, *], got [13]"),
+    (
+        {"key_weight": torch.ones(H, D + 1)},
+        ValueError,
+        "key_weight: expected shape [H, D] = [7, 4], got [7, 5]",
+    ),
+    (
+        {"key_weight": None},
+        ValueError,
+        "bank: expected shape [N, H] = [*, 7], got [13, 4]",
+    ),
+    (
+        {"index": torch.ones(2, 3, dtype=torch.int64)},
+        ValueError,
+        "index: expected shape [K] = [*], got [2, 3]",
+    ),
+    (
+        {"query_id": torch.arange(B + 1)},
+        ValueError,
+        "query_id: expected shape [B] = [6], got [7]",
+    ),
+    (
+        {"query_id": torch.arange(B), "anchor_id": torch.arange(B)},
+        ValueError,
+        "anchor_id: expected shape [A] = [5], got [6]",
+    ),
+    (
+        {"query_id": torch.arange(B), "key_id": torch.arange(K)},
+        ValueError,
+        "key_id: expected shape [N] = [13], got [11]",
+    ),
+    (
+        {"query_label": torch.arange(B), "key_label": torch.arange(K)},
+        ValueError,
+        "key_label: expected shape [N] = [13], got [11]",
+    ),
+    (
+        {"anchor_id": torch.arange(A)},
+        ValueError,
+        "query_id: expected an int64 tensor beside anchor_id, got None",
+    ),
+    (
+        {"key_id": torch.arange(N)},
+        ValueError,
+        "query_id: expected an int64 tensor beside key_id, got None",
+    ),
+    (
+        {"query_label": torch.arange(B)},
+        ValueError,
+        "key_label: expected an int64 tensor beside query_label, got None",
+    ),
+    (
+        {"key_label": torch.arange(N)},
+        ValueError,
+        "query_label: expected an int64 tensor beside key_label, got None",
+    ),
+    ({"query": None}, TypeError, "query: expected a tensor, got NoneType"),
+    ({"anchor": [1.0]}, TypeError, "anchor: expected a tensor, got list"),
+    (
+        {"positive": torch.ones(A, B, R, dtype=torch.int64)},
+        TypeError,
+        "positive: expected dtype float64, float32, bfloat16 or float16, got int64",
+    ),
+    (
+        {"bank": torch.ones(N, D, dtype=torch.complex64)},
+        TypeError,
+        "bank: expected dtype float64, float32, bfloat16 or float16, got complex64",
+    ),
+    ({"index": [1, 2]}, TypeError, "index: expected an int64 tensor, got list"),
+    ({"index": torch.ones(3)}, TypeError, "index: expected dtype int64, got float32"),
+    (
+        {"index": torch.ones(3, dtype=torch.int32)},
+        TypeError,
+        "index: expected dtype int64, got int32",
+    ),
+    (
+        {"query_label": torch.ones(B), "key_label": torch.arange(N)},
+        TypeError,
+        "query_label: expected dtype int64, got float32",
+    ),
+    (
+        {"index": torch.tensor([0, 3, N, 1])},
+        IndexError,
+        "index: expected rows of the bank in [0, 13), got 13 at position 2",
+    ),
+    (
+        {"index": torch.tensor([-1])},
+        IndexError,
+        "index: expected rows of the bank in [0, 13), got -1 at position 0",
+    ),
+    (
+        {"scale": torch.ones(1)},
+        ValueError,
+        "scale: expected a number or a floating 0-dim tensor, got float32 of shape [1]",
+    ),
+    (
+        {"offset": torch.tensor(1)},
+        ValueError,
+        "offset: expected a number or a floating 0-dim tensor, got int64 of shape []",
+    ),
+    (
+        {"scale": "0.1"},
+        TypeError,
+        "scale: expected a number or a floating 0-dim tensor, got str",
+    ),
+    (
+        {"objective": "softmax"},
+        ValueError,
+        "objective: expected one of nce, infonce, got 'softmax'",
+    ),
+    (
+        {"weight": torch.ones(R, H, device="meta")},
+        ValueError,
+        "weight: expected device cpu, got meta",
+    ),
+    (
+        {"index": torch.zeros(3, dtype=torch.int64, device="meta")},
+        ValueError,
+        "index: expected device cpu, got meta",
+    ),
+    (
+        {"scale": torch.ones((), device="meta")},
+        ValueError,
+        "scale: expected device cpu, got meta",
+    ),
+]
+
+UPDATES = [  # the update, error, the message after "crrcd_ext.relation_nce: update "
+    (update(index=(1, N)), IndexError, "rows of the bank in [0, 13), got 13 at position 1"),
+    (update(index=(-2, 1)), IndexError, "rows of the bank in [0, 13), got -2 at position 0"),
+    (update(index=(1.0, 2.0)), TypeError, "index: expected dtype int64, got float32"),
+    (update(index=((1, 2),)), ValueError, "index: expected shape [U] = [*], got [1, 2]"),
+    (update(value=(3, D)), ValueError, "value: expected shape [U, D] = [2, 4], got [3, 4]"),
+    (update(value=(2, D + 1)), ValueError, "value: expected shape [U, D] = [2, 4], got [2, 5]"),
+    (update(momentum=1.5), ValueError, "momentum: expected a number in [0, 1], got 1.5"),
+    (update(momentum=-0.1), ValueError, "momentum: expected a number in [0, 1], got -0.1"),
+    (
+        update(momentum=float("nan")),
+        ValueError,
+        "momentum: expected a number in [0, 1], got nan",
+    ),
+    (update(momentum=None), TypeError, "momentum: expected a number, got NoneType"),
+    (([1], torch.ones(1, D), 0.5), TypeError, "index: expected an int64 tensor, got list"),
+    ((torch.tensor([1]), [1.0], 0.5), TypeError, "value: expected a tensor, got list"),
+    (
+        (torch.tensor([1]), torch.ones(1, D, dtype=torch.int64), 0.5),
+        TypeError,
+        "value: expected dtype float64, float32, bfloat16 or float16, got int64",
+    ),
+]
+
+
+def text(message: str) -> str:
+    return "^" + re.escape(message) + "$"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("changes, error, message", NCE, ids=[m for _, _, m in NCE])
+def test_relation_nce(backend, changes, error, message):
+    case = cast(make(A, B, K, H, R, D, N), torch.float32)
+    case["update"] = update()
+    case |= changes
+    bank = case["bank"]
+    before = bank.clone()
+    with pytest.raises(error, match=text(f"crrcd_ext.relation_nce: {message}")):
+        functional.relation_nce(**case, backend=backend)
+    assert torch.equal(bank, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("given, error, message", UPDATES, ids=[m for _, _, m in UPDATES])
+def test_update(backend, given, error, message):
+    case = cast(make(A, B, K, H, R, D, N), torch.float32)
+    case["query"].requires_grad_()
+    before = case["bank"].clone()
+    if error is IndexError:
+        message = f"index: expected {message}"
+    with pytest.raises(error, match=text(f"crrcd_ext.relation_nce: update {message}")):
+        functional.relation_nce(**case, update=given, backend=backend)
+    assert torch.equal(case["bank"], before)
+    with pytest.raises(error, match=text(f"crrcd_ext.bank_update_: {message}")):
+        functional.bank_update_(
+            case["bank"], given[0], given[1], momentum=given[2], backend=backend
+        )
+    assert torch.equal(case["bank"], before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "given, got", [(3, "int"), (update()[:2], "2 entries"), ((*update(), True, 1), "5 entries")]
+)
+def test_update_is_no_triple(backend, given, got):
+    case = make(A, B, K, H, R, D, N)
+    message = f"update: expected (index, value, momentum[, normalize]), got {got}"
+    with pytest.raises(TypeError, match=text(f"crrcd_ext.relation_nce: {message}")):
+        functional.relation_nce(**case, update=given, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_update_of_a_bank_with_a_gradient(backend):
+    case = cast(make(A, B, K, H, R, D, N), torch.float32)
+    case["bank"].requires_grad_()
+    message = "bank: expected a tensor that requires no gradient when it is updated, "
+    message += "got requires_grad=True"
+    with pytest.raises(ValueError, match=text(f"crrcd_ext.relation_nce: {message}")):
+        functional.relation_nce(**case, update=update(), backend=backend)
+    with pytest.raises(ValueError, match=text(f"crrcd_ext.bank_update_: {message}")):
+        functional.bank_update_(case["bank"], *update()[:2], momentum=0.5, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"anchor": torch.ones(H)}, ValueError, "anchor: expected shape [A, H] = [*, *], got [7]"),
+        (
+            {"sample": torch.ones(3, H + 1)},
+            ValueError,
+            "sample: expected shape [M, H] = [*, 7], got [3, 8]",
+        ),
+        (
+            {"weight": torch.ones(32, 48)},
+            ValueError,
+            "weight: expected shape [R, H] = [*, 7], got [32, 48]",
+        ),
+        ({"bias": torch.ones(1)}, ValueError, "bias: expected shape [R] = [8], got [1]"),
+        ({"sample": None}, TypeError, "sample: expected a tensor, got NoneType"),
+        (
+            {"anchor": torch.ones(A, H, dtype=torch.bool)},
+            TypeError,
+            "anchor: expected dtype float64, float32, bfloat16 or float16, got bool",
+        ),
+        (
+            {"bias": torch.ones(R, device="meta")},
+            ValueError,
+            "bias: expected device cpu, got meta",
+        ),
+    ],
+)
+def test_relation(backend, changes, error, message):
+    tensors = {
+        "anchor": torch.ones(A, H),
+        "sample": torch.ones(B, H),
+        "weight": torch.ones(R, H),
+        "bias": torch.ones(R),
+    } | changes
+    with pytest.raises(error, match=text(f"crrcd_ext.relation: {message}")):
+        functional.relation(**tensors, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bank_update_of_no_matrix(backend):
+    message = "bank: expected shape [N, D] = [*, *], got [13]"
+    with pytest.raises(ValueError, match=text(f"crrcd_ext.bank_update_: {message}")):
+        functional.bank_update_(torch.ones(N), *update()[:2], momentum=0.5, backend=backend)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_float16_operands(backend):
+    case = cast(make(A, B, K, H, R, D, N), torch.float16)
+    message = (
+        "operands: expected float64, float32 or bfloat16 on backend 'cpu' "
+        "(float16: backend='reference'), got float16"
+    )
+    before = case["bank"].clone()
+    for chosen in (backend, "auto"):
+        with pytest.raises(TypeError, match=text(f"crrcd_ext.relation_nce: {message}")):
+            functional.relation_nce(**case, update=update(), backend=chosen)
+        with pytest.raises(TypeError, match=text(f"crrcd_ext.relation: {message}")):
+            functional.relation(case["anchor"], case["anchor"], case["weight"], backend=chosen)
+    assert torch.equal(case["bank"], before)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"positive": (5, 6, 9)},
+        {"anchor": (4, 7)},
+        {"weight": (8, 6)},
+        {"bias": (9,)},
+        {"key_weight": (7, 5)},
+    ],
+    ids=str,
+)
+def test_operators_check_too(backend, change):
+    """Called past the functions, an operator still must not read outside of its tensors."""
+    case = make(A, B, K, H, R, D, N) | {k: torch.ones(v).double() for k, v in change.items()}
+    names = ("query", "positive", "anchor", "bank", "weight", "bias", "scale", "offset")
+    with pytest.raises((ValueError, RuntimeError), match=r"crrcd_ext\.relation_nce: \w+"):
+        torch.ops.crrcd.relation_nce(
+            *(case[k] for k in names),
+            case["index"],
+            case["key_weight"],
+            *[None] * 5,
+            False,
+            "nce",
+            511,
+        )
