@@ -97,7 +97,7 @@ inline void backward_pairs(const NceParams<float>& p, const ChunkScratch<float>&
   const int64_t ld_m = odd_lines<float>(p.tile);
   if (p.need_query || p.need_weight) pack_columns(m, p.Bp, s.ds, p.ldB, s.ds_t_pairs);
   if (p.need_weight) {
-    float* d_hid_sum = p.d_hid_sum + part * p.ldH;
+    float* d_hid_sum = s.d_hid_sum;
     for (int64_t h = 0; h < p.Hp; h += 16) {
       auto total = load(d_hid_sum + h);
       for (int64_t n = 0; n < m; ++n) {
@@ -120,6 +120,6 @@ inline void backward_pairs(const NceParams<float>& p, const ChunkScratch<float>&
                         s.hid_t_pairs, s.pair_mask_t);
     transposed_products<float, kPairs>(p, p.tile / 2, as_float(s.hid_t_pairs), ld_m / 2, s.pair_mask_t,
                                        words_of(p.tile / 2), as_float(s.ds_t_pairs),
-                                       as_float(s.weighted_pairs), slice, part);
+                                       as_float(s.weighted_pairs), slice, s.d_gram);
   }
 }

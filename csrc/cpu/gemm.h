@@ -47,13 +47,14 @@ CRRCD_INLINE void block(const T* a, int64_t lda, const T* b, int64_t ldb, int64_
                         uint64_t active, T* c, int64_t ldc, bool zero) {
   using V = typename Simd<T>::V;
   constexpr int kLanes = Simd<T>::kLanes;
-  V sum[kRows][kVectors];
-  for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < kVectors; ++j)
-      sum[i][j] = zero ? V{} : load(c + i * ldc + j * kLanes);
+  // From zero, and C on top at the end: two short sums round less than one long one.
+  V sum[kRows][kVectors] = {};
   multiply_add<T, kProduct, kRows, kVectors, kSparse>(sum, a, lda, b, ldb, k_count, active);
   for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < kVectors; ++j) store(c + i * ldc + j * kLanes, sum[i][j]);
+    for (int j = 0; j < kVectors; ++j) {
+      T* out = c + i * ldc + j * kLanes;
+      store(out, zero ? sum[i][j] : load(out) + sum[i][j]);
+    }
 }
 
 // One panel (kVectors vectors wide) of C over all rows and all k; k in words of 64.

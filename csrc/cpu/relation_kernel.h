@@ -27,6 +27,9 @@ struct ChunkScratch {
   T* ds_t;        // [Bp, ldM]
   T* w;           // [tile, ldR]
   T* d_w;         // [tile, ldR]
+  T* d_gram;      // [Hp, ldH] of this chunk: two levels of sums round less than one long sum
+  T* d_hid_sum;   // [ldH]
+  T* d_w_t;       // [Hp, ldR]
   T* coefficient; // [tile] k above
   T* ds_z;        // [tile, lanes] partial sums of ds <q_b, w>
   T* inverse;     // [tile] 1 / |w|, 0 where the norm vanishes
@@ -86,6 +89,9 @@ size_t carve(const NceParams<T>& p, std::byte* base, ChunkScratch<T>& s) {
   s.ds_t = c.take<T>(direct && p.need_query ? p.Bp * ld_m : 0);
   s.w = c.take<T>(m * p.ldR);
   s.d_w = c.take<T>(direct && (key_side || p.need_weight) ? m * p.ldR : 0);
+  s.d_gram = c.take<T>(!direct && p.need_weight ? p.Hp * p.ldH : 0);
+  s.d_hid_sum = c.take<T>(p.ldH);
+  s.d_w_t = c.take<T>(direct && p.need_weight ? p.Hp * p.ldR : 0);
   s.coefficient = c.take<T>(m);
   s.ds_z = c.take<T>(m * Simd<T>::kLanes);
   s.inverse = c.take<T>(m);
@@ -580,13 +586,12 @@ void forward_products(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m
 template <typename T, Product kProduct>
 void transposed_products(const NceParams<T>& p, int64_t k, const T* hid_t, int64_t ld_hid_t,
                          const uint64_t* mask_t, int64_t words, const T* ds, const T* weighted,
-                         int64_t slice, int64_t part) {
+                         int64_t slice, T* d_gram) {
   if (p.need_query)
     sparse_gemm<T, kProduct>(p.H, p.Bp, k, hid_t, ld_hid_t, mask_t, words, ds, p.ldB,
                              p.d_qw_t + slice * p.Hp * p.ldB, p.ldB, false, false);
   if (p.need_weight) {
     constexpr int64_t kWidth = 4 * Simd<T>::kLanes;
-    T* d_gram = p.d_gram + part * p.Hp * p.ldH;
     for (int64_t j = 0; j < p.H; j += kWidth)  // symmetric: rows from the diagonal block on
       sparse_gemm<T, kProduct>(p.H - j, p.Hp - j < kWidth ? p.Hp - j : kWidth, k, hid_t + j * ld_hid_t,
                                ld_hid_t, mask_t + j * words, words, weighted + j, p.ldH,
@@ -613,7 +618,7 @@ void direct_backward(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m,
                        s.coefficient, d_x, d_anchor);
   if (p.need_weight) {
     sparse_gemm<T>(p.H, p.Rp, p.tile, s.hid_t, ld_m, s.mask_t, p.tile / 64, s.d_w, p.ldR,
-                   p.d_w_t + part * p.Hp * p.ldR, p.ldR, false, false);
+                   s.d_w_t, p.ldR, false, false);
     T* d_bias = p.d_bias + part * p.ldR;
     for (int64_t n = 0; n < m; ++n)
       for (int64_t r = 0; r < p.Rp; r += kLanes)
@@ -629,7 +634,7 @@ void gram_backward(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m, i
     hidden_gradient<T>(m, p.Hp, p.Bp, s.ds, p.ldB, p.qw + a * p.Bp * p.ldH, p.ldH, s.hid, p.ldH,
                        s.norm, s.coefficient, d_x, d_anchor);
   if (p.need_weight) {
-    T* d_hid_sum = p.d_hid_sum + part * p.ldH;
+    T* d_hid_sum = s.d_hid_sum;
     for (int64_t h = 0; h < p.Hp; h += kLanes) {
       auto total = load(d_hid_sum + h);
       for (int64_t n = 0; n < m; ++n) {
@@ -641,7 +646,7 @@ void gram_backward(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m, i
     }
   }
   transposed_products<T, Product::kFull>(p, p.tile, s.hid_t, odd_lines<T>(p.tile), s.mask_t,
-                                         p.tile / 64, s.ds, s.weighted, slice, part);
+                                         p.tile / 64, s.ds, s.weighted, slice, s.d_gram);
 }
 
 #ifdef CRRCD_BF16_PAIRS
@@ -723,6 +728,16 @@ void store_key_gradient(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t
 }
 
 template <typename T>
+void clear(int64_t n, T* sum) {
+  for (int64_t i = 0; i < n; ++i) sum[i] = 0;
+}
+
+template <typename T>
+void add_to(int64_t n, const T* sum, T* total) {
+  for (int64_t i = 0; i < n; ++i) total[i] += sum[i];
+}
+
+template <typename T>
 CRRCD_INLINE int64_t keys_in(const NceParams<T>& p, int64_t tile) {
   const int64_t left = p.K - tile * p.tile;
   return left < p.tile ? left : p.tile;
@@ -738,13 +753,24 @@ void nce_pass(const NceParams<T>& p, int64_t part) {
   const int64_t tile_end = tiles * (key_part + 1) / p.key_parts;
   const int64_t a_begin = p.A * anchor_part / p.anchor_parts;
   const int64_t a_end = p.A * (anchor_part + 1) / p.anchor_parts;
+  const bool direct = p.form == Form::kDirect;
   for (int64_t chunk = tile_begin; chunk < tile_end; chunk += p.tiles_per_chunk) {
     const int64_t stop = chunk + p.tiles_per_chunk < tile_end ? chunk + p.tiles_per_chunk : tile_end;
     for (int64_t tile = chunk; tile < stop; ++tile)
       p.scalars[part * 4] += load_tile(p, s, tile - chunk, tile * p.tile, keys_in(p, tile));
+    const bool weight_gradient = p.need_weight && kPass != Pass::kLogSumExp;
+    const int64_t gram_size = p.Hp * p.ldH, w_size = p.Hp * p.ldR;
+    if (weight_gradient && direct) clear(w_size, s.d_w_t);
+    if (weight_gradient && !direct) clear(gram_size, s.d_gram);
+    clear(p.ldH, s.d_hid_sum);
     for (int64_t a = a_begin; a < a_end; ++a)
       for (int64_t tile = chunk; tile < stop; ++tile)
         process_tile<T, kPass>(p, s, tile - chunk, keys_in(p, tile), a, key_part, part);
+    if (weight_gradient && direct) add_to(w_size, s.d_w_t, p.d_w_t + part * w_size);
+    if (weight_gradient && !direct) {
+      add_to(gram_size, s.d_gram, p.d_gram + part * gram_size);
+      add_to(p.ldH, s.d_hid_sum, p.d_hid_sum + part * p.ldH);
+    }
     if (p.need_key && kPass != Pass::kLogSumExp)
       for (int64_t tile = chunk; tile < stop; ++tile)
         store_key_gradient(p, s, tile - chunk, tile * p.tile, keys_in(p, tile), anchor_part, part);

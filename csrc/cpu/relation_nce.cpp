@@ -360,8 +360,11 @@ class RelationNce {
       at::Tensor g = at::addbmm(at::mm(weight, gram), query.transpose(1, 2), d_query_weight);
       if (bias.defined()) {
         g.add_(at::outer(bias, hid_sum));
-        at::Tensor b = at::mv(weight, hid_sum).add_(bias, total[3]);
-        b.add_((logits.unsqueeze(-1) * query).sum(at::IntArrayRef{0, 1}));
+        // two large terms that nearly cancel, so in double
+        const at::Tensor c = bias.to(at::kDouble);
+        at::Tensor b = at::mv(weight.to(at::kDouble), hid_sum.to(at::kDouble)).add_(c, total[3]);
+        b.add_(at::mv(query.reshape({x.A * x.B, x.R}).to(at::kDouble).t(),
+                      logits.reshape({x.A * x.B}).to(at::kDouble)));
         if (x.needs(kNeedBias)) d_bias_out = result(b, x.bias);
       }
       d_weight = result(g, x.weight);
