@@ -1,9 +1,12 @@
 """Derivatives of the compiled operators.
 
 relation_nce computes its gradients in the forward pass: a scalar loss needs nothing from backward
-but one factor. relation keeps what its own backward operator reads. Both formulas are registered
-with the operators, so that a compiler sees one node. Only relation_nce_, which changes its bank,
-cannot have a registered formula; a Function calls it.
+but one factor. relation keeps what its own backward operator reads.
+
+Each formula serves twice. Registered with its operator it is what the compiler sees: one node, that
+may have the same tensor as two of its arguments. In a Function it serves eager calls, which cost a
+fraction of a registered formula's overhead, and relation_nce_, which changes its bank and for that
+cannot have a formula of its own.
 """
 
 from __future__ import annotations
@@ -13,11 +16,12 @@ from torch import Tensor
 
 from crrcd_ext import _schema
 
-GRADIENTS = 9
-"""query, positive, anchor, bank, key_weight, weight, bias, scale, offset: the bits of ``need``."""
-
 _POSITIONS = (0, 1, 2, 3, 9, 4, 5, 6, 7)
-"""Where these nine stand among the operator's arguments."""
+"""Positions among the operator's arguments of what the bits of ``need`` stand for: query, positive,
+anchor, bank, key_weight, weight, bias, scale, offset."""
+
+NCE_ARGUMENTS = 18
+"""Arguments of relation_nce; the last is ``need``. relation_nce_ has four more."""
 
 
 def need_bits(*inputs: Tensor | None) -> int:
@@ -55,7 +59,7 @@ def _relation_backward(ctx, grad, _):
 
 def _keep_relation_nce(ctx, inputs, output) -> None:
     _loss, *gradients = output
-    ctx.need = inputs[17]
+    ctx.need = inputs[NCE_ARGUMENTS - 1]
     ctx.save_for_backward(*(g for bit, g in enumerate(gradients) if ctx.need & 1 << bit))
     ctx.mark_non_differentiable(*gradients)
     ctx.arguments = len(inputs)
@@ -83,21 +87,41 @@ torch.library.register_autograd(
 )
 
 
-class RelationNCEUpdate(torch.autograd.Function):
-    """crrcd::relation_nce_, arguments in its order; the derivative is that of relation_nce."""
+class Relation(torch.autograd.Function):
+    """Eager crrcd::relation, arguments in its order."""
 
     @staticmethod
     def forward(ctx, *arguments):
-        output = torch.ops.crrcd.relation_nce_(*arguments)
+        output = torch.ops.crrcd.relation(*arguments)
+        _keep_relation(ctx, arguments, output)
+        return output
+
+    backward = staticmethod(_relation_backward)
+
+
+class RelationNCE(torch.autograd.Function):
+    """Eager crrcd::relation_nce, or crrcd::relation_nce_ when the arguments of an update follow."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        output = _relation_nce_operator(arguments)(*arguments)
         _keep_relation_nce(ctx, arguments, output)
         return output
 
     backward = staticmethod(_relation_nce_backward)
 
 
+def _relation_nce_operator(arguments: tuple):
+    pure = len(arguments) == NCE_ARGUMENTS
+    return torch.ops.crrcd.relation_nce if pure else torch.ops.crrcd.relation_nce_
+
+
 def relation(anchor: Tensor, sample: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Backend "cpu" of functional.relation; operands share one dtype."""
-    return torch.ops.crrcd.relation(anchor, sample, weight, bias)[0]
+    arguments = (anchor, sample, weight, bias)
+    if torch.compiler.is_compiling() or not need_bits(*arguments):
+        return torch.ops.crrcd.relation(*arguments)[0]
+    return Relation.apply(*arguments)[0]
 
 
 def relation_nce(
@@ -117,18 +141,18 @@ def relation_nce(
     head = (query, positive, anchor, bank, weight, bias, scale, offset, index, key_weight)
     need = need_bits(*inputs)
     arguments = (*head, *masks, *options, need)
-    # The compiler cannot trace a Function that changes an input. There the update is an operator
-    # of its own; the graph keeps it behind the pass, which reads the bank.
-    if update is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        # A graph keeps the update behind the pass, which reads the bank.
         loss = torch.ops.crrcd.relation_nce(*arguments)[0]
         if update is not None:
-            bank_update_(bank, *update)
+            torch.ops.crrcd.bank_update_(bank, *update)
         return loss
-    if need:
-        loss = RelationNCEUpdate.apply(*arguments, *update)[0]
-    else:
-        loss = torch.ops.crrcd.relation_nce_(*arguments, *update)[0]
-    torch.autograd.graph.increment_version(bank)
+    if update is not None:
+        arguments += update
+    call = RelationNCE.apply if need else _relation_nce_operator(arguments)
+    loss = call(*arguments)[0]
+    if update is not None:
+        torch.autograd.graph.increment_version(bank)
     return loss
 
 

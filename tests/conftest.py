@@ -13,7 +13,7 @@ from hypothesis import settings
 
 from crrcd_ext import _backend
 
-settings.register_profile("crrcd", deadline=None, derandomize=True, print_blob=False)
+settings.register_profile("crrcd", deadline=None, derandomize=True, print_blob=False, database=None)
 settings.load_profile("crrcd")
 
 

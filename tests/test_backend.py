@@ -179,6 +179,31 @@ for _ in range(3):
     assert done.stderr.count("crrcd_ext runs on the slow 'reference' backend") == 1
 
 
+@pytest.mark.skipif(not COMPILED, reason="the compiled module's own functions")
+class TestCompiledModule:
+    def test_build_info(self):
+        info = _backend.compiled.build_info()
+        assert {"compiler", "torch", "cuda", "debug"} <= set(info)
+        assert info["torch"] == torch.__version__
+
+    def test_num_threads(self):
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert _backend.compiled.num_threads() == threads
+
+    @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+    def test_plan(self, dtype):
+        plan = _backend.compiled.plan(64, 64, 16384, 128, 128, 128, dtype, 511, threads=2)
+        assert plan["form"] in ("gram", "triangular", "direct")
+        assert plan["tile"] > 0
+        # Enough parts for every thread.
+        assert plan["key_parts"] * plan["anchor_parts"] >= 2
+
+    def test_plan_of_another_dtype(self):
+        with pytest.raises(ValueError, match="expected float64, float32 or bfloat16, got int8"):
+            _backend.compiled.plan(1, 1, 1, 1, 1, 1, "int8", 0)
+
+
 def test_public_names():
     for name in crrcd_ext.__all__:
         assert hasattr(crrcd_ext, name), name

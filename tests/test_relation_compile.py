@@ -267,6 +267,38 @@ class TestCompile:
         torch.testing.assert_close(sums[0], sums[1])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_export(backend):
+    class Loss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("bank", inputs()["bank"].clone())
+            self.weight = torch.nn.Parameter(inputs()["weight"].clone())
+
+        def forward(self, anchor, sample, key_weight, index, value):
+            query = functional.relation(anchor, sample, self.weight, backend=backend)
+            return functional.relation_nce(
+                query,
+                query.detach(),
+                anchor,
+                self.bank,
+                self.weight,
+                scale=10.0,
+                offset=1.0,
+                key_weight=key_weight,
+                index=index,
+                update=(torch.arange(6), value, 0.5),
+                backend=backend,
+            )
+
+    tensors = inputs()
+    arguments = tuple(tensors[k] for k in ("anchor", "sample", "key_weight", "index", "value"))
+    eager = Loss()
+    exported = torch.export.export(Loss(), arguments).module()
+    torch.testing.assert_close(exported(*arguments), eager(*arguments))
+    torch.testing.assert_close(dict(exported.named_buffers())["bank"], eager.bank)
+
+
 def test_fakes_give_shapes_without_kernels():
     """A graph can be traced where nothing is compiled."""
     with FakeTensorMode():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -757,8 +758,48 @@ def test_inputs_stay_as_they_are(backend):
 
 
 @pytest.mark.parametrize("backend", COMPILED)
-def test_what_the_hardest_negative_learns(backend):
-    """One descent step on the queries alone raises positives and lowers negatives."""
+def test_a_bank_beyond_31_bits_of_elements(backend):
+    # Virtual memory alone: of these 4 GiB only the pages of the rows in use come to be.
+    rows, dim = 2**24 + 64, 130
+    assert rows * dim > 2**31
+    bank = torch.empty(rows, dim, dtype=torch.bfloat16)
+    small = cast(make(3, 4, 6, 7, 8, dim, 6), torch.bfloat16)["bank"]
+    place = torch.tensor([0, 5, 2**23, 2**31 // dim + 1, rows - 2, rows - 1])
+    bank[place] = small
+    case = cast(make(3, 4, 6, 7, 8, dim, 6), torch.float32)
+    wanted = ("query", "key_weight", "weight")
+    near = {**case, "bank": small.clone(), "index": torch.arange(6), "query_id": torch.arange(4)}
+    far = {**case, "bank": bank, "index": place, "query_id": place[:4]}
+    value = torch.ones(2, dim)
+    near["update"], far["update"] = (torch.tensor([5, 3]), value, 0.5), (place[[5, 3]], value, 0.5)
+    expected, got = (run(x, backend, wanted=wanted) for x in (near, far))
+    assert all(torch.equal(got[k], expected[k]) for k in expected)
+    assert torch.equal(bank[place], near["bank"])
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("wanted", [("query",), DIFFERENTIABLE])
+def test_memory_does_not_grow_with_the_negatives(backend, wanted):
+    """Nothing of size K x H or A x B x K: here they would be 102 MB and 205 MB."""
+    wanted = tuple(k for k in wanted if k != "bank")  # that gradient is as large as the bank
+    case = cast(make(16, 16, 200_000, 128, 64, 32, 20_000), torch.float32)
+    run({**case, "index": case["index"][:1000]}, backend, wanted=wanted)
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        pytest.skip("peak memory is read from Linux's /proc")
+
+    def status(name: str) -> float:
+        text = Path("/proc/self/status").read_text()
+        return int(text.split(f"{name}:")[1].split()[0]) / 1024
+
+    reset.write_text("5")  # the peak starts anew
+    before = status("VmRSS")
+    run(case, backend, wanted=wanted)
+    assert status("VmHWM") - before < 48
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_a_step_down_the_gradient_lowers_the_loss(backend):
     case = make(4, 6, 50, 16, 12, 8, 60, offset=2.0)
     query = case["query"].requires_grad_()
     before = functional.relation_nce(**case, backend=backend)
