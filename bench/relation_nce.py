@@ -55,7 +55,7 @@ class ChunkChoice:
     """The fastest chunk length of each chunked baseline, tried once for sizes that share it."""
 
     def __init__(self, candidates: tuple[int, ...] = CHUNKS, keys: int = 4096) -> None:
-        self.candidates = candidates
+        self.candidates = tuple(candidates)
         self.keys = keys
         self.known: dict[tuple[object, ...], int] = {}
 
@@ -64,9 +64,12 @@ class ChunkChoice:
         key = (sample, name, dtype, grads)
         if key not in self.known:
             problem = make_problem(sample, grads)
-            # Compilation takes its time: two lengths, the ones nearest to the best in eager code.
-            candidates = self.candidates[1:4:2] if BASELINES[name][1] else self.candidates
+            candidates = self.candidates
+            if BASELINES[name][1] and len(candidates) > 2:
+                candidates = candidates[1:4:2]  # each is compiled anew, which takes its time
             candidates = [c for c in candidates if c <= sample.keys] or [sample.keys]
+            if len(candidates) == 1:
+                return candidates[0]
             seconds = {}
             for chunk in candidates:
                 step = make_step(problem, name, dtype, chunk=chunk)
@@ -305,6 +308,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds of a shape after which no new round is begun (after three)",
     )
     parser.add_argument("--threads", type=int, help="threads, for all of them (default: torch's)")
+    parser.add_argument(
+        "--chunks",
+        type=int,
+        nargs="+",
+        default=list(CHUNKS),
+        help="chunk lengths that are tried for the chunked baselines; one is not tried but taken",
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument(
         "--memory-keys",
@@ -330,7 +340,7 @@ def main(options: argparse.Namespace) -> int:
     about = machine.describe()
     print("\n".join(machine.headline(about)))
 
-    choose_chunk = ChunkChoice()
+    choose_chunk = ChunkChoice(options.chunks)
     cases: list[dict] = []
     memory_only: list[dict] = []
     todo = list(product(options.dtype, options.grads, shapes))
