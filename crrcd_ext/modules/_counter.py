@@ -38,7 +38,9 @@ def hashes(seed: Tensor, step: Tensor, count: int) -> Tensor:
     key = _xor_shift_(key, 30).mul_(_FIRST)
     key = _xor_shift_(key, 27).mul_(_SECOND)
     key = _xor_shift_(key, 31)
-    x = torch.arange(count, dtype=torch.int64, device=seed.device).mul_(_GOLDEN).add_(key)
+    # The key comes before the product: torch.compile would fold a product of an arange and a number
+    # into signed index arithmetic, where the wrap-around is undefined and GCC breaks the loop.
+    x = torch.arange(count, dtype=torch.int64, device=seed.device).add_(key).mul_(_GOLDEN)
     x = _xor_shift_(x, 30).mul_(_FIRST)
     return _xor_shift_(x, 27).mul_(_SECOND)
 
