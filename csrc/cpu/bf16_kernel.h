@@ -92,21 +92,13 @@ inline void hidden_column_pairs(int64_t tile, int64_t hidden, const float* ancho
 }
 
 inline void backward_pairs(const NceParams<float>& p, const ChunkScratch<float>& s, int64_t t, int64_t m,
-                           int64_t a, int64_t slice, int64_t part, float* d_x, float* d_anchor) {
+                           int64_t a, int64_t slice, float* d_x, float* d_anchor) {
   constexpr Product kPairs = Product::kPairs;
   const int64_t ld_m = odd_lines<float>(p.tile);
   if (p.need_query || p.need_weight) pack_columns(m, p.Bp, s.ds, p.ldB, s.ds_t_pairs);
   if (p.need_weight) {
-    float* d_hid_sum = s.d_hid_sum;
-    for (int64_t h = 0; h < p.Hp; h += 16) {
-      auto total = load(d_hid_sum + h);
-      for (int64_t n = 0; n < m; ++n) {
-        const auto v = load(s.hid + n * p.ldH + h) * s.coefficient[n];
-        store(s.weighted + n * p.ldH + h, v);
-        total += v;
-      }
-      store(d_hid_sum + h, total);
-    }
+    weigh_rows<float>(m, p.Hp, s.hid, p.ldH, s.coefficient, s.weighted);
+    if (p.bias) add_rows<float>(m, p.Hp, s.weighted, p.ldH, s.d_hid_sum);
     pack_columns(m, p.Hp, s.weighted, p.ldH, s.weighted_pairs);
   }
   if (p.need_key || p.need_anchor) {

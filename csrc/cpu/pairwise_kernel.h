@@ -54,7 +54,6 @@ void relation_forward(const RelationParams<T>& p, int64_t part) {
 
 template <typename T>
 void relation_backward(const RelationParams<T>& p, int64_t part) {
-  constexpr int kLanes = Simd<T>::kLanes;
   PairwiseScratch<T> s;
   carve(p, p.scratch + part * p.scratch_bytes, s);
   const int64_t ld_m = odd_lines<T>(p.tile);
@@ -86,9 +85,7 @@ void relation_backward(const RelationParams<T>& p, int64_t part) {
       hidden_columns<T>(p.tile, p.H, anchor, s.x_t, ld_m, s.hid_t, s.mask_t);
       sparse_gemm<T>(p.H, p.Rp, p.tile, s.hid_t, ld_m, s.mask_t, p.tile / 64, s.w, p.ldR,
                      p.d_w_t + part * p.Hp * p.ldR, p.ldR, false, false);
-      for (int64_t n = 0; n < m; ++n)
-        for (int64_t r = 0; r < p.Rp; r += kLanes)
-          store(d_bias + r, load(d_bias + r) + load(s.w + n * p.ldR + r));
+      add_rows<T>(m, p.Rp, s.w, p.ldR, d_bias);
     }
   }
 }

@@ -30,6 +30,7 @@ struct ChunkScratch {
   T* d_gram;      // [Hp, ldH] of this chunk: two levels of sums round less than one long sum
   T* d_hid_sum;   // [ldH]
   T* d_w_t;       // [Hp, ldR]
+  T* d_bias;      // [ldR]
   T* coefficient; // [tile] k above
   T* ds_z;        // [tile, lanes] partial sums of ds <q_b, w>
   T* inverse;     // [tile] 1 / |w|, 0 where the norm vanishes
@@ -91,6 +92,7 @@ size_t carve(const NceParams<T>& p, std::byte* base, ChunkScratch<T>& s) {
   s.d_w = c.take<T>(direct && (key_side || p.need_weight) ? m * p.ldR : 0);
   s.d_gram = c.take<T>(!direct && p.need_weight ? p.Hp * p.ldH : 0);
   s.d_hid_sum = c.take<T>(p.ldH);
+  s.d_bias = c.take<T>(p.ldR);
   s.d_w_t = c.take<T>(direct && p.need_weight ? p.Hp * p.ldR : 0);
   s.coefficient = c.take<T>(m);
   s.ds_z = c.take<T>(m * Simd<T>::kLanes);
@@ -290,6 +292,7 @@ void tile_logits(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t a, int
                  const T* keep, T* d_logit, T* running_max, T* running_sum, double* scalars) {
   using V = typename Simd<T>::V;
   constexpr int kLanes = Simd<T>::kLanes;
+  constexpr int64_t kBlock = 16;  // two short sums round less than one long one
   constexpr int64_t kFlush = 64;  // (1 + q) at most doubles a row, so q stays finite
   const T* pair = p.pair + a * p.ldB;
   const T* log_normalizer = kPass == Pass::kSoftmax ? p.log_normalizer + a * p.ldB : nullptr;
@@ -314,7 +317,7 @@ void tile_logits(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t a, int
       store(running_sum + b, sum);
       continue;
     }
-    V sum_positive{}, sum_g{}, sum_g_cosine{}, sum_ds{}, q{};
+    V sum_positive{}, sum_g{}, sum_g_cosine{}, sum_ds{}, block_ds{}, q{};
     for (int64_t n = 0; n < m; ++n) {
       const T inverse = s.inverse[n];
       const T slope = p.scale * inverse;
@@ -342,7 +345,11 @@ void tile_logits(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t a, int
       store(s.ds + n * p.ldB + b, ds);
       T* ds_z = s.ds_z + n * kLanes;
       store(ds_z, b == 0 ? ds * z : load(ds_z) + ds * z);
-      sum_ds += ds;
+      block_ds += ds;
+      if (n % kBlock == kBlock - 1 || n + 1 == m) {
+        sum_ds += block_ds;
+        block_ds = V{};
+      }
       sum_g += g;
       sum_g_cosine += g * (z * inverse);
       if (kPass == Pass::kNce && ((n + 1) % kFlush == 0 || n + 1 == m)) {
@@ -599,9 +606,24 @@ void transposed_products(const NceParams<T>& p, int64_t k, const T* hid_t, int64
   }
 }
 
+// The sum of m rows on top of sum.
+template <typename T>
+void add_rows(int64_t m, int64_t width, const T* rows, int64_t ld, T* sum) {
+  constexpr int64_t kBlock = 16;  // two short sums round less than one long one
+  for (int64_t j = 0; j < width; j += Simd<T>::kLanes) {
+    typename Simd<T>::V total{};
+    for (int64_t first = 0; first < m; first += kBlock) {
+      typename Simd<T>::V part{};
+      for (int64_t n = first; n < m && n < first + kBlock; ++n) part += load(rows + n * ld + j);
+      total += part;
+    }
+    store(sum + j, load(sum + j) + total);
+  }
+}
+
 template <typename T>
 void direct_backward(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m, int64_t a,
-                     int64_t slice, int64_t part, T* d_x, T* d_anchor) {
+                     int64_t slice, T* d_x, T* d_anchor) {
   constexpr int kLanes = Simd<T>::kLanes;
   const int64_t ld_m = odd_lines<T>(p.tile);
   if (p.need_query) {
@@ -619,31 +641,27 @@ void direct_backward(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m,
   if (p.need_weight) {
     sparse_gemm<T>(p.H, p.Rp, p.tile, s.hid_t, ld_m, s.mask_t, p.tile / 64, s.d_w, p.ldR,
                    s.d_w_t, p.ldR, false, false);
-    T* d_bias = p.d_bias + part * p.ldR;
-    for (int64_t n = 0; n < m; ++n)
-      for (int64_t r = 0; r < p.Rp; r += kLanes)
-        store(d_bias + r, load(d_bias + r) + load(s.d_w + n * p.ldR + r));
+    add_rows<T>(m, p.Rp, s.d_w, p.ldR, s.d_bias);
   }
+}
+
+// weighted = coefficient * hid, row by row.
+template <typename T>
+void weigh_rows(int64_t m, int64_t width, const T* hid, int64_t ld, const T* coefficient, T* weighted) {
+  for (int64_t n = 0; n < m; ++n)
+    for (int64_t h = 0; h < width; h += Simd<T>::kLanes)
+      store(weighted + n * ld + h, load(hid + n * ld + h) * coefficient[n]);
 }
 
 template <typename T>
 void gram_backward(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m, int64_t a,
-                   int64_t slice, int64_t part, T* d_x, T* d_anchor) {
-  constexpr int kLanes = Simd<T>::kLanes;
+                   int64_t slice, T* d_x, T* d_anchor) {
   if (p.need_key || p.need_anchor)
     hidden_gradient<T>(m, p.Hp, p.Bp, s.ds, p.ldB, p.qw + a * p.Bp * p.ldH, p.ldH, s.hid, p.ldH,
                        s.norm, s.coefficient, d_x, d_anchor);
   if (p.need_weight) {
-    T* d_hid_sum = s.d_hid_sum;
-    for (int64_t h = 0; h < p.Hp; h += kLanes) {
-      auto total = load(d_hid_sum + h);
-      for (int64_t n = 0; n < m; ++n) {
-        const auto v = load(s.hid + n * p.ldH + h) * s.coefficient[n];
-        store(s.weighted + n * p.ldH + h, v);
-        total += v;
-      }
-      store(d_hid_sum + h, total);
-    }
+    weigh_rows<T>(m, p.Hp, s.hid, p.ldH, s.coefficient, s.weighted);
+    if (p.bias) add_rows<T>(m, p.Hp, s.weighted, p.ldH, s.d_hid_sum);
   }
   transposed_products<T, Product::kFull>(p, p.tile, s.hid_t, odd_lines<T>(p.tile), s.mask_t,
                                          p.tile / 64, s.ds, s.weighted, slice, s.d_gram);
@@ -657,7 +675,7 @@ constexpr bool kHasPairs = false;
 CRRCD_INLINE void forward_pairs(const NceParams<float>&, const ChunkScratch<float>&, int64_t, int64_t,
                                 int64_t) {}
 CRRCD_INLINE void backward_pairs(const NceParams<float>&, const ChunkScratch<float>&, int64_t, int64_t,
-                                 int64_t, int64_t, int64_t, float*, float*) {}
+                                 int64_t, int64_t, float*, float*) {}
 #endif
 
 // One tile of keys against one anchor.
@@ -691,14 +709,14 @@ void process_tile(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t t, in
   T* d_x = p.need_key ? s.d_x + t * p.tile * p.ldH : nullptr;
   T* d_anchor = p.need_anchor ? p.d_anchor + slice * p.ldH : nullptr;
   if constexpr (sizeof(T) == 4) {
-    if (pairs) return backward_pairs(p, s, t, m, a, slice, part, d_x, d_anchor);
+    if (pairs) return backward_pairs(p, s, t, m, a, slice, d_x, d_anchor);
   }
   if ((p.need_query && !direct) || p.need_weight)
     hidden_columns<T>(p.tile, p.H, anchor, s.x_t + t * p.Hp * ld_m, ld_m, s.hid_t, s.mask_t);
   if (direct)
-    direct_backward(p, s, m, a, slice, part, d_x, d_anchor);
+    direct_backward(p, s, m, a, slice, d_x, d_anchor);
   else
-    gram_backward(p, s, m, a, slice, part, d_x, d_anchor);
+    gram_backward(p, s, m, a, slice, d_x, d_anchor);
 }
 
 // Gradient of a finished tile's keys: into d_key_weight and d_rows.
@@ -760,14 +778,20 @@ void nce_pass(const NceParams<T>& p, int64_t part) {
       p.scalars[part * 4] += load_tile(p, s, tile - chunk, tile * p.tile, keys_in(p, tile));
     const bool weight_gradient = p.need_weight && kPass != Pass::kLogSumExp;
     const int64_t gram_size = p.Hp * p.ldH, w_size = p.Hp * p.ldR;
-    if (weight_gradient && direct) clear(w_size, s.d_w_t);
-    if (weight_gradient && !direct) clear(gram_size, s.d_gram);
-    clear(p.ldH, s.d_hid_sum);
+    if (weight_gradient && direct) {
+      clear(w_size, s.d_w_t);
+      clear(p.ldR, s.d_bias);
+    } else if (weight_gradient) {
+      clear(gram_size, s.d_gram);
+      clear(p.ldH, s.d_hid_sum);
+    }
     for (int64_t a = a_begin; a < a_end; ++a)
       for (int64_t tile = chunk; tile < stop; ++tile)
         process_tile<T, kPass>(p, s, tile - chunk, keys_in(p, tile), a, key_part, part);
-    if (weight_gradient && direct) add_to(w_size, s.d_w_t, p.d_w_t + part * w_size);
-    if (weight_gradient && !direct) {
+    if (weight_gradient && direct) {
+      add_to(w_size, s.d_w_t, p.d_w_t + part * w_size);
+      add_to(p.ldR, s.d_bias, p.d_bias + part * p.ldR);
+    } else if (weight_gradient) {
       add_to(gram_size, s.d_gram, p.d_gram + part * gram_size);
       add_to(p.ldH, s.d_hid_sum, p.d_hid_sum + part * p.ldH);
     }

@@ -223,11 +223,14 @@ class RelationNce {
         }
       }
     } else {
-      const at::Tensor gram = at::mm(weight.t(), weight);
+      // in double, since its rounding would shift the norms of all keys alike
+      const at::Tensor w = weight.to(at::kDouble);
+      const at::Tensor gram = at::mm(w.t(), w);
       norm_matrix = padded(gram, dtype, p.Hp, p.ldH);
       if (bias.defined()) {
-        norm_bias = padded(at::mv(weight.t(), bias), dtype, 1, p.ldH);
-        p.norm_constant = bias.dot(bias).template item<T>();
+        const at::Tensor c = bias.to(at::kDouble);
+        norm_bias = padded(at::mv(w.t(), c), dtype, 1, p.ldH);
+        p.norm_constant = static_cast<T>(c.dot(c).template item<double>());
       }
       p.cancellation = static_cast<T>(kCancellation / static_cast<double>(std::max<int64_t>(x.H, 1)) *
                                       gram.trace().template item<double>());

@@ -86,7 +86,7 @@ CRRCD_INLINE uint32_t positive_bits(Simd<double>::V v) {
 CRRCD_INLINE Simd<float>::V reciprocal(Simd<float>::V x) {
 #if CRRCD_VECTOR_BYTES == 64 && defined(__x86_64__)
   const Simd<float>::V r = (Simd<float>::V)_mm512_rcp14_ps((__m512)x);
-  return r * (2.0f - x * r);  // one Newton step: 14 bits become 28
+  return r + r * (1.0f - x * r);  // one Newton step: 14 bits become 24
 #else
   return 1.0f / x;
 #endif
