@@ -19,7 +19,8 @@ try:
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
 except ImportError:
     sys.exit(
-        "crrcd_ext: torch is needed to build: install it first, then `pip install --no-build-isolation .`"
+        "crrcd_ext: torch is needed to build: install it first, then "
+        "`pip install --no-build-isolation .`"
     )
 
 ROOT = Path(__file__).parent
@@ -51,16 +52,15 @@ def compiler_version() -> str:
     try:
         out = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        sys.exit(
-            f"crrcd_ext: no C++ compiler: `{command}` does not run; install g++ or clang, or set CXX"
-        )
+        sys.exit(f"crrcd_ext: no C++ compiler: `{command}` does not run; install g++ or set CXX")
     return out.stdout.splitlines()[0]
 
 
 cuda = with_cuda()
 flags = ["-O0", "-g"] if DEBUG else ["-O3", "-DNDEBUG"]
 # contraction to fused multiply-add is wanted; no other relaxation of floating-point rules is
-flags += ["-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+flags += ["-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden"]
+flags += ["-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 if platform.system() == "Linux":
     flags.append("-fopenmp")
 compiler = compiler_version().replace('"', "")

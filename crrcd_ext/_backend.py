@@ -29,7 +29,7 @@ except ImportError as error:
     missing = f"{type(error).__name__}: {error}"
 
 INSTALL = (
-    "build it with `pip install .` in the source folder (it needs a C++17 compiler; "
+    "build it with `pip install .` in the source folder (it needs a C++20 compiler; "
     "`python -m crrcd_ext` shows the result), or choose backend 'reference'"
 )
 

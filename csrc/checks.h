@@ -1,4 +1,5 @@
-// Argument checks of the host entries. Messages name operator, argument, what was expected and what came.
+// Argument checks of the host entries. Messages name operator, argument, what was expected and what
+// came.
 #pragma once
 
 #include <ATen/ATen.h>

@@ -48,14 +48,14 @@ py::dict plan(int64_t anchors, int64_t queries, int64_t keys, int64_t hidden, in
               int64_t bank_dim, const std::string& dtype, int64_t need,
               std::optional<int64_t> threads) {
   if (dtype != "float64" && dtype != "float32" && dtype != "bfloat16")
-    throw py::value_error("crrcd_ext.plan: dtype: expected float64, float32 or bfloat16, got " + dtype);
+    throw py::value_error("crrcd_ext.plan: dtype: expected float64, float32 or bfloat16, got " +
+                          dtype);
   const int64_t element = dtype == "float64" ? 8 : 4;
-  const crrcd::Needs needs{(need & crrcd::kNeedQuery) != 0,
-                           (need & (crrcd::kNeedBank | crrcd::kNeedKeyWeight)) != 0,
-                           (need & crrcd::kNeedAnchor) != 0,
-                           (need & (crrcd::kNeedWeight | crrcd::kNeedBias)) != 0};
-  const crrcd::Plan p = crrcd::make_plan(anchors, queries, keys, hidden, relation_dim, needs, element,
-                                         threads.value_or(at::get_num_threads()));
+  const crrcd::Needs needs{
+      (need & crrcd::kNeedQuery) != 0, (need & (crrcd::kNeedBank | crrcd::kNeedKeyWeight)) != 0,
+      (need & crrcd::kNeedAnchor) != 0, (need & (crrcd::kNeedWeight | crrcd::kNeedBias)) != 0};
+  const crrcd::Plan p = crrcd::make_plan(anchors, queries, keys, hidden, relation_dim, needs,
+                                         element, threads.value_or(at::get_num_threads()));
   static const char* const forms[] = {"gram", "triangular", "direct"};
   py::dict out;
   out["form"] = forms[static_cast<int>(p.form)];
@@ -72,10 +72,13 @@ py::dict plan(int64_t anchors, int64_t queries, int64_t keys, int64_t hidden, in
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("isa_available", &isa_available,
         "Instruction sets of this build that this processor can run, best first.");
-  m.def("isa_active", [] { return std::string(crrcd::active_kernels().isa); },
-        "The instruction set in use: forced, else CRRCD_CPU_ISA, else the best.");
-  m.def("set_isa", [](const std::optional<std::string>& isa) { crrcd::force_kernels(isa.value_or("")); },
-        py::arg("isa"), "Force an instruction set by name, or None to undo that.");
+  m.def(
+      "isa_active", [] { return std::string(crrcd::active_kernels().isa); },
+      "The instruction set in use: forced, else CRRCD_CPU_ISA, else the best.");
+  m.def(
+      "set_isa",
+      [](const std::optional<std::string>& isa) { crrcd::force_kernels(isa.value_or("")); },
+      py::arg("isa"), "Force an instruction set by name, or None to undo that.");
   m.def("build_info", &build_info, "Compiler, torch version and switches of this build.");
   m.def("num_threads", [] { return at::get_num_threads(); }, "Threads that an operator uses.");
   m.def("set_poison", &crrcd::set_poison, py::arg("on"),

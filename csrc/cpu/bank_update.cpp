@@ -46,7 +46,8 @@ void BankUpdate::commit() const {
             const double* fresh = value + writes_[i].second * width;
             double squared = 0;
             for (int64_t d = 0; d < width; ++d) {
-              blend[d] = momentum_ * static_cast<double>(row[d * step]) + (1 - momentum_) * fresh[d];
+              blend[d] =
+                  momentum_ * static_cast<double>(row[d * step]) + (1 - momentum_) * fresh[d];
               squared += blend[d] * blend[d];
             }
             double factor = 1;

@@ -12,8 +12,8 @@ class BankUpdate {
  public:
   // Checks everything and throws before anything is changed. Of a row that index names several
   // times the last value wins.
-  BankUpdate(const char* op, const at::Tensor& bank, const at::Tensor& index, const at::Tensor& value,
-             double momentum, bool normalize);
+  BankUpdate(const char* op, const at::Tensor& bank, const at::Tensor& index,
+             const at::Tensor& value, double momentum, bool normalize);
 
   // m <- normalize(momentum * m + (1 - momentum) * value), computed in double.
   void commit() const;

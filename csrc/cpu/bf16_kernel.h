@@ -1,5 +1,5 @@
-// The passes of relation_kernel.h for bfloat16 operands, two of which one instruction multiplies and
-// adds to a float32 sum. Included once per instruction set that has it: no include guard.
+// The passes of relation_kernel.h for bfloat16 operands, two of which one instruction multiplies
+// and adds to a float32 sum. Included once per instruction set that has it: no include guard.
 
 constexpr bool kHasPairs = true;
 
@@ -17,8 +17,8 @@ inline void pair_masks(int64_t rows, int64_t words, const uint64_t* mask, uint64
   const int64_t pair_words = (words + 1) / 2;
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t w = 0; w < pair_words; ++w)
-      pair_mask[i * pair_words + w] = pair_bits(
-          mask[i * words + 2 * w], 2 * w + 1 < words ? mask[i * words + 2 * w + 1] : 0);
+      pair_mask[i * pair_words + w] =
+          pair_bits(mask[i * words + 2 * w], 2 * w + 1 < words ? mask[i * words + 2 * w + 1] : 0);
 }
 
 // Rounds hid to bfloat16: as float32 in place, and packed.
@@ -32,13 +32,15 @@ inline void pack_rows(int64_t m, int64_t width, float* values, int64_t ld, uint3
 }
 
 // Pairs of neighbouring rows; rows from m on count as zero.
-inline void pack_columns(int64_t m, int64_t width, const float* values, int64_t ld, uint32_t* pairs) {
+inline void pack_columns(int64_t m, int64_t width, const float* values, int64_t ld,
+                         uint32_t* pairs) {
   for (int64_t n = 0; n < m; n += 2)
     for (int64_t j = 0; j < width; j += 16) {
       const __m512i first = widen(to_bf16(load(values + n * ld + j)));
       const __m512i second =
           n + 1 < m ? widen(to_bf16(load(values + (n + 1) * ld + j))) : _mm512_setzero_si512();
-      _mm512_storeu_si512(pairs + n / 2 * ld + j, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+      _mm512_storeu_si512(pairs + n / 2 * ld + j,
+                          _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
     }
 }
 
@@ -46,8 +48,8 @@ CRRCD_INLINE const float* as_float(const uint32_t* pairs) {
   return reinterpret_cast<const float*>(pairs);
 }
 
-inline void forward_pairs(const NceParams<float>& p, const ChunkScratch<float>& s, int64_t t, int64_t m,
-                          int64_t a) {
+inline void forward_pairs(const NceParams<float>& p, const ChunkScratch<float>& s, int64_t t,
+                          int64_t m, int64_t a) {
   constexpr Product kPairs = Product::kPairs;
   const int64_t words = words_of(p.Hp), pair_words = (words + 1) / 2;
   hidden_rows<float>(m, p.Hp, p.anchor + a * p.ldH, s.x + t * p.tile * p.ldH, p.ldH, s.hid, s.mask);
@@ -58,8 +60,8 @@ inline void forward_pairs(const NceParams<float>& p, const ChunkScratch<float>& 
   if (p.qc) fill_rows(m, p.Bp, p.qc + a * p.ldB, s.z, p.ldB);
   if (p.form == Form::kTriangular) {
     triangular_product<float, kPairs>(m, p.R < p.H ? p.Rp : p.Hp, p.Hp / 2, 2, hid, p.ldH / 2,
-                                      s.pair_mask, pair_words, as_float(p.norm_pairs), p.ldH, s.norm,
-                                      p.ldH, !p.norm_bias);
+                                      s.pair_mask, pair_words, as_float(p.norm_pairs), p.ldH,
+                                      s.norm, p.ldH, !p.norm_bias);
     triangular_norms(p, s, m);
   } else {
     sparse_gemm<float, kPairs>(m, p.Hp, p.Hp / 2, hid, p.ldH / 2, s.pair_mask, pair_words,
@@ -67,8 +69,8 @@ inline void forward_pairs(const NceParams<float>& p, const ChunkScratch<float>& 
     gram_norms(p, s, m);
   }
   sparse_gemm<float, kPairs>(m, p.Bp, p.Hp / 2, hid, p.ldH / 2, s.pair_mask, pair_words,
-                             as_float(p.qw_t_pairs + a * p.Hp / 2 * p.ldB), p.ldB, s.z, p.ldB, !p.qc,
-                             false);
+                             as_float(p.qw_t_pairs + a * p.Hp / 2 * p.ldB), p.ldB, s.z, p.ldB,
+                             !p.qc, false);
 }
 
 // hid_t of hidden_columns, rounded and packed along n.
@@ -91,8 +93,8 @@ inline void hidden_column_pairs(int64_t tile, int64_t hidden, const float* ancho
   }
 }
 
-inline void backward_pairs(const NceParams<float>& p, const ChunkScratch<float>& s, int64_t t, int64_t m,
-                           int64_t a, int64_t slice, float* d_x, float* d_anchor) {
+inline void backward_pairs(const NceParams<float>& p, const ChunkScratch<float>& s, int64_t t,
+                           int64_t m, int64_t a, int64_t slice, float* d_x, float* d_anchor) {
   constexpr Product kPairs = Product::kPairs;
   const int64_t ld_m = odd_lines<float>(p.tile);
   if (p.need_query || p.need_weight) pack_columns(m, p.Bp, s.ds, p.ldB, s.ds_t_pairs);
@@ -110,8 +112,8 @@ inline void backward_pairs(const NceParams<float>& p, const ChunkScratch<float>&
   if (p.need_query || p.need_weight) {
     hidden_column_pairs(p.tile, p.H, p.anchor + a * p.ldH, s.x_t + t * p.Hp * ld_m, ld_m,
                         s.hid_t_pairs, s.pair_mask_t);
-    transposed_products<float, kPairs>(p, p.tile / 2, as_float(s.hid_t_pairs), ld_m / 2, s.pair_mask_t,
-                                       words_of(p.tile / 2), as_float(s.ds_t_pairs),
+    transposed_products<float, kPairs>(p, p.tile / 2, as_float(s.hid_t_pairs), ld_m / 2,
+                                       s.pair_mask_t, words_of(p.tile / 2), as_float(s.ds_t_pairs),
                                        as_float(s.weighted_pairs), slice, s.d_gram);
   }
 }

@@ -1,13 +1,14 @@
 // Small matrix products on tiles that fit the caches: C (+)= A B, row major.
 // Included once per instruction set, inside that set's namespace: no include guard.
 //
-// About half of the entries of hid = relu(anchor - key) are zero, and along one hidden unit they are
-// zero together (its threshold lies low or high for all keys). A register block of one or two rows of
-// hid therefore walks only the bits of a mask word and skips a third to a half of the multiplications.
+// About half of the entries of hid = relu(anchor - key) are zero, and along one hidden unit they
+// are zero together (its threshold lies low or high for all keys). A register block of one or two
+// rows of hid therefore walks only the bits of a mask word and skips a third to a half of the
+// multiplications.
 
-// Products of float32 or float64, or of pairs of bfloat16 with float32 sums. A pair lies in 32 bits and
-// stands for two neighbouring values of k, so that the loops are the same with half as many k: A holds
-// [m, k / 2] pairs, B [k / 2, n] pairs.
+// Products of float32 or float64, or of pairs of bfloat16 with float32 sums. A pair lies in 32 bits
+// and stands for two neighbouring values of k, so that the loops are the same with half as many k:
+// A holds [m, k / 2] pairs, B [k / 2, n] pairs.
 enum class Product { kFull, kPairs };
 
 template <Product kProduct, typename V>
@@ -21,8 +22,8 @@ CRRCD_INLINE void accumulate(V& sum, V x, V y) {
   sum += x * y;
 }
 
-// sum += rows [0, kRows) of A times kVectors vectors of columns of B, over the set bits of active or
-// over k_count rows of B.
+// sum += rows [0, kRows) of A times kVectors vectors of columns of B, over the set bits of active
+// or over k_count rows of B.
 template <typename T, Product kProduct, int kRows, int kVectors, bool kSparse>
 CRRCD_INLINE void multiply_add(typename Simd<T>::V (&sum)[kRows][kVectors], const T* a, int64_t lda,
                                const T* b, int64_t ldb, int64_t k_count, uint64_t active) {
@@ -72,17 +73,17 @@ __attribute__((noinline)) void sparse_panel(int64_t m, int64_t k, const T* a, in
     if (kVectors <= 4 && (pair_rows || kProduct == Product::kPairs))
       for (; i + 2 <= m; i += 2)
         block<T, kProduct, 2, kVectors, true>(a_block + i * lda, lda, b_block, ldb, 64,
-                                    mask[i * words + w] | mask[(i + 1) * words + w], c + i * ldc,
-                                    ldc, fresh);
+                                              mask[i * words + w] | mask[(i + 1) * words + w],
+                                              c + i * ldc, ldc, fresh);
     for (; i < m; ++i)
-      block<T, kProduct, 1, kVectors, true>(a_block + i * lda, lda, b_block, ldb, 64, mask[i * words + w],
-                                  c + i * ldc, ldc, fresh);
+      block<T, kProduct, 1, kVectors, true>(a_block + i * lda, lda, b_block, ldb, 64,
+                                            mask[i * words + w], c + i * ldc, ldc, fresh);
   }
 }
 
-// C[m, n] (+)= A[m, k] B[k, n], where bit j of mask[i * words + j / 64] says that A[i, j] may differ
-// from zero. n is a multiple of the vector width. pair_rows: neighbouring rows share most of their
-// zeros, so that two of them can share one walk.
+// C[m, n] (+)= A[m, k] B[k, n], where bit j of mask[i * words + j / 64] says that A[i, j] may
+// differ from zero. n is a multiple of the vector width. pair_rows: neighbouring rows share most of
+// their zeros, so that two of them can share one walk.
 template <typename T, Product kProduct = Product::kFull>
 void sparse_gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const uint64_t* mask,
                  int64_t words, const T* b, int64_t ldb, T* c, int64_t ldc, bool zero,
@@ -94,8 +95,8 @@ void sparse_gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const
     if (vectors > 8) vectors = 8;
 #define CRRCD_PANEL(NV)                                                                          \
   case NV:                                                                                       \
-    sparse_panel<T, kProduct, NV>(m, k, a, lda, mask, words, first_word, b + j, ldb, c + j, ldc, zero,     \
-                        pair_rows);                                                              \
+    sparse_panel<T, kProduct, NV>(m, k, a, lda, mask, words, first_word, b + j, ldb, c + j, ldc, \
+                                  zero, pair_rows);                                              \
     break
     switch (vectors) {
       CRRCD_PANEL(1);
@@ -119,11 +120,12 @@ constexpr int kDenseRows = 2;  // 8 accumulators of 16 registers
 #endif
 
 template <typename T, Product kProduct, int kVectors>
-__attribute__((noinline)) void dense_panel(int64_t m, int64_t k, const T* a, int64_t lda, const T* b,
-                                           int64_t ldb, T* c, int64_t ldc, bool zero) {
+__attribute__((noinline)) void dense_panel(int64_t m, int64_t k, const T* a, int64_t lda,
+                                           const T* b, int64_t ldb, T* c, int64_t ldc, bool zero) {
   int64_t i = 0;
   for (; i + kDenseRows <= m; i += kDenseRows)
-    block<T, kProduct, kDenseRows, kVectors, false>(a + i * lda, lda, b, ldb, k, 0, c + i * ldc, ldc, zero);
+    block<T, kProduct, kDenseRows, kVectors, false>(a + i * lda, lda, b, ldb, k, 0, c + i * ldc,
+                                                    ldc, zero);
   for (; i < m; ++i)
     block<T, kProduct, 1, kVectors, false>(a + i * lda, lda, b, ldb, k, 0, c + i * ldc, ldc, zero);
 }

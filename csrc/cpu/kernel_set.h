@@ -1,6 +1,7 @@
 // Compiles every kernel for one instruction set. The including file sets CRRCD_ISA_NAMESPACE,
-// CRRCD_VECTOR_BYTES and CRRCD_TARGET. Headers come before the target is switched on: an inline function
-// of theirs that was compiled for AVX-512 here could be the copy that the linker keeps for everybody.
+// CRRCD_VECTOR_BYTES and CRRCD_TARGET. Headers come before the target is switched on: an inline
+// function of theirs that was compiled for AVX-512 here could be the copy that the linker keeps for
+// everybody.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -28,10 +29,12 @@ namespace crrcd {
 namespace CRRCD_ISA_NAMESPACE {
 namespace {
 
+// clang-format off: each of them needs those before it
 #include "simd.h"
 #include "gemm.h"
 #include "relation_kernel.h"
 #include "pairwise_kernel.h"
+// clang-format on
 
 }  // namespace
 

@@ -37,10 +37,11 @@ inline Form choose_form(int64_t A, int64_t B, int64_t K, int64_t H, int64_t R, c
   const double pairs = std::max(a * k, 1.0);
   // Q W, its transpose and the gradients that come back through them, once a call
   const double once = a * b * h * r * (need.query ? 2 : 1) + (need.weight ? a * b * h * r : 0);
-  double gram = sparse * h * (h + b) + (inner ? b * h : 0) + (need.query || need.weight ? sparse_t * b * h : 0) +
+  double gram = sparse * h * (h + b) + (inner ? b * h : 0) +
+                (need.query || need.weight ? sparse_t * b * h : 0) +
                 (need.weight ? sparse_t * 0.75 * h * h : 0) + (once + r * h * h) / pairs;
-  double triangular = 0.7 * sparse * h * rank + sparse * h * b + (need.query ? sparse_t * b * h : 0) +
-                      (once + 8 * r * h * rank) / pairs;
+  double triangular = 0.7 * sparse * h * rank + sparse * h * b +
+                      (need.query ? sparse_t * b * h : 0) + (once + 8 * r * h * rank) / pairs;
   double direct = sparse * h * r + r * b + (need.query ? r * b : 0) +
                   (inner || need.weight ? r * b : 0) + (inner ? h * r : 0) +
                   (need.weight ? sparse_t * h * r : 0);

@@ -12,28 +12,28 @@
 
 template <typename T>
 struct ChunkScratch {
-  T* x;           // [tiles, tile, ldH] projected keys
-  T* x_t;         // [tiles, Hp, ldM]
-  T* d_x;         // [tiles, tile, ldH]
-  T* keep;        // [tiles, tile, ldB] 1 for a negative, 0 for a masked one
-  bool* masked;   // [tiles] some entry of keep is 0
-  T* rows;        // [tile, ldD] gathered bank rows
-  T* hid;         // [tile, ldH]
-  T* hid_t;       // [Hp, ldM]
-  T* norm;        // [tile, ldH] G hid, or T hid
-  T* weighted;    // [tile, ldH] k hid
-  T* z;           // [tile, ldB] <q_b, w>
-  T* ds;          // [tile, ldB]
-  T* ds_t;        // [Bp, ldM]
-  T* w;           // [tile, ldR]
-  T* d_w;         // [tile, ldR]
-  T* d_gram;      // [Hp, ldH] of this chunk: two levels of sums round less than one long sum
-  T* d_hid_sum;   // [ldH]
-  T* d_w_t;       // [Hp, ldR]
-  T* d_bias;      // [ldR]
-  T* coefficient; // [tile] k above
-  T* ds_z;        // [tile, lanes] partial sums of ds <q_b, w>
-  T* inverse;     // [tile] 1 / |w|, 0 where the norm vanishes
+  T* x;              // [tiles, tile, ldH] projected keys
+  T* x_t;            // [tiles, Hp, ldM]
+  T* d_x;            // [tiles, tile, ldH]
+  T* keep;           // [tiles, tile, ldB] 1 for a negative, 0 for a masked one
+  bool* masked;      // [tiles] some entry of keep is 0
+  T* rows;           // [tile, ldD] gathered bank rows
+  T* hid;            // [tile, ldH]
+  T* hid_t;          // [Hp, ldM]
+  T* norm;           // [tile, ldH] G hid, or T hid
+  T* weighted;       // [tile, ldH] k hid
+  T* z;              // [tile, ldB] <q_b, w>
+  T* ds;             // [tile, ldB]
+  T* ds_t;           // [Bp, ldM]
+  T* w;              // [tile, ldR]
+  T* d_w;            // [tile, ldR]
+  T* d_gram;         // [Hp, ldH] of this chunk: two levels of sums round less than one long sum
+  T* d_hid_sum;      // [ldH]
+  T* d_w_t;          // [Hp, ldR]
+  T* d_bias;         // [ldR]
+  T* coefficient;    // [tile] k above
+  T* ds_z;           // [tile, lanes] partial sums of ds <q_b, w>
+  T* inverse;        // [tile] 1 / |w|, 0 where the norm vanishes
   uint64_t* mask;    // [tile, ceil(Hp / 64)] hid > 0
   uint64_t* mask_t;  // [Hp, tile / 64]
   // bfloat16 pairs (bf16_kernel.h)
@@ -221,7 +221,8 @@ void load_row(const BankView& bank, int64_t k, int64_t width, int64_t padded, T*
 }
 
 template <typename T>
-void gather_rows(const NceParams<T>& p, int64_t first, int64_t m, T* out, int64_t ld, int64_t padded) {
+void gather_rows(const NceParams<T>& p, int64_t first, int64_t m, T* out, int64_t ld,
+                 int64_t padded) {
   for (int64_t n = 0; n < m; ++n) load_row<T>(p.bank, first + n, p.D, padded, out + n * ld);
 }
 
@@ -367,8 +368,7 @@ void tile_logits(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t a, int
   if (kPass == Pass::kLogSumExp) return;
   double coefficients = 0;
   for (int64_t n = 0; n < m; ++n) {
-    s.coefficient[n] =
-        -horizontal_sum<T>(load(s.ds_z + n * kLanes)) * s.inverse[n] * s.inverse[n];
+    s.coefficient[n] = -horizontal_sum<T>(load(s.ds_z + n * kLanes)) * s.inverse[n] * s.inverse[n];
     coefficients += s.coefficient[n];
   }
   scalars[0] += loss;
@@ -415,11 +415,13 @@ __attribute__((noinline)) void hidden_gradient_panel(int64_t m, int64_t k, const
   for (; n + kDenseRows <= m; n += kDenseRows)
     hidden_gradient_block<T, kProduct, kDenseRows, kVectors>(
         k, left + n * ld_left, ld_left, right, ld_right, hid + n * ldH, ldH,
-        extra ? extra + n * ldH : nullptr, coefficient + n, d_x ? d_x + n * ldH : nullptr, anchor_sum);
+        extra ? extra + n * ldH : nullptr, coefficient + n, d_x ? d_x + n * ldH : nullptr,
+        anchor_sum);
   for (; n < m; ++n)
     hidden_gradient_block<T, kProduct, 1, kVectors>(
         k, left + n * ld_left, ld_left, right, ld_right, hid + n * ldH, ldH,
-        extra ? extra + n * ldH : nullptr, coefficient + n, d_x ? d_x + n * ldH : nullptr, anchor_sum);
+        extra ? extra + n * ldH : nullptr, coefficient + n, d_x ? d_x + n * ldH : nullptr,
+        anchor_sum);
   if (d_anchor)
     for (int j = 0; j < kVectors; ++j)
       store(d_anchor + j * kLanes, load(d_anchor + j * kLanes) + anchor_sum[j]);
@@ -435,10 +437,10 @@ void hidden_gradient(int64_t m, int64_t hp, int64_t k, const T* left, int64_t ld
     const T* e = extra ? extra + j : nullptr;
     T* dx = d_x ? d_x + j : nullptr;
     T* da = d_anchor ? d_anchor + j : nullptr;
-#define CRRCD_PANEL(NV)                                                                          \
-  case NV:                                                                                       \
-    hidden_gradient_panel<T, kProduct, NV>(m, k, left, ld_left, right + j, ld_right, hid + j, ldH, e,      \
-                                 coefficient, dx, da);                                           \
+#define CRRCD_PANEL(NV)                                                                            \
+  case NV:                                                                                         \
+    hidden_gradient_panel<T, kProduct, NV>(m, k, left, ld_left, right + j, ld_right, hid + j, ldH, \
+                                           e, coefficient, dx, da);                                \
     break
     switch (vectors) {
       CRRCD_PANEL(1);
@@ -501,13 +503,14 @@ void gram_norms(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m) {
   }
 }
 
-// Four vectors of columns of T hid, from column j on, for kRows keys. T[i, h] = 0 for h < i: units before
-// j do not count, and of the next few vectors' worth of units the later columns do not need the
-// earlier ones. `per_vector` is how many k one vector of columns spans, `start` where column j's k is.
+// Four vectors of columns of T hid, from column j on, for kRows keys. T[i, h] = 0 for h < i: units
+// before j do not count, and of the next few vectors' worth of units the later columns do not need
+// the earlier ones. `per_vector` is how many k one vector of columns spans, `start` where column
+// j's k is.
 template <typename T, Product kProduct, int kRows>
-CRRCD_INLINE void triangular_rows(int64_t k, int64_t start, int64_t per_vector, const T* a, int64_t lda,
-                                  const uint64_t* mask, int64_t words, const T* b, int64_t ldb, T* c,
-                                  int64_t ldc, bool zero) {
+CRRCD_INLINE void triangular_rows(int64_t k, int64_t start, int64_t per_vector, const T* a,
+                                  int64_t lda, const uint64_t* mask, int64_t words, const T* b,
+                                  int64_t ldb, T* c, int64_t ldc, bool zero) {
   const int64_t first_word = start / 64;
   for (int64_t w = first_word; w * 64 < k; ++w) {
     uint64_t active = 0;
@@ -532,32 +535,32 @@ CRRCD_INLINE void triangular_rows(int64_t k, int64_t start, int64_t per_vector, 
 }
 
 template <typename T, Product kProduct>
-__attribute__((noinline)) void triangular_panel(int64_t m, int64_t k, int64_t start, int64_t per_vector,
-                                                const T* a, int64_t lda, const uint64_t* mask,
-                                                int64_t words, const T* b, int64_t ldb, T* c,
-                                                int64_t ldc, bool zero) {
+__attribute__((noinline)) void triangular_panel(int64_t m, int64_t k, int64_t start,
+                                                int64_t per_vector, const T* a, int64_t lda,
+                                                const uint64_t* mask, int64_t words, const T* b,
+                                                int64_t ldb, T* c, int64_t ldc, bool zero) {
   int64_t i = 0;
   for (; i + 2 <= m; i += 2)
-    triangular_rows<T, kProduct, 2>(k, start, per_vector, a + i * lda, lda, mask + i * words, words, b,
-                                    ldb, c + i * ldc, ldc, zero);
+    triangular_rows<T, kProduct, 2>(k, start, per_vector, a + i * lda, lda, mask + i * words, words,
+                                    b, ldb, c + i * ldc, ldc, zero);
   for (; i < m; ++i)
-    triangular_rows<T, kProduct, 1>(k, start, per_vector, a + i * lda, lda, mask + i * words, words, b,
-                                    ldb, c + i * ldc, ldc, zero);
+    triangular_rows<T, kProduct, 1>(k, start, per_vector, a + i * lda, lda, mask + i * words, words,
+                                    b, ldb, c + i * ldc, ldc, zero);
 }
 
 // C = T hid for upper triangular T. One k stands for units_per_k hidden units.
 template <typename T, Product kProduct>
-void triangular_product(int64_t m, int64_t rank, int64_t k, int64_t units_per_k, const T* a, int64_t lda,
-                        const uint64_t* mask, int64_t words, const T* b, int64_t ldb, T* c, int64_t ldc,
-                        bool zero) {
+void triangular_product(int64_t m, int64_t rank, int64_t k, int64_t units_per_k, const T* a,
+                        int64_t lda, const uint64_t* mask, int64_t words, const T* b, int64_t ldb,
+                        T* c, int64_t ldc, bool zero) {
   constexpr int64_t kLanes = Simd<T>::kLanes;
   for (int64_t j = 0; j < rank; j += 4 * kLanes) {
     if (rank - j >= 4 * kLanes)
-      triangular_panel<T, kProduct>(m, k, j / units_per_k, kLanes / units_per_k, a, lda, mask, words,
-                                    b + j, ldb, c + j, ldc, zero);
+      triangular_panel<T, kProduct>(m, k, j / units_per_k, kLanes / units_per_k, a, lda, mask,
+                                    words, b + j, ldb, c + j, ldc, zero);
     else
-      sparse_gemm<T, kProduct>(m, rank - j, k, a, lda, mask, words, b + j, ldb, c + j, ldc, zero, true,
-                               j / units_per_k / 64);
+      sparse_gemm<T, kProduct>(m, rank - j, k, a, lda, mask, words, b + j, ldb, c + j, ldc, zero,
+                               true, j / units_per_k / 64);
   }
 }
 
@@ -600,9 +603,9 @@ void transposed_products(const NceParams<T>& p, int64_t k, const T* hid_t, int64
   if (p.need_weight) {
     constexpr int64_t kWidth = 4 * Simd<T>::kLanes;
     for (int64_t j = 0; j < p.H; j += kWidth)  // symmetric: rows from the diagonal block on
-      sparse_gemm<T, kProduct>(p.H - j, p.Hp - j < kWidth ? p.Hp - j : kWidth, k, hid_t + j * ld_hid_t,
-                               ld_hid_t, mask_t + j * words, words, weighted + j, p.ldH,
-                               d_gram + j * p.ldH + j, p.ldH, false, false);
+      sparse_gemm<T, kProduct>(p.H - j, p.Hp - j < kWidth ? p.Hp - j : kWidth, k,
+                               hid_t + j * ld_hid_t, ld_hid_t, mask_t + j * words, words,
+                               weighted + j, p.ldH, d_gram + j * p.ldH + j, p.ldH, false, false);
   }
 }
 
@@ -628,7 +631,8 @@ void direct_backward(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m,
   const int64_t ld_m = odd_lines<T>(p.tile);
   if (p.need_query) {
     transpose<T>(m, p.Bp, s.ds, p.ldB, s.ds_t, ld_m);
-    dense_gemm<T>(p.Bp, p.Rp, m, s.ds_t, ld_m, s.w, p.ldR, p.d_q + slice * p.Bp * p.ldR, p.ldR, false);
+    dense_gemm<T>(p.Bp, p.Rp, m, s.ds_t, ld_m, s.w, p.ldR, p.d_q + slice * p.Bp * p.ldR, p.ldR,
+                  false);
   }
   if (!(p.need_key || p.need_anchor || p.need_weight)) return;
   for (int64_t n = 0; n < m; ++n)
@@ -639,15 +643,16 @@ void direct_backward(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m,
     hidden_gradient<T>(m, p.Hp, p.Rp, s.d_w, p.ldR, p.weight, p.ldH, s.hid, p.ldH, nullptr,
                        s.coefficient, d_x, d_anchor);
   if (p.need_weight) {
-    sparse_gemm<T>(p.H, p.Rp, p.tile, s.hid_t, ld_m, s.mask_t, p.tile / 64, s.d_w, p.ldR,
-                   s.d_w_t, p.ldR, false, false);
+    sparse_gemm<T>(p.H, p.Rp, p.tile, s.hid_t, ld_m, s.mask_t, p.tile / 64, s.d_w, p.ldR, s.d_w_t,
+                   p.ldR, false, false);
     add_rows<T>(m, p.Rp, s.d_w, p.ldR, s.d_bias);
   }
 }
 
 // weighted = coefficient * hid, row by row.
 template <typename T>
-void weigh_rows(int64_t m, int64_t width, const T* hid, int64_t ld, const T* coefficient, T* weighted) {
+void weigh_rows(int64_t m, int64_t width, const T* hid, int64_t ld, const T* coefficient,
+                T* weighted) {
   for (int64_t n = 0; n < m; ++n)
     for (int64_t h = 0; h < width; h += Simd<T>::kLanes)
       store(weighted + n * ld + h, load(hid + n * ld + h) * coefficient[n]);
@@ -672,10 +677,10 @@ void gram_backward(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m, i
 #else
 // Without an instruction for pairs bfloat16 operands are multiplied as the float32 that they are.
 constexpr bool kHasPairs = false;
-CRRCD_INLINE void forward_pairs(const NceParams<float>&, const ChunkScratch<float>&, int64_t, int64_t,
-                                int64_t) {}
-CRRCD_INLINE void backward_pairs(const NceParams<float>&, const ChunkScratch<float>&, int64_t, int64_t,
-                                 int64_t, int64_t, float*, float*) {}
+CRRCD_INLINE void forward_pairs(const NceParams<float>&, const ChunkScratch<float>&, int64_t,
+                                int64_t, int64_t) {}
+CRRCD_INLINE void backward_pairs(const NceParams<float>&, const ChunkScratch<float>&, int64_t,
+                                 int64_t, int64_t, int64_t, float*, float*) {}
 #endif
 
 // One tile of keys against one anchor.
@@ -773,7 +778,8 @@ void nce_pass(const NceParams<T>& p, int64_t part) {
   const int64_t a_end = p.A * (anchor_part + 1) / p.anchor_parts;
   const bool direct = p.form == Form::kDirect;
   for (int64_t chunk = tile_begin; chunk < tile_end; chunk += p.tiles_per_chunk) {
-    const int64_t stop = chunk + p.tiles_per_chunk < tile_end ? chunk + p.tiles_per_chunk : tile_end;
+    const int64_t stop =
+        chunk + p.tiles_per_chunk < tile_end ? chunk + p.tiles_per_chunk : tile_end;
     for (int64_t tile = chunk; tile < stop; ++tile)
       p.scalars[part * 4] += load_tile(p, s, tile - chunk, tile * p.tile, keys_in(p, tile));
     const bool weight_gradient = p.need_weight && kPass != Pass::kLogSumExp;

@@ -131,9 +131,9 @@ class RelationNce {
     p.need_key = x.needs(kNeedBank | kNeedKeyWeight);
     p.need_anchor = x.needs(kNeedAnchor);
     p.need_weight = x.needs(kNeedWeight | kNeedBias);
-    const Plan plan = make_plan(x.A, x.B, x.K, x.H, x.R,
-                                {p.need_query, p.need_key, p.need_anchor, p.need_weight}, sizeof(T),
-                                at::get_num_threads());
+    const Plan plan =
+        make_plan(x.A, x.B, x.K, x.H, x.R, {p.need_query, p.need_key, p.need_anchor, p.need_weight},
+                  sizeof(T), at::get_num_threads());
     p.form = plan.form;
     p.tile = plan.tile;
     p.tiles_per_chunk = plan.tiles_per_chunk;
@@ -232,8 +232,9 @@ class RelationNce {
         norm_bias = padded(at::mv(w.t(), c), dtype, 1, p.ldH);
         p.norm_constant = static_cast<T>(c.dot(c).template item<double>());
       }
-      p.cancellation = static_cast<T>(kCancellation / static_cast<double>(std::max<int64_t>(x.H, 1)) *
-                                      gram.trace().template item<double>());
+      p.cancellation =
+          static_cast<T>(kCancellation / static_cast<double>(std::max<int64_t>(x.H, 1)) *
+                         gram.trace().template item<double>());
     }
     p.norm_matrix = pointer<T>(norm_matrix);
     p.norm_bias = pointer<T>(norm_bias);
@@ -352,7 +353,8 @@ class RelationNce {
     if (x.needs(kNeedKeyWeight))
       d_keys = result(sum_parts(d_key_weight).narrow(0, 0, x.H).narrow(1, 0, x.D), x.key_weight);
 
-    at::Tensor d_weight = none(x.weight), d_bias_out = bias.defined() ? none(x.bias) : none(x.query);
+    at::Tensor d_weight = none(x.weight),
+               d_bias_out = bias.defined() ? none(x.bias) : none(x.query);
     if (p.need_weight && direct) {
       d_weight = result(sum_parts(d_w_t).narrow(0, 0, x.H).narrow(1, 0, x.R).t(), x.weight);
       if (x.needs(kNeedBias)) d_bias_out = result(sum_parts(d_bias).narrow(0, 0, x.R), x.bias);
@@ -376,15 +378,23 @@ class RelationNce {
 
     at::Tensor d_scale = none(x.scale), d_offset = none(x.offset);
     if (x.needs(kNeedScale))
-      d_scale = at::scalar_tensor(total[1] * inverse_pairs +
-                                      (d_logit_positive * cosine).sum(at::kDouble).item<double>(),
-                                  x.scale.options());
+      d_scale = at::scalar_tensor(
+          total[1] * inverse_pairs + (d_logit_positive * cosine).sum(at::kDouble).item<double>(),
+          x.scale.options());
     if (x.needs(kNeedOffset))
       d_offset = at::scalar_tensor(
           total[2] * inverse_pairs - d_logit_positive.sum(at::kDouble).item<double>(),
           x.offset.options());
-    return {at::scalar_tensor(loss, query.options()), d_query, d_positive, d_anchors, d_bank, d_keys,
-            d_weight, d_bias_out, d_scale, d_offset};
+    return {at::scalar_tensor(loss, query.options()),
+            d_query,
+            d_positive,
+            d_anchors,
+            d_bank,
+            d_keys,
+            d_weight,
+            d_bias_out,
+            d_scale,
+            d_offset};
   }
 
   const Arguments& x;
@@ -394,7 +404,8 @@ class RelationNce {
   int64_t parts = 1;
   at::Tensor query, positive, weight, bias, bank, pair, positive_logit, log_normalizer;
   at::Tensor key_weight, key_weight_t, anchor, pair_padded, weight_padded, weight_t_padded;
-  at::Tensor bias_padded, query_padded, query_t_padded, norm_matrix, norm_bias, qw, qw_t, qc, memory;
+  at::Tensor bias_padded, query_padded, query_t_padded, norm_matrix, norm_bias, qw, qw_t, qc,
+      memory;
   at::Tensor norm_pairs, qw_pairs, qw_t_pairs;
   at::Tensor log_normalizer_padded, scalars, d_qw_t, d_q, d_logit, d_anchor, d_gram, d_hid_sum;
   at::Tensor d_w_t, d_bias, d_key_weight, d_rows;
@@ -403,13 +414,14 @@ class RelationNce {
 }  // namespace
 
 NceResult relation_nce_cpu(const at::Tensor& query, const at::Tensor& positive,
-                           const at::Tensor& anchor, const at::Tensor& bank, const at::Tensor& weight,
-                           const OptionalTensor& bias, const at::Tensor& scale,
-                           const at::Tensor& offset, const OptionalTensor& index,
-                           const OptionalTensor& key_weight, const OptionalTensor& anchor_id,
-                           const OptionalTensor& query_id, const OptionalTensor& key_id,
-                           const OptionalTensor& query_label, const OptionalTensor& key_label,
-                           bool self_pairs, const std::string& objective, int64_t need) {
+                           const at::Tensor& anchor, const at::Tensor& bank,
+                           const at::Tensor& weight, const OptionalTensor& bias,
+                           const at::Tensor& scale, const at::Tensor& offset,
+                           const OptionalTensor& index, const OptionalTensor& key_weight,
+                           const OptionalTensor& anchor_id, const OptionalTensor& query_id,
+                           const OptionalTensor& key_id, const OptionalTensor& query_label,
+                           const OptionalTensor& key_label, bool self_pairs,
+                           const std::string& objective, int64_t need) {
   Arguments x;
   TORCH_CHECK_VALUE(query.dim() == 3, "crrcd_ext.", kOp, ": query: expected shape [A, B, R], got ",
                     query.sizes());
@@ -430,9 +442,8 @@ NceResult relation_nce_cpu(const at::Tensor& query, const at::Tensor& positive,
   }
   TORCH_CHECK_VALUE(objective == "nce" || objective == "infonce", "crrcd_ext.", kOp,
                     ": objective: expected \"nce\" or \"infonce\", got \"", objective, "\"");
-  const at::ScalarType dtype =
-      check_operands(kOp, {query, positive, anchor, weight, bias.value_or(weight),
-                           key_weight.value_or(weight)});
+  const at::ScalarType dtype = check_operands(
+      kOp, {query, positive, anchor, weight, bias.value_or(weight), key_weight.value_or(weight)});
   x.query = query, x.positive = positive, x.anchor = anchor, x.bank = bank, x.weight = weight;
   x.bias = given(bias), x.scale = scale, x.offset = offset, x.key_weight = given(key_weight);
   if (index) {
@@ -457,20 +468,23 @@ NceResult relation_nce_cpu(const at::Tensor& query, const at::Tensor& positive,
   return RelationNce<float>(x, bf16).run();
 }
 
-NceResult relation_nce_update_cpu(
-    const at::Tensor& query, const at::Tensor& positive, const at::Tensor& anchor,
-    const at::Tensor& bank, const at::Tensor& weight, const OptionalTensor& bias,
-    const at::Tensor& scale, const at::Tensor& offset, const OptionalTensor& index,
-    const OptionalTensor& key_weight, const OptionalTensor& anchor_id, const OptionalTensor& query_id,
-    const OptionalTensor& key_id, const OptionalTensor& query_label, const OptionalTensor& key_label,
-    bool self_pairs, const std::string& objective, int64_t need, const at::Tensor& update_index,
-    const at::Tensor& update_value, double momentum, bool normalize) {
+NceResult relation_nce_update_cpu(const at::Tensor& query, const at::Tensor& positive,
+                                  const at::Tensor& anchor, const at::Tensor& bank,
+                                  const at::Tensor& weight, const OptionalTensor& bias,
+                                  const at::Tensor& scale, const at::Tensor& offset,
+                                  const OptionalTensor& index, const OptionalTensor& key_weight,
+                                  const OptionalTensor& anchor_id, const OptionalTensor& query_id,
+                                  const OptionalTensor& key_id, const OptionalTensor& query_label,
+                                  const OptionalTensor& key_label, bool self_pairs,
+                                  const std::string& objective, int64_t need,
+                                  const at::Tensor& update_index, const at::Tensor& update_value,
+                                  double momentum, bool normalize) {
   TORCH_CHECK_VALUE((need & kNeedBank) == 0, "crrcd_ext.", kOp,
                     ": update: a bank that is updated in the call cannot have a gradient");
   const BankUpdate update(kOp, bank, update_index, update_value, momentum, normalize);
-  NceResult result = relation_nce_cpu(query, positive, anchor, bank, weight, bias, scale, offset, index,
-                                      key_weight, anchor_id, query_id, key_id, query_label, key_label,
-                                      self_pairs, objective, need);
+  NceResult result = relation_nce_cpu(query, positive, anchor, bank, weight, bias, scale, offset,
+                                      index, key_weight, anchor_id, query_id, key_id, query_label,
+                                      key_label, self_pairs, objective, need);
   update.commit();
   return result;
 }

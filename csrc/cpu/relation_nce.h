@@ -1,4 +1,5 @@
-// relation_nce on the CPU: loss and gradients of a batch of queries against the negatives of a bank.
+// relation_nce on the CPU: loss and gradients of a batch of queries against the negatives of a
+// bank.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -27,21 +28,25 @@ enum Need : int64_t {
 };
 
 NceResult relation_nce_cpu(const at::Tensor& query, const at::Tensor& positive,
-                           const at::Tensor& anchor, const at::Tensor& bank, const at::Tensor& weight,
-                           const OptionalTensor& bias, const at::Tensor& scale,
-                           const at::Tensor& offset, const OptionalTensor& index,
-                           const OptionalTensor& key_weight, const OptionalTensor& anchor_id,
-                           const OptionalTensor& query_id, const OptionalTensor& key_id,
-                           const OptionalTensor& query_label, const OptionalTensor& key_label,
-                           bool self_pairs, const std::string& objective, int64_t need);
+                           const at::Tensor& anchor, const at::Tensor& bank,
+                           const at::Tensor& weight, const OptionalTensor& bias,
+                           const at::Tensor& scale, const at::Tensor& offset,
+                           const OptionalTensor& index, const OptionalTensor& key_weight,
+                           const OptionalTensor& anchor_id, const OptionalTensor& query_id,
+                           const OptionalTensor& key_id, const OptionalTensor& query_label,
+                           const OptionalTensor& key_label, bool self_pairs,
+                           const std::string& objective, int64_t need);
 
-NceResult relation_nce_update_cpu(
-    const at::Tensor& query, const at::Tensor& positive, const at::Tensor& anchor,
-    const at::Tensor& bank, const at::Tensor& weight, const OptionalTensor& bias,
-    const at::Tensor& scale, const at::Tensor& offset, const OptionalTensor& index,
-    const OptionalTensor& key_weight, const OptionalTensor& anchor_id, const OptionalTensor& query_id,
-    const OptionalTensor& key_id, const OptionalTensor& query_label, const OptionalTensor& key_label,
-    bool self_pairs, const std::string& objective, int64_t need, const at::Tensor& update_index,
-    const at::Tensor& update_value, double momentum, bool normalize);
+NceResult relation_nce_update_cpu(const at::Tensor& query, const at::Tensor& positive,
+                                  const at::Tensor& anchor, const at::Tensor& bank,
+                                  const at::Tensor& weight, const OptionalTensor& bias,
+                                  const at::Tensor& scale, const at::Tensor& offset,
+                                  const OptionalTensor& index, const OptionalTensor& key_weight,
+                                  const OptionalTensor& anchor_id, const OptionalTensor& query_id,
+                                  const OptionalTensor& key_id, const OptionalTensor& query_label,
+                                  const OptionalTensor& key_label, bool self_pairs,
+                                  const std::string& objective, int64_t need,
+                                  const at::Tensor& update_index, const at::Tensor& update_value,
+                                  double momentum, bool normalize);
 
 }  // namespace crrcd

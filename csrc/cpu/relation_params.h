@@ -37,16 +37,17 @@ struct BankView {
   const int64_t* index = nullptr;  // [K] or null: row k is row index[k]
 };
 
-// Matrices are row major; a leading dimension ("ld") is an odd number of cache lines so that columns
-// of a block spread over all cache sets, and what lies between the true and the padded size is zero.
+// Matrices are row major; a leading dimension ("ld") is an odd number of cache lines so that
+// columns of a block spread over all cache sets, and what lies between the true and the padded size
+// is zero.
 template <typename T>
 struct NceParams {
   int64_t A = 0, B = 0, K = 0, H = 0, R = 0, D = 0;
-  int64_t Bp = 0, Hp = 0, Rp = 0, Dp = 0;       // padded to the vector width
-  int64_t ldB = 0, ldH = 0, ldR = 0, ldD = 0;   // row strides
-  int64_t tile = 0;                             // keys of a tile, a multiple of 64
-  int64_t tiles_per_chunk = 0;                  // tiles that share one sweep over the anchors
-  int64_t key_parts = 1, anchor_parts = 1;      // the work is cut into key_parts x anchor_parts
+  int64_t Bp = 0, Hp = 0, Rp = 0, Dp = 0;      // padded to the vector width
+  int64_t ldB = 0, ldH = 0, ldR = 0, ldD = 0;  // row strides
+  int64_t tile = 0;                            // keys of a tile, a multiple of 64
+  int64_t tiles_per_chunk = 0;                 // tiles that share one sweep over the anchors
+  int64_t key_parts = 1, anchor_parts = 1;     // the work is cut into key_parts x anchor_parts
   Form form = Form::kGram;
   Pass pass = Pass::kNce;
   bool need_query = false;   // d_qw (Gram, triangular) or d_q (direct)
@@ -55,14 +56,14 @@ struct NceParams {
   bool need_weight = false;  // d_gram or d_w: weight or bias
 
   BankView bank;
-  bool projected = true;              // rows already have width H
-  const T* key_weight = nullptr;      // [Hp, ldD]
-  const T* key_weight_t = nullptr;    // [Dp, ldH]
+  bool projected = true;            // rows already have width H
+  const T* key_weight = nullptr;    // [Hp, ldD]
+  const T* key_weight_t = nullptr;  // [Dp, ldH]
 
   const T* anchor = nullptr;  // [A, ldH]
   const T* pair = nullptr;    // [A, ldB], 1 for a pair that counts, 0 otherwise
   T scale = 1, offset = 0;
-  T gradient_scale = 1;      // 1 / number of pairs: every gradient is that of the mean
+  T gradient_scale = 1;  // 1 / number of pairs: every gradient is that of the mean
 
   // Gram and triangular form
   const T* norm_matrix = nullptr;  // [Hp, ldH]: W'W, or T' (row h, column i holds T[i, h])
@@ -73,7 +74,8 @@ struct NceParams {
   const T* qc = nullptr;           // [A, ldB]: <query, c>, or null
   T cancellation = 0;              // squared norms below cancellation * |hid|^2 are recomputed
 
-  // bfloat16 operands as pairs along the summed dimension, where the instruction set multiplies them
+  // bfloat16 operands as pairs along the summed dimension, where the instruction set multiplies
+  // them
   bool pairs = false;
   const uint32_t* norm_pairs = nullptr;  // [Hp / 2, ldH]
   const uint32_t* qw_pairs = nullptr;    // [A, Bp / 2, ldH]
@@ -120,7 +122,7 @@ struct RelationParams {
   int64_t A = 0, M = 0, H = 0, R = 0;
   int64_t Hp = 0, Rp = 0, ldH = 0, ldR = 0;
   int64_t tile = 0;
-  int64_t parts = 1;  // ranges of (anchor, tile) work items
+  int64_t parts = 1;            // ranges of (anchor, tile) work items
   const T* anchor = nullptr;    // [A, ldH]
   const T* sample = nullptr;    // [M, ldH]
   const T* weight = nullptr;    // [Rp, ldH]
@@ -130,10 +132,10 @@ struct RelationParams {
   T* inverse_norm = nullptr;    // [A, M]; read by backward
   const T* grad = nullptr;      // [A, M, R]
   bool need_anchor = false, need_sample = false, need_weight = false;
-  T* d_anchor = nullptr;        // [parts, A, ldH]
-  T* d_sample = nullptr;        // [parts, M, ldH]
-  T* d_w_t = nullptr;           // [parts, Hp, ldR]
-  T* d_bias = nullptr;          // [parts, ldR]
+  T* d_anchor = nullptr;  // [parts, A, ldH]
+  T* d_sample = nullptr;  // [parts, M, ldH]
+  T* d_w_t = nullptr;     // [parts, Hp, ldR]
+  T* d_bias = nullptr;    // [parts, ldR]
   std::byte* scratch = nullptr;
   size_t scratch_bytes = 0;
 };

@@ -42,8 +42,10 @@ CRRCD_INLINE typename Simd<T>::V splat(T x) {
 template <typename T>
 CRRCD_INLINE T horizontal_sum(typename Simd<T>::V v) {
 #if CRRCD_VECTOR_BYTES == 64 && defined(__x86_64__)
-  if constexpr (sizeof(T) == 4) return _mm512_reduce_add_ps((__m512)v);
-  else return _mm512_reduce_add_pd((__m512d)v);
+  if constexpr (sizeof(T) == 4)
+    return _mm512_reduce_add_ps((__m512)v);
+  else
+    return _mm512_reduce_add_pd((__m512d)v);
 #else
   T lane[Simd<T>::kLanes];
   store(lane, v);
@@ -94,7 +96,8 @@ CRRCD_INLINE Simd<float>::V reciprocal(Simd<float>::V x) {
 
 CRRCD_INLINE Simd<double>::V reciprocal(Simd<double>::V x) { return 1.0 / x; }
 
-// exp(x) for x <= 0, to about one unit in the last place; 0 where the result is not a normal number.
+// exp(x) for x <= 0, to about one unit in the last place; 0 where the result is not a normal
+// number.
 CRRCD_INLINE Simd<float>::V exp_nonpositive(Simd<float>::V x) {
   using V = Simd<float>::V;
   using I = Simd<float>::I;
