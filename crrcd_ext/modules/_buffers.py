@@ -6,14 +6,14 @@ from torch import Tensor, nn
 
 
 class KeepsBufferDtype(nn.Module):
-    """A module whose own floating point buffers follow `.to(device)` but not `.to(dtype)`.
+    """A module whose own buffers follow `.to(device)` but not `.to(dtype)`.
 
-    A bank's storage dtype is a choice about memory and running statistics need their precision;
-    casting the network around them to bfloat16 must change neither.
+    A bank's storage dtype is a choice about memory, running statistics need their precision and
+    counters are integers; casting the network around them must change none of these.
     """
 
     def _apply(self, fn, recurse: bool = True):
-        kept = [b for b in self._buffers.values() if b is not None and b.is_floating_point()]
+        kept = [b for b in self._buffers.values() if b is not None]
 
         def guarded(tensor: Tensor) -> Tensor:
             if not any(tensor is b for b in kept):

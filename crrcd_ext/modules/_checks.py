@@ -10,6 +10,7 @@ from torch import Tensor
 
 def fail(kind: type[Exception], where: str, argument: str, expected: str, got: object) -> None:
     """Raise `kind` with "crrcd_ext.WHERE: ARGUMENT: expected EXPECTED, got GOT"."""
+    got = str(got).removeprefix("torch.")
     raise kind(f"crrcd_ext.{where}: {argument}: expected {expected}, got {got}")
 
 
@@ -31,9 +32,9 @@ def momentum(where: str, value: object) -> None:
 def features(where: str, argument: str, x: object, width: int, device: torch.device) -> None:
     """A floating point [*, width] matrix on `device`."""
     if not isinstance(x, Tensor):
-        fail(TypeError, where, argument, f"a tensor [B, {width}]", type(x).__name__)
+        fail(TypeError, where, argument, f"a tensor [*, {width}]", type(x).__name__)
     if x.dim() != 2 or x.shape[1] != width:
-        fail(ValueError, where, argument, f"shape [B, {width}]", list(x.shape))
+        fail(ValueError, where, argument, f"shape [*, {width}]", list(x.shape))
     if not x.is_floating_point():
         fail(TypeError, where, argument, "a floating point dtype", x.dtype)
     if x.device != device:
