@@ -719,7 +719,8 @@ class CRRCDLoss(KeepsBufferDtype):
     def _warn(self, name: str, text: str, values: dict[str, float]) -> None:
         if name not in self._warned:
             self._warned.add(name)
-            warnings.warn(text.format(**values), UserWarning, stacklevel=3)
+            # Past this method, diagnostics and its no_grad wrapper: the caller's line.
+            warnings.warn(text.format(**values), UserWarning, stacklevel=4)
 
     def extra_repr(self) -> str:
         shown = {
