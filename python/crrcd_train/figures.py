@@ -10,9 +10,13 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 # Okabe and Ito's palette: told apart with any colour vision.
-COLOURS = ("#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = (
+    *("#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
+    *("#8C6D31", "#7B4173", "#B5CF6B", "#9C9EDE"),
+)
 
 plt.rcParams.update(
     {
@@ -65,12 +69,16 @@ def accuracy(scores: dict[int, dict[str, list[float]]], labels: list[str], part:
     return figure
 
 
-def curves(histories: dict[int, dict[str, list[list[dict]]]], labels: list[str]) -> Figure:
+Histories = dict[int, dict[str, list[list[dict[str, float]]]]]
+"""Metrics: size, label, run, epoch's row."""
+
+
+def curves(histories: Histories, labels: list[str]) -> Figure:
     """Cross-entropy on the training images and validation accuracy over epochs, mean over seeds."""
     sizes = sorted(histories)
     shade = colours(labels)
     figure, axes = plt.subplots(
-        2, len(sizes), figsize=(5.4 * len(sizes), 6.6), squeeze=False, sharex=True
+        2, len(sizes), figsize=(4.9 * len(sizes) + 1.5, 6.6), squeeze=False, sharex=True
     )
     for column, size in enumerate(sizes):
         for row, (key, text) in enumerate(
@@ -93,13 +101,18 @@ def curves(histories: dict[int, dict[str, list[list[dict]]]], labels: list[str])
             axis.set_ylabel(text)
             if key == "ce":
                 axis.set_yscale("log")
+                axis.yaxis.set_major_formatter("{x:g}")
+                axis.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+                axis.yaxis.set_minor_formatter("{x:g}")
                 axis.set_title(f"{size} x {size} pixels")
             else:
                 axis.set_xlabel("epoch")
                 _readable_floor(axis)
-    axes[1][0].legend(fontsize=9)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="center right")
     figure.suptitle("Training: mean over seeds, band from lowest to highest")
-    figure.tight_layout()
+    room = 1.5 / figure.get_figwidth()
+    figure.tight_layout(rect=(0, 0, 1 - room, 1))
     return figure
 
 
@@ -111,15 +124,15 @@ DIAGNOSTICS = (
 )
 
 
-def diagnostics(histories: dict[int, dict[str, list[list[dict]]]], labels: list[str]) -> Figure:
+def diagnostics(histories: Histories, labels: list[str]) -> Figure:
     """What tells a collapse: the loss against its no-information value, variance, rank, cosines."""
     size = sorted(histories)[0]
     shade = colours(labels)
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True)
+    figure, axes = plt.subplots(2, 2, figsize=(12.5, 7), sharex=True)
     for axis, (key, text) in zip(axes.flat, DIAGNOSTICS, strict=True):
         for label in labels:
             drawn = _series(histories[size].get(label, []), key)
-            if drawn is None:
+            if drawn is None:  # a method without relations
                 continue
             epochs, values = drawn
             if key == "crrcd_loss":
@@ -135,11 +148,12 @@ def diagnostics(histories: dict[int, dict[str, list[list[dict]]]], labels: list[
     axes[0][1].set_yscale("log")
     axes[0][1].axhline(1e-3, color="black", lw=0.8, ls=":")
     axes[1][0].set_ylim(bottom=0)
-    axes[0][0].legend(fontsize=9)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="center right")
     for axis in axes[1]:
         axis.set_xlabel("epoch")
     figure.suptitle(f"Collapse diagnostics at {size} x {size}: dotted lines mark a collapse")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 0.88, 1))
     return figure
 
 

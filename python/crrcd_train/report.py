@@ -155,7 +155,7 @@ def _draw(
     except ModuleNotFoundError as error:
         raise UserError(f"report needs {error.name}: pip install 'crrcd_ext[train]'") from None
     scores: dict[int, dict[str, list[float]]] = {}
-    histories: dict[int, dict[str, list[list[dict]]]] = {}
+    histories: figures.Histories = {}
     for r in records:
         scores.setdefault(r.size, {}).setdefault(r.label, []).append(r.result[part])
         histories.setdefault(r.size, {}).setdefault(r.label, []).append(r.history)
@@ -169,14 +169,9 @@ def _draw(
             "Cross-entropy on the training images and accuracy on the validation images.",
         ),
     }
-    related = [
-        label
-        for label in labels
-        if any("crrcd_loss" in row for r in records if r.label == label for row in r.history)
-    ]
-    if related:
+    if any("crrcd_loss" in row for r in records for row in r.history):
         drawn["diagnostics"] = (
-            figures.diagnostics(histories, related),
+            figures.diagnostics(histories, labels),
             "Relations that collapse put the loss at its no-information value and the variance "
             "near zero.",
         )
