@@ -187,6 +187,7 @@ def relation_nce(
         fail(ValueError, name, "objective", f"one of {', '.join(OBJECTIVES)}", repr(objective))
     if update is not None:
         update = check_update(name, "update ", bank, update, sizes)
+        check_range(name, "update index", update[0], bank)
 
     chosen = resolve(name, backend, query.device)
     operands = (query, positive, anchor, weight, bias, key_weight)
@@ -197,8 +198,6 @@ def relation_nce(
 
     if chosen == "reference":
         check_range(name, "index", index, bank)
-        if update is not None:
-            check_range(name, "update index", update[0], bank)
         # What autograd keeps of the bank has to outlive the update; a gather is a copy already.
         read = bank.clone() if update is not None and index is None else bank
         rest = (weight, bias, scale, offset, index, key_weight, *masks, *options)

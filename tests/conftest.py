@@ -27,9 +27,15 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _settings_of_the_process():
-    """Threads, instruction set and backend are the process's: every test leaves them as it came."""
+def _settings_of_the_process(request: pytest.FixtureRequest):
+    """Threads, instruction set and backend are the process's: every test leaves them as it came.
+
+    One thread by default: on tiny tensors a second one mostly waits, for long on a loaded machine.
+    Tests about threads set their number; training runs with the machine's.
+    """
     threads = torch.get_num_threads()
+    if not request.path.name.startswith("test_train"):
+        torch.set_num_threads(1)
     chosen = _backend._chosen
     yield
     torch.set_num_threads(threads)

@@ -167,6 +167,7 @@ def test_error_budget(backend, dtype, objective, options, shape):
 @pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_budget_at_working_size(backend, dtype):
+    torch.set_num_threads(2)
     cases = [make(32, 64, 1500, 128, 128, 128, 4096, offset=math.log(1500), bias=False)]
     assert_within_budget(cases, backend, dtype)
 
@@ -286,8 +287,10 @@ def assert_close_to_truth(case: dict, backend: str, dtype: torch.dtype) -> None:
     flags=st.tuples(*[st.booleans()] * 6),
     objective=st.sampled_from(OBJECTIVES),
     seed=st.integers(0, 1000),
+    threads=st.integers(1, 3),
 )
-def test_ragged_sizes(backend, dtype, sizes, flags, objective, seed):
+def test_ragged_sizes(backend, dtype, sizes, flags, objective, seed, threads):
+    torch.set_num_threads(threads)
     options = dict(
         zip(("bias", "key_weight", "index", "ids", "labels", "self_pairs"), flags, strict=True)
     )
@@ -333,6 +336,7 @@ def test_narrow_against_wide(backend, dtype, hidden, relation):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_many_negatives(backend, objective):
     # Several chunks of keys for every thread, an index longer than the bank.
+    torch.set_num_threads(2)
     case = make(2, 3, 20_001, 9, 10, 5, 7000, objective=objective, offset=math.log(20_001))
     assert_close(run(case, backend), run(case, "reference"), 1e-10)
     low = cast(case, torch.float32)
