@@ -50,21 +50,26 @@ py::dict plan(int64_t anchors, int64_t queries, int64_t keys, int64_t hidden, in
   if (dtype != "float64" && dtype != "float32" && dtype != "bfloat16")
     throw py::value_error("crrcd_ext.plan: dtype: expected float64, float32 or bfloat16, got " +
                           dtype);
-  const int64_t element = dtype == "float64" ? 8 : 4;
-  const crrcd::Needs needs{
-      (need & crrcd::kNeedQuery) != 0, (need & (crrcd::kNeedBank | crrcd::kNeedKeyWeight)) != 0,
-      (need & crrcd::kNeedAnchor) != 0, (need & (crrcd::kNeedWeight | crrcd::kNeedBias)) != 0};
-  const crrcd::Plan p = crrcd::make_plan(anchors, queries, keys, hidden, relation_dim, needs,
-                                         element, threads.value_or(at::get_num_threads()));
-  static const char* const forms[] = {"gram", "triangular", "direct"};
-  py::dict out;
-  out["form"] = forms[static_cast<int>(p.form)];
-  out["tile"] = p.tile;
-  out["tiles_per_chunk"] = p.tiles_per_chunk;
-  out["key_parts"] = p.key_parts;
-  out["anchor_parts"] = p.anchor_parts;
-  out["bank_dim"] = bank_dim;
-  return out;
+  const int64_t used = threads.value_or(at::get_num_threads());
+  const auto describe = [&](auto p, auto scratch_bytes) {
+    const crrcd::Kernels& kernels = crrcd::active_kernels();
+    crrcd::describe(p, anchors, queries, keys, hidden, relation_dim, bank_dim,
+                    crrcd::needs_of(need), used, kernels.vector_bytes);
+    p.projected = false;
+    if constexpr (sizeof(p.scale) == 4) p.pairs = dtype == "bfloat16" && kernels.bf16_pairs;
+    static const char* const forms[] = {"gram", "triangular", "direct"};
+    py::dict out;
+    out["form"] = forms[static_cast<int>(p.form)];
+    out["tile"] = p.tile;
+    out["tiles_per_chunk"] = p.tiles_per_chunk;
+    out["key_parts"] = p.key_parts;
+    out["anchor_parts"] = p.anchor_parts;
+    out["scratch_bytes"] = p.key_parts * p.anchor_parts * (kernels.*scratch_bytes)(p);
+    out["sum_bytes"] = crrcd::sum_bytes(p, (need & crrcd::kNeedBank) != 0);
+    return out;
+  };
+  return dtype == "float64" ? describe(crrcd::NceParams<double>(), &crrcd::Kernels::nce_scratch_f64)
+                            : describe(crrcd::NceParams<float>(), &crrcd::Kernels::nce_scratch_f32);
 }
 
 }  // namespace
@@ -86,5 +91,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("plan", &plan, py::arg("anchors"), py::arg("queries"), py::arg("keys"), py::arg("hidden"),
         py::arg("relation_dim"), py::arg("bank_dim"), py::arg("dtype") = "float32",
         py::arg("need") = 511, py::arg("threads") = py::none(),
-        "How relation_nce would cut up a call of these sizes.");
+        "How relation_nce would cut up a call of these sizes, and the work space that it would "
+        "take.");
 }

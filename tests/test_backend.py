@@ -199,6 +199,15 @@ class TestCompiledModule:
         # Enough parts for every thread.
         assert plan["key_parts"] * plan["anchor_parts"] >= 2
 
+    @pytest.mark.parametrize("need", [1, 503], ids=["query", "all but the bank"])
+    def test_work_space_does_not_grow_with_the_negatives(self, need):
+        few, many = (
+            _backend.compiled.plan(64, 64, keys, 128, 128, 128, "float32", need, threads=2)
+            for keys in (16384, 1_000_000)
+        )
+        assert 0 < many["scratch_bytes"] + many["sum_bytes"] < 24e6
+        assert many == few
+
     def test_plan_of_another_dtype(self):
         with pytest.raises(ValueError, match="expected float64, float32 or bfloat16, got int8"):
             _backend.compiled.plan(1, 1, 1, 1, 1, 1, "int8", 0)

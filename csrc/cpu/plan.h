@@ -71,4 +71,40 @@ inline Plan make_plan(int64_t A, int64_t B, int64_t K, int64_t H, int64_t R, con
   return plan;
 }
 
+// Writes sizes, strides and the plan into p.
+template <typename T>
+void describe(NceParams<T>& p, int64_t A, int64_t B, int64_t K, int64_t H, int64_t R, int64_t D,
+              const Needs& need, int64_t threads, int64_t vector_bytes) {
+  constexpr int64_t kSize = sizeof(T);
+  const int64_t lanes = vector_bytes / kSize;
+  p.A = A, p.B = B, p.K = K, p.H = H, p.R = R, p.D = D;
+  p.Bp = round_up(B, lanes), p.Hp = round_up(H, lanes);
+  p.Rp = round_up(R, lanes), p.Dp = round_up(D, lanes);
+  p.ldB = leading_dimension(p.Bp, kSize), p.ldH = leading_dimension(p.Hp, kSize);
+  p.ldR = leading_dimension(p.Rp, kSize), p.ldD = leading_dimension(p.Dp, kSize);
+  p.need_query = need.query, p.need_key = need.key;
+  p.need_anchor = need.anchor, p.need_weight = need.weight;
+  const Plan plan = make_plan(A, B, K, H, R, need, kSize, threads);
+  p.form = plan.form;
+  p.tile = plan.tile;
+  p.tiles_per_chunk = plan.tiles_per_chunk;
+  p.key_parts = plan.key_parts;
+  p.anchor_parts = plan.anchor_parts;
+}
+
+// Bytes of the sums that the parts keep, apart from their scratch: none of them grows with K but
+// the gradient of the gathered rows, which is asked for or not.
+template <typename T>
+int64_t sum_bytes(const NceParams<T>& p, bool rows) {
+  const bool direct = p.form == Form::kDirect;
+  const int64_t parts = p.key_parts * p.anchor_parts;
+  int64_t values = p.key_parts * p.A * (p.ldB + p.ldH);
+  if (p.need_query || p.need_weight)
+    values += p.key_parts * p.A * (direct ? p.Bp * p.ldR : p.Hp * p.ldB);
+  if (p.need_weight) values += parts * p.Hp * (direct ? p.ldR : p.ldH);
+  if (p.need_key) values += parts * p.Hp * p.ldD;
+  if (rows) values += p.anchor_parts * p.K * p.D;
+  return values * static_cast<int64_t>(sizeof(T));
+}
+
 }  // namespace crrcd

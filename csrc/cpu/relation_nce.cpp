@@ -121,24 +121,8 @@ class RelationNce {
 
  private:
   void set_up() {
-    const int64_t lanes = kernels.vector_bytes / static_cast<int64_t>(sizeof(T));
-    p.A = x.A, p.B = x.B, p.K = x.K, p.H = x.H, p.R = x.R, p.D = x.D;
-    p.Bp = round_up(x.B, lanes), p.Hp = round_up(x.H, lanes);
-    p.Rp = round_up(x.R, lanes), p.Dp = round_up(x.D, lanes);
-    p.ldB = leading_dimension(p.Bp, sizeof(T)), p.ldH = leading_dimension(p.Hp, sizeof(T));
-    p.ldR = leading_dimension(p.Rp, sizeof(T)), p.ldD = leading_dimension(p.Dp, sizeof(T));
-    p.need_query = x.needs(kNeedQuery);
-    p.need_key = x.needs(kNeedBank | kNeedKeyWeight);
-    p.need_anchor = x.needs(kNeedAnchor);
-    p.need_weight = x.needs(kNeedWeight | kNeedBias);
-    const Plan plan =
-        make_plan(x.A, x.B, x.K, x.H, x.R, {p.need_query, p.need_key, p.need_anchor, p.need_weight},
-                  sizeof(T), at::get_num_threads());
-    p.form = plan.form;
-    p.tile = plan.tile;
-    p.tiles_per_chunk = plan.tiles_per_chunk;
-    p.key_parts = plan.key_parts;
-    p.anchor_parts = plan.anchor_parts;
+    describe(p, x.A, x.B, x.K, x.H, x.R, x.D, needs_of(x.need), at::get_num_threads(),
+             kernels.vector_bytes);
     parts = p.key_parts * p.anchor_parts;
 
     bank = x.bank.stride(1) == 1 ? x.bank : x.bank.contiguous();

@@ -8,6 +8,8 @@
 #include <string>
 #include <tuple>
 
+#include "plan.h"
+
 namespace crrcd {
 
 using NceResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
@@ -26,6 +28,11 @@ enum Need : int64_t {
   kNeedScale = 128,
   kNeedOffset = 256,
 };
+
+inline Needs needs_of(int64_t need) {
+  return {(need & kNeedQuery) != 0, (need & (kNeedBank | kNeedKeyWeight)) != 0,
+          (need & kNeedAnchor) != 0, (need & (kNeedWeight | kNeedBias)) != 0};
+}
 
 NceResult relation_nce_cpu(const at::Tensor& query, const at::Tensor& positive,
                            const at::Tensor& anchor, const at::Tensor& bank,
