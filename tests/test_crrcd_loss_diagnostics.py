@@ -139,7 +139,7 @@ def test_learned_temperature_and_offset_are_shown():
     values = criterion.diagnostics()
     assert values["temperature"] == pytest.approx(0.25)
     assert values["offset"] == pytest.approx(0.75)
-    assert make(normalizer=3.0)._current_offset() == pytest.approx(math.log(3 * K))
+    assert make(normalizer=3.0).current_offset() == pytest.approx(math.log(3 * K))
 
 
 def test_batch_of_one_has_no_cosine():

@@ -10,33 +10,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from crrcd_ext import functional, reference
-from crrcd_ext.modules import _checks, _counter, diagnostics
+from crrcd_ext import functional
+from crrcd_ext.modules import _checks, _counter, diagnostics, filling
 from crrcd_ext.modules._buffers import KeepsBufferDtype
 from crrcd_ext.modules.bank import MemoryBank
-from crrcd_ext.modules.heads import EmbeddingHead, Standardizer
+from crrcd_ext.modules.diagnostics import Step
+from crrcd_ext.modules.heads import EmbeddingHead
 from crrcd_ext.modules.normalizer import log_mean_exp_logit
 from crrcd_ext.modules.relation import FeatureRelation
 
 NAME = "CRRCDLoss"
 SKIP_HINT = "; nonfinite='skip' skips such a step"
-DIAGNOSED_NEGATIVES = 256
-_PIECE = 1 << 16
 _UNLABELLED = torch.iinfo(torch.int64).min
 
 
-class _Step(NamedTuple):
-    """What :meth:`CRRCDLoss.diagnostics` recomputes a step's relations from."""
+class _Side(NamedTuple):
+    """One direction of the loss: its slot of log Zbar, its bank, the rows drawn from it (or None),
+    what the bank is to be updated with, and the arguments of relation_nce."""
 
-    loss: Tensor
-    teacher: Tensor
-    student: Tensor
-    index: Tensor
-    query_label: Tensor | None
-    selected: Tensor | None
-    own_rows: Tensor | None
-    teacher_negatives: Tensor | None
-    student_negatives: Tensor | None
+    slot: int
+    bank: MemoryBank
+    drawn: Tensor | None
+    value: Tensor
+    arguments: dict[str, Any]
 
 
 class CRRCDLoss(KeepsBufferDtype):
@@ -209,7 +205,7 @@ class CRRCDLoss(KeepsBufferDtype):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("labels", None)
-        self._labelled = False
+        self.labelled = False
         if self.exclude_same_label:
             self.labels = torch.full((num_samples,), -1, dtype=torch.int64)
         if labels is not None:
@@ -217,10 +213,10 @@ class CRRCDLoss(KeepsBufferDtype):
             labels = _checks.integers(NAME, "labels", labels, num_samples, device)
             if self.exclude_same_label:
                 self.labels.copy_(labels)
-                self._labelled = True
+                self.labelled = True
         # Host-side copy of "log_zbar is there", so that no step has to ask the device.
         self._normalized = False
-        self._last: _Step | None = None
+        self._last: Step | None = None
         self._warned: set[str] = set()
 
     @property
@@ -280,80 +276,54 @@ class CRRCDLoss(KeepsBufferDtype):
         e_s = self.student_head(student, batch=by_batch).to(dtype)
 
         selected = self._select_anchors(size)
-        anchor_id = index
-        e_a = e_t
+        anchor_id, e_a = index, e_t
         if selected is not None:
-            anchor_id = index.index_select(0, selected)
-            e_a = e_t.index_select(0, selected)
+            anchor_id, e_a = index.index_select(0, selected), e_t.index_select(0, selected)
+        masks = {"anchor_id": anchor_id, "query_id": index, "self_pairs": self.self_pairs}
+        if query_label is not None:
+            masks |= {"query_label": query_label, "key_label": self.labels}
 
+        f_ts, f_t = self.cross_relation, self.teacher_relation
+        cross_anchor = f_ts.project_anchor(e_a)
+        v_ts = f_ts.relate(cross_anchor, f_ts.project_sample(e_s))
         own_rows = None
         if self.keys == "bank" and self.teacher_bank is not None:
             own_rows = self.teacher_bank.rows.index_select(0, index).to(dtype)
-        cross_anchor = self.cross_relation.project_anchor(e_a)
-        v_ts = self.cross_relation.relate(cross_anchor, self.cross_relation.project_sample(e_s))
         with torch.set_grad_enabled(learns):
-            f_t = self.teacher_relation
             teacher_anchor = f_t.project_anchor(e_a)
-            v_t = positive = None
+            v_t = v_own = None
             if own_rows is None or self.direction == "both":
                 v_t = f_t.relate(teacher_anchor, f_t.project_sample(e_t))
-            if self.teacher_bank is not None:
-                positive = (
-                    v_t
-                    if own_rows is None
-                    else f_t.relate(teacher_anchor, f_t.project_sample(own_rows))
-                )
+            if own_rows is not None:
+                v_own = f_t.relate(teacher_anchor, f_t.project_sample(own_rows))
 
-        masks = {"anchor_id": anchor_id, "query_id": index, "self_pairs": self.self_pairs}
-        if query_label is not None:
-            masks["query_label"] = query_label
-            masks["key_label"] = self.labels
-        loss = None
-        log_zbar = [None, None]
-        negatives = [None, None]
-        kept = []
-        for slot, bank in enumerate((self.teacher_bank, self.student_bank)):
-            if bank is None:
-                continue
-            drawn = None if self.negatives == "all" else bank.draw(self.negatives)
-            negatives[slot] = drawn
-            if slot == 0:
-                arguments = self._teacher_keys(drawn, teacher_statistics, masks, dtype)
-                query, target, anchor, value = v_ts, positive, teacher_anchor, e_t.detach()
-                if self.keys == "live":
-                    value = teacher
-            else:
-                f_ts = self.cross_relation
-                arguments = {
-                    "bank": bank.rows,
-                    "weight": f_ts.weight,
-                    "bias": f_ts.bias,
-                    "key_weight": f_ts.sample_weight,
-                    "index": drawn,
-                    **masks,
-                }
-                query, target, anchor, value = v_t, v_ts, cross_anchor, e_s.detach()
-            arguments.update(query=query, positive=target, anchor=anchor, backend=self.backend)
-            arguments["scale"] = self._scale()
-            offset, log_zbar[slot] = self._offset(slot, size, arguments)
-            commit = None
-            if update:
-                if finite is not None:
-                    kept.append((bank.rows, bank.rows.index_select(0, index)))
-                commit = (index, value, bank.momentum, bank.normalize)
-            fused = None if arguments["bank"] is not bank.rows else commit
-            part = functional.relation_nce(
-                **arguments, offset=offset, objective=self.objective, update=fused
-            )
-            if commit is not None and fused is None:
-                bank.update_(index, value)
-            loss = part if loss is None else loss + part
+        sides = []
+        if self.teacher_bank is not None:
+            keys, drawn = self._teacher_keys(masks, teacher_statistics, dtype)
+            keys |= {"query": v_ts, "positive": v_t if v_own is None else v_own}
+            keys["anchor"] = teacher_anchor
+            value = teacher if self.keys == "live" else e_t.detach()
+            sides.append(_Side(0, self.teacher_bank, drawn, value, keys))
+        if self.student_bank is not None:
+            keys, drawn = self._student_keys(masks)
+            keys |= {"query": v_t, "positive": v_ts, "anchor": cross_anchor}
+            sides.append(_Side(1, self.student_bank, drawn, e_s.detach(), keys))
 
+        before = []
+        if update and finite is not None:
+            before = [side.bank.rows.index_select(0, index) for side in sides]
+        log_zbar = {}
+        parts = [self._contrast(side, index, update, log_zbar) for side in sides]
+        loss = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         if finite is not None:
             loss = torch.where(finite, loss, torch.zeros_like(loss))
         if update:
-            self._commit(finite, index, kept, teacher_statistics, student_statistics, log_zbar)
-        self._last = _Step(
+            statistics = (teacher_statistics, student_statistics)
+            self._commit(finite, statistics, log_zbar)
+            for side, rows in zip(sides, before, strict=False):
+                bank = side.bank.rows
+                bank.index_copy_(0, index, torch.where(finite, bank.index_select(0, index), rows))
+        self._last = Step(
             loss.detach(),
             e_t.detach(),
             e_s.detach(),
@@ -361,7 +331,7 @@ class CRRCDLoss(KeepsBufferDtype):
             query_label,
             selected,
             own_rows,
-            *negatives,
+            tuple(side.drawn for side in sides),
         )
         return loss
 
@@ -382,7 +352,7 @@ class CRRCDLoss(KeepsBufferDtype):
             labels = _checks.integers(NAME, "labels", labels, size, device)
         if not self.exclude_same_label:
             return index, None
-        if not self._labelled:
+        if not self.labelled:
             raise ValueError(
                 f"crrcd_ext.{NAME}: labels: expected the data set's labels, int64 "
                 f"[{self.num_samples}], for exclude_same_label=True, got None; give them to the "
@@ -414,89 +384,105 @@ class CRRCDLoss(KeepsBufferDtype):
             return None
         return _counter.distinct_index(self.seed, self.step, self.anchors, size)
 
-    def _teacher_keys(self, drawn: Tensor | None, statistics, masks: dict, dtype) -> dict:
-        """The negatives F^t(e^t_a, m_n) as arguments of relation_nce."""
+    def _draw(self, bank: MemoryBank) -> Tensor | None:
+        """int64 [K], the rows of this step's negatives; None for the whole bank."""
+        return None if self.negatives == "all" else bank.draw(self.negatives)
+
+    def _teacher_keys(self, masks: dict, statistics, dtype) -> tuple[dict, Tensor | None]:
+        """The negatives F^t(e^t_a, m_n) as arguments of relation_nce, and the rows drawn."""
         f_t = self.teacher_relation
+        drawn = self._draw(self.teacher_bank)
         rows = self.teacher_bank.rows
-        weights = (f_t.weight, f_t.bias, f_t.sample_weight)
+        weight, bias, key_weight = f_t.weight, f_t.bias, f_t.sample_weight
         if self.keys == "stop_gradient":
-            weights = (x if x is None else x.detach() for x in weights)
-        weight, bias, key_weight = weights
-        arguments = {"weight": weight, "bias": bias, "key_weight": key_weight, **masks}
+            weight, bias, key_weight = weight.detach(), bias.detach(), key_weight.detach()
+        keys = {"weight": weight, "bias": bias, "key_weight": key_weight, **masks}
         if self.keys != "live":
-            return {**arguments, "bank": rows, "index": drawn}
+            return {**keys, "bank": rows, "index": drawn}, drawn
         if drawn is not None:
             rows = rows.index_select(0, drawn)
-            arguments["key_id"] = drawn
+            keys["key_id"] = drawn
             if "key_label" in masks:
-                arguments["key_label"] = self.labels.index_select(0, drawn)
-        return {**arguments, "bank": self.teacher_head(rows, statistics).to(dtype)}
+                keys["key_label"] = self.labels.index_select(0, drawn)
+        return {**keys, "bank": self.teacher_head(rows, statistics).to(dtype)}, drawn
 
-    def _scale(self) -> Tensor | float:
+    def _student_keys(self, masks: dict) -> tuple[dict, Tensor | None]:
+        """The negatives F^ts(e^t_a, m^s_n) as arguments of relation_nce, and the rows drawn."""
+        f_ts = self.cross_relation
+        drawn = self._draw(self.student_bank)
+        weights = {"weight": f_ts.weight, "bias": f_ts.bias, "key_weight": f_ts.sample_weight}
+        return {**weights, "bank": self.student_bank.rows, "index": drawn, **masks}, drawn
+
+    def _contrast(self, side: _Side, index: Tensor, update: bool, log_zbar: dict) -> Tensor:
+        """One direction's loss and its bank's update; a new log Zbar goes into ``log_zbar``."""
+        bank = side.bank
+        arguments = {**side.arguments, "scale": self.scale(), "backend": self.backend}
+        offset = self._offset(side.slot, index, arguments, log_zbar)
+        arguments |= {"offset": offset, "objective": self.objective}
+        # Live keys are embedded copies of rows: their bank has to be updated on its own.
+        fused = arguments["bank"] is bank.rows
+        if update and fused:
+            arguments["update"] = (index, side.value, bank.momentum, bank.normalize)
+        loss = functional.relation_nce(**arguments)
+        if update and not fused:
+            bank.update_(index, side.value)
+        return loss
+
+    def scale(self) -> Tensor | float:
+        """1/tau, as a scalar tensor when it is learned."""
         return 1 / self.temperature if self.log_scale is None else self.log_scale.exp()
 
-    def _offset(
-        self, slot: int, size: int, arguments: dict
-    ) -> tuple[Tensor | float, Tensor | None]:
-        """beta, and log Zbar where this batch has just given it."""
-        fresh = None
+    def _offset(self, slot: int, index: Tensor, arguments: dict, log_zbar: dict) -> Tensor | float:
+        """beta; where this batch has to give Zbar, its logarithm goes into ``log_zbar``."""
         if self.objective == "infonce" or self.normalizer == "none":
             beta = 0.0
         elif self.normalizer != "first_batch":
             beta = math.log(self.num_negatives) + math.log(self.normalizer)
         elif self._normalized:
             beta = self.log_zbar[slot] + math.log(self.num_negatives)
-        elif size == 1 and not self.self_pairs:
+        elif len(index) == 1 and not self.self_pairs:
             beta = 0.0
         else:
             fresh = log_mean_exp_logit(**arguments).to(torch.float64)
+            log_zbar[slot] = fresh
             # Without a pair there is no mean, and a loss that does not depend on it.
             beta = torch.where(fresh.isfinite(), fresh, 0.0) + math.log(self.num_negatives)
-        return (beta if self.offset is None else beta + self.offset), fresh
+        return beta if self.offset is None else beta + self.offset
 
     @torch.no_grad()
-    def _commit(
-        self, finite, index, kept, teacher_statistics, student_statistics, log_zbar
-    ) -> None:
-        """Store what the step changes beside the banks; in a step to skip, put everything back."""
+    def _commit(self, finite: Tensor | None, statistics, log_zbar: dict) -> None:
+        """Store what a step changes beside the banks' rows; nothing, in a step to skip."""
         changes = []
-        for head, statistics in (
-            (self.teacher_head, teacher_statistics),
-            (self.student_head, student_statistics),
-        ):
-            if statistics is not None:
-                changes += zip(head.standardize.statistics, statistics, strict=True)
+        for head, merged in zip((self.teacher_head, self.student_head), statistics, strict=True):
+            if merged is not None:
+                changes += zip(head.standardize.statistics, merged, strict=True)
         for counter in (self, self.teacher_bank, self.student_bank):
             if counter is not None:
                 changes.append((counter.step, counter.step + 1))
-        fresh = [z for z in log_zbar if z is not None]
-        if fresh:
-            usable = torch.stack(fresh).isfinite().all()
-            if finite is not None:
-                usable = usable & finite
-            if torch.compiler.is_compiling():
-                # A graph cannot leave this to the next batch: the flag below is a constant of it.
-                torch._assert_async(
-                    usable,
-                    f"crrcd_ext.{NAME}: normalizer: expected a first batch of finite features that "
-                    "has a pair",
-                )
-                usable = True
-            # The one moment when the host waits: the first training batch of a run.
-            if bool(usable):
-                for slot, z in enumerate(log_zbar):
-                    if z is not None:
-                        self.log_zbar[slot].copy_(z)
-                self._normalized = True
-        if finite is None:
-            for buffer, value in changes:
-                buffer.copy_(value)
-            return
         for buffer, value in changes:
-            buffer.copy_(torch.where(finite, value, buffer))
-        for rows, before in kept:
-            rows.index_copy_(0, index, torch.where(finite, rows.index_select(0, index), before))
-        self.skipped_steps.add_(~finite)
+            buffer.copy_(value if finite is None else torch.where(finite, value, buffer))
+        if finite is not None:
+            self.skipped_steps.add_(~finite)
+        if log_zbar:
+            self._commit_normalizer(finite, log_zbar)
+
+    def _commit_normalizer(self, finite: Tensor | None, log_zbar: dict) -> None:
+        usable = torch.stack(list(log_zbar.values())).isfinite().all()
+        if finite is not None:
+            usable = usable & finite
+        if torch.compiler.is_compiling():
+            # A graph cannot leave this to the next batch: the flag is a constant of it.
+            torch._assert_async(
+                usable,
+                f"crrcd_ext.{NAME}: normalizer: expected a first batch of finite features that "
+                "has a pair",
+            )
+            usable = True
+        # The one moment when the host waits: the first training batch of a run.
+        if bool(usable):
+            for slot, value in log_zbar.items():
+                self.log_zbar[slot].copy_(value)
+            self._normalized = True
 
     # ------------------------------------------------------------------ before training
 
@@ -531,76 +517,7 @@ class CRRCDLoss(KeepsBufferDtype):
         Raises:
             TypeError, ValueError, IndexError: as :meth:`forward`, before anything is changed.
         """
-        if features is not None:
-            if encoder is not None:
-                raise ValueError(f"crrcd_ext.{NAME}.fill: encoder: expected None beside features")
-            parts = [self._check_part(loader_or_index, features)]
-        else:
-            parts = self._read_loader(loader_or_index, encoder)
-        where = f"{NAME}.fill"
-        count = sum(len(index) for index, _ in parts)
-        if count == 0:
-            _checks.fail(ValueError, where, "loader_or_index", "at least one sample", "none")
-        if labels is not None:
-            size = count if features is not None else self.num_samples
-            labels = _checks.integers(where, "labels", labels, size, labels.device)
-
-        standardize = self.teacher_head.standardize
-        device = self.step.device
-        if statistics and standardize is not None:
-            gathered = Standardizer(self.teacher_head.in_dim).to(device)
-            for _, rows in parts:
-                for piece in rows.split(_PIECE):
-                    merged = gathered.merged(piece.to(device, torch.float64))
-                    for buffer, value in zip(gathered.statistics, merged, strict=True):
-                        buffer.copy_(value)
-            standardize.set_(gathered.mean, gathered.variance)
-        if labels is not None and self.exclude_same_label:
-            if features is not None:
-                self.labels[parts[0][0].to(device)] = labels.to(device)
-            else:
-                self.labels.copy_(labels)
-            self._labelled = True
-        if self.teacher_bank is None:
-            return 0
-        for index, rows in parts:
-            for ids, piece in zip(index.split(_PIECE), rows.split(_PIECE), strict=True):
-                piece = piece.to(device)
-                if self.keys != "live":
-                    piece = self.teacher_head(piece)
-                self.teacher_bank.fill(ids.to(device), piece)
-        return int(torch.cat([index for index, _ in parts]).unique().numel())
-
-    def _check_part(self, index: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        where = f"{NAME}.fill"
-        device = features.device if isinstance(features, Tensor) else self.step.device
-        _checks.features(where, "features", features, self.teacher_head.in_dim, device)
-        device = index.device if isinstance(index, Tensor) else self.step.device
-        index = _checks.integers(where, "index", index, len(features), device)
-        _checks.in_range(where, "index", index, self.num_samples)
-        _checks.finite(where, "features", features, "")
-        return index, features
-
-    def _read_loader(self, loader: Iterable, encoder) -> list[tuple[Tensor, Tensor]]:
-        was_training = isinstance(encoder, nn.Module) and encoder.training
-        if was_training:
-            encoder.eval()
-        parts = []
-        try:
-            for item in loader:
-                if not isinstance(item, (tuple, list)) or len(item) != 2:
-                    got = f"{len(item)} items" if isinstance(item, (tuple, list)) else type(item)
-                    expected = f"pairs ({'images' if encoder else 'features'}, index)"
-                    _checks.fail(ValueError, f"{NAME}.fill", "loader_or_index", expected, got)
-                rows, index = item
-                if encoder is not None:
-                    rows = encoder(rows.to(self.step.device))
-                index, rows = self._check_part(index, rows)
-                parts.append((index.cpu(), rows.cpu()))
-        finally:
-            if was_training:
-                encoder.train()
-        return parts
+        return filling.fill(self, loader_or_index, features, labels, encoder, statistics)
 
     def parameter_groups(
         self, lr: float, weight_decay: float = 0.0, factor: float = 0.1
@@ -649,60 +566,16 @@ class CRRCDLoss(KeepsBufferDtype):
         Raises:
             RuntimeError: before the first step.
         """
-        last = self._last
-        if last is None:
+        if self._last is None:
             raise RuntimeError(f"crrcd_ext.{NAME}.diagnostics: expected a step before, got none")
-        f_t, f_ts = self.teacher_relation, self.cross_relation
-        anchors, anchor_id = last.teacher, last.index
-        if last.selected is not None:
-            anchors, anchor_id = anchors[last.selected], anchor_id[last.selected]
-        v_ts, v_t = f_ts(anchors, last.student), f_t(anchors, last.teacher)
-        target = v_t if last.own_rows is None else f_t(anchors, last.own_rows)
-        pairs = reference.kept_pairs(anchors, v_ts, anchor_id, last.index, self.self_pairs)
-        positive = (v_ts * target).sum(-1).masked_select(pairs)
-
-        cosines = []
-        for bank, drawn in (
-            (self.teacher_bank, last.teacher_negatives),
-            (self.student_bank, last.student_negatives),
-        ):
-            if bank is None:
-                continue
-            if drawn is None:
-                stride = -(-bank.num_rows // DIAGNOSED_NEGATIVES)
-                drawn = torch.arange(0, bank.num_rows, stride, device=bank.rows.device)
-            drawn = drawn[:DIAGNOSED_NEGATIVES]
-            rows = bank.rows[drawn]
-            if bank is self.teacher_bank and self.keys == "live":
-                rows = self.teacher_head(rows)
-            rows = rows.to(anchors.dtype)
-            query, module = (v_ts, f_t) if bank is self.teacher_bank else (v_t, f_ts)
-            keep = reference.kept_negatives(
-                query, drawn, last.index, None, last.query_label, self.labels
-            )
-            cosine = query @ module(anchors, rows).mT
-            cosines.append(cosine.masked_select(pairs[:, :, None] & keep))
-
-        level = diagnostics.no_information_loss(self.num_negatives, self.objective)
-        values = {
-            "loss": float(last.loss),
-            "no_information_loss": level * (2 if self.direction == "both" else 1),
-            "relation_variance": diagnostics.relation_variance(v_ts),
-            "teacher_relation_variance": diagnostics.relation_variance(v_t),
-            "effective_rank": diagnostics.effective_rank(v_ts),
-            "positive_cosine": float(positive.mean()),
-            "negative_cosine": float(torch.stack([c.mean() for c in cosines]).mean()),
-            "temperature": 1 / float(self._scale()),
-            "offset": self._current_offset(),
-            "skipped_steps": float(self.skipped_steps),
-        }
-        if diagnostics.is_constant(values, v_ts.shape[-1]):
+        values = diagnostics.measure(self, self._last)
+        if diagnostics.is_constant(values, self.cross_relation.weight.shape[0]):
             self._warn("constant", diagnostics.CONSTANT_RELATION, values)
         if diagnostics.is_shortcut(values):
             self._warn("shortcut", diagnostics.FRESHNESS_SHORTCUT, values)
         return values
 
-    def _current_offset(self) -> float:
+    def current_offset(self) -> float:
         """beta, for "both" the mean of the two; NaN before the first batch has given Zbar."""
         if self.objective == "infonce" or self.normalizer == "none":
             beta = 0.0
@@ -757,7 +630,7 @@ class CRRCDLoss(KeepsBufferDtype):
             self._normalized = bool(log_zbar.isfinite().any())
         labels = state_dict.get(prefix + "labels")
         if labels is not None and self.labels is not None:
-            self._labelled = bool((labels >= 0).any())
+            self.labelled = bool((labels >= 0).any())
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles carry the state of the run, not the tensors of its last batch.
