@@ -503,7 +503,7 @@ class CRRCDLoss(KeepsBufferDtype):
         ``fill(loader)`` takes pairs (features, index), ``fill(loader, encoder=teacher)`` pairs
         (images, index), in one pass; images are moved to the module's device, an encoder module
         runs in eval mode, and the features wait in host memory for the statistics. To fill in
-        pieces that do not fit, call the first form with ``statistics=False`` for all but one.
+        pieces, call the first form, with ``statistics=False`` for all pieces but the first.
 
         Args:
             labels: with an index int64 [M], beside it; with a loader int64 [N], of the data set.
