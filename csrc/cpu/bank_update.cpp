@@ -24,7 +24,8 @@ BankUpdate::BankUpdate(const char* op, const at::Tensor& bank, const at::Tensor&
                     ": momentum: expected a number in [0, 1], got ", momentum);
   const at::Tensor rows = index.contiguous();
   check_rows(op, "index", rows, bank.size(0));
-  value_ = value.to(at::kDouble).contiguous();
+  // a copy, since value may be rows of the bank itself
+  value_ = value.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true).contiguous();
   const int64_t* row = rows.const_data_ptr<int64_t>();
   std::unordered_map<int64_t, int64_t> last;
   for (int64_t i = 0; i < rows.numel(); ++i) last[row[i]] = i;

@@ -108,7 +108,7 @@ class RelationNce {
       if (x.need & ~kNeedPositive) sweep(Pass::kSoftmax);
     } else {
       sweep(Pass::kNce);
-      loss = at::softplus(-positive_logit).mul_(pair).sum(at::kDouble).item<double>();
+      loss = at::log_sigmoid(positive_logit).neg_().mul_(pair).sum(at::kDouble).item<double>();
       d_logit_positive = at::sigmoid(-positive_logit).neg_().mul_(pair);
     }
     const double* s = scalars.defined() ? scalars.const_data_ptr<double>() : nullptr;
