@@ -352,8 +352,7 @@ class RelationNce {
         // two large terms that nearly cancel, so in double
         const at::Tensor c = bias.to(at::kDouble);
         at::Tensor b = at::mv(weight.to(at::kDouble), hid_sum.to(at::kDouble)).add_(c, total[3]);
-        b.add_(at::mv(query.reshape({x.A * x.B, x.R}).to(at::kDouble).t(),
-                      logits.reshape({x.A * x.B}).to(at::kDouble)));
+        b.add_(at::bmm(logits.unsqueeze(1), query).to(at::kDouble).sum(0).squeeze(0));
         if (x.needs(kNeedBias)) d_bias_out = result(b, x.bias);
       }
       d_weight = result(g, x.weight);
