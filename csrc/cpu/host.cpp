@@ -18,6 +18,12 @@ at::Tensor padded(const at::Tensor& t, at::ScalarType dtype, int64_t rows, int64
   return out;
 }
 
+at::Tensor sum_parts(const at::Tensor& parts) {
+  at::Tensor total = parts.select(0, 0);
+  for (int64_t i = 1; i < parts.size(0); ++i) total.add_(parts.select(0, i));
+  return total;
+}
+
 namespace {
 std::atomic<bool> poison{false};
 }

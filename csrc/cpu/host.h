@@ -10,6 +10,9 @@ namespace crrcd {
 // A zeroed [..., rows, ld] copy of the last two dimensions of t, in dtype.
 at::Tensor padded(const at::Tensor& t, at::ScalarType dtype, int64_t rows, int64_t ld);
 
+// Sum over the leading dimension in its order, in place in the first slice.
+at::Tensor sum_parts(const at::Tensor& parts);
+
 // Memory whose contents do not matter; filled with NaN when poisoning is on, which the tests do.
 at::Tensor scratch(int64_t bytes);
 void set_poison(bool on);

@@ -69,12 +69,6 @@ struct Call {
   }
 };
 
-at::Tensor sum_parts(const at::Tensor& parts) {
-  at::Tensor total = parts.select(0, 0);
-  for (int64_t i = 1; i < parts.size(0); ++i) total.add_(parts.select(0, i));
-  return total;
-}
-
 template <typename T>
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& anchor, const at::Tensor& sample,
                                            const at::Tensor& weight, const at::Tensor& bias) {

@@ -50,13 +50,6 @@ struct Functions<double> {
   static constexpr auto run = &Kernels::nce_f64;
 };
 
-// Sum over the leading dimension in its order, in place in the first slice.
-at::Tensor sum_parts(const at::Tensor& parts) {
-  at::Tensor total = parts.select(0, 0);
-  for (int64_t i = 1; i < parts.size(0); ++i) total.add_(parts.select(0, i));
-  return total;
-}
-
 // Rows 2i and 2i + 1 rounded to bfloat16 and interleaved: [..., rows / 2, ld, 2].
 at::Tensor row_pairs(const at::Tensor& t) {
   std::vector<int64_t> shape = t.sizes().vec();
