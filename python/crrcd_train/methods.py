@@ -164,14 +164,8 @@ class StudentTask:
         torch.manual_seed(run.seed)
         self.model = build_student(config, images).to(device)
         self.criterion: nn.Module | None = None
-        if needs_teacher:
-            # A shift by one after a shuffle: no image keeps its own teacher row.
-            generator = torch.Generator().manual_seed(run.seed)
-            order = torch.randperm(self.count, generator=generator)
-            self.foreign = torch.empty_like(order)
-            self.foreign[order] = order.roll(1)
         if "crrcd" in self.method:
-            features = self._teacher_features()
+            features = self.views.features()
             self.criterion = self._make_criterion(features.shape[1])
             rows = torch.arange(self.count, device=device)
             labels = chosen[1].to(device) if config.crrcd.exclude_same_label else None
@@ -182,10 +176,6 @@ class StudentTask:
             images.train_labels[parts.validation],
             device,
         )
-
-    def _teacher_features(self) -> Tensor:
-        features = self.views.features()
-        return features[self.foreign] if self.shuffled else features
 
     def _make_criterion(self, teacher_dim: int) -> nn.Module:
         from crrcd_ext import CRRCDLoss
@@ -224,24 +214,31 @@ class StudentTask:
     def loss(self, rows: Tensor, variants: Tensor, progress: float) -> dict[str, Tensor]:
         config = self.config
         batch = self.views.batch(rows, variants)
-        teacher_features, teacher_logits = batch.features, batch.logits
-        if self.shuffled:
-            other = self.views.batch(self.foreign[rows], variants)
-            teacher_features, teacher_logits = other.features, other.logits
         features = self.model.features(batch.student)
         logits = self.model.classifier(features)
         smoothing = config.optim.label_smoothing
         terms = {"ce": F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)}
         if "kd" in self.method.split("+"):
             weight = config.kd.weight * weight_factor(config.kd.schedule, progress)
-            terms["kd"] = weight * kd_loss(logits, teacher_logits, config.kd.temperature)
+            terms["kd"] = weight * kd_loss(
+                self._matched(logits), batch.logits, config.kd.temperature
+            )
         if self.criterion is not None:
             weight = config.crrcd.weight * weight_factor(config.crrcd.schedule, progress)
             labels = {"labels": batch.labels} if config.crrcd.exclude_same_label else {}
             terms["crrcd"] = weight * self.criterion(
-                features, teacher_features, batch.rows, **labels
+                self._matched(features), batch.features, batch.rows, **labels
             )
         return terms
+
+    def _matched(self, student: Tensor) -> Tensor:
+        """Student rows in the order in which the teacher's meet them.
+
+        The control gives each teacher row another image's student row, a new one in every epoch
+        since batches are drawn anew: the loss has its usual size and nothing to teach. One wrong
+        partner for good would be something to learn by heart, and harmful.
+        """
+        return student.roll(1, 0) if self.shuffled else student
 
     def validate(self) -> float:
         return self._validate(self.model)
