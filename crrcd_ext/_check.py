@@ -137,8 +137,9 @@ def check_range(operator: str, argument: str, index: Tensor | None, bank: Tensor
         return
     outside = (index < 0) | (index >= len(bank))
     if outside.any():
-        place = int(outside.nonzero()[0])
-        got = f"{int(index[place])} at position {place}"
+        place = tuple(outside.nonzero()[0].tolist())
+        where = place[0] if len(place) == 1 else list(place)
+        got = f"{int(index[place])} at position {where}"
         fail(IndexError, operator, argument, f"rows of the bank in [0, {len(bank)})", got)
 
 

@@ -11,15 +11,30 @@ from torch import Tensor
 
 library = torch.library.Library("crrcd", "DEF")
 
+_MASKS = "Tensor? query_id, Tensor? key_id, Tensor? query_label, Tensor? key_label"
 _NCE_BEFORE = "Tensor query, Tensor positive, Tensor anchor"
 _NCE_AFTER = (
     "Tensor weight, Tensor? bias, Tensor scale, Tensor offset, Tensor? index, Tensor? key_weight, "
-    "Tensor? anchor_id, Tensor? query_id, Tensor? key_id, "
-    "Tensor? query_label, Tensor? key_label, bool self_pairs, str objective, int need"
+    f"Tensor? anchor_id, {_MASKS}, bool self_pairs, str objective, int need"
 )
 _NCE_RESULT = (
     "(Tensor loss, Tensor d_query, Tensor d_positive, Tensor d_anchor, Tensor d_bank, "
     "Tensor d_key_weight, Tensor d_weight, Tensor d_bias, Tensor d_scale, Tensor d_offset)"
+)
+_DIFFERENCE_BEFORE = "Tensor query, Tensor positive, Tensor anchor"
+_DIFFERENCE_AFTER = (
+    f"Tensor scale, Tensor offset, Tensor? index, Tensor? anchor_id, {_MASKS}, "
+    "bool self_pairs, float eps, str objective, int need"
+)
+_DIFFERENCE_RESULT = (
+    "(Tensor loss, Tensor d_query, Tensor d_positive, Tensor d_anchor, Tensor d_bank, "
+    "Tensor d_scale, Tensor d_offset)"
+)
+_INSTANCE_BEFORE = "Tensor query, Tensor positive"
+_INSTANCE_AFTER = f"Tensor scale, Tensor offset, Tensor? index, {_MASKS}, str objective, int need"
+_INSTANCE_RESULT = (
+    "(Tensor loss, Tensor d_query, Tensor d_positive, Tensor d_bank, Tensor d_scale, "
+    "Tensor d_offset)"
 )
 _UPDATE = "Tensor update_index, Tensor update_value, float momentum, bool normalize"
 
@@ -29,8 +44,18 @@ for schema in (
     "relation_backward(Tensor grad, Tensor relation, Tensor inverse_norm, Tensor anchor, "
     "Tensor sample, Tensor weight, int need)"
     " -> (Tensor d_anchor, Tensor d_sample, Tensor d_weight, Tensor d_bias)",
-    f"relation_nce({_NCE_BEFORE}, Tensor bank, {_NCE_AFTER}) -> {_NCE_RESULT}",
-    f"relation_nce_({_NCE_BEFORE}, Tensor(a!) bank, {_NCE_AFTER}, {_UPDATE}) -> {_NCE_RESULT}",
+    *(
+        schema
+        for name, before, after, result in (
+            ("relation_nce", _NCE_BEFORE, _NCE_AFTER, _NCE_RESULT),
+            ("difference_nce", _DIFFERENCE_BEFORE, _DIFFERENCE_AFTER, _DIFFERENCE_RESULT),
+            ("instance_nce", _INSTANCE_BEFORE, _INSTANCE_AFTER, _INSTANCE_RESULT),
+        )
+        for schema in (
+            f"{name}({before}, Tensor bank, {after}) -> {result}",
+            f"{name}_({before}, Tensor(a!) bank, {after}, {_UPDATE}) -> {result}",
+        )
+    ),
     "bank_update_(Tensor(a!) bank, Tensor index, Tensor value, float momentum, bool normalize)"
     " -> ()",
 ):
@@ -65,19 +90,36 @@ def _(grad, relation, inverse_norm, anchor, sample, weight, need):
     )
 
 
-def _relation_nce(
-    query, positive, anchor, bank, weight, bias, scale, offset, index, key_weight, *rest
-):
-    need = rest[7]
-    inputs = (query, positive, anchor, bank, key_weight, weight, bias, scale, offset)
+def _loss_and_gradients(need: int, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    query = inputs[0]
     return (
         query.new_empty((), dtype=wide_dtype(query.dtype)),
         *(_gradient(need & 1 << bit, query if x is None else x) for bit, x in enumerate(inputs)),
     )
 
 
-torch.library.register_fake("crrcd::relation_nce", _relation_nce, lib=library)
-torch.library.register_fake("crrcd::relation_nce_", _relation_nce, lib=library)
+def _relation_nce(
+    query, positive, anchor, bank, weight, bias, scale, offset, index, key_weight, *rest
+):
+    inputs = (query, positive, anchor, bank, key_weight, weight, bias, scale, offset)
+    return _loss_and_gradients(rest[7], *inputs)
+
+
+def _difference_nce(query, positive, anchor, bank, scale, offset, *rest):
+    return _loss_and_gradients(rest[9], query, positive, anchor, bank, scale, offset)
+
+
+def _instance_nce(query, positive, bank, scale, offset, *rest):
+    return _loss_and_gradients(rest[6], query, positive, bank, scale, offset)
+
+
+for _name, _fake in (
+    ("relation_nce", _relation_nce),
+    ("difference_nce", _difference_nce),
+    ("instance_nce", _instance_nce),
+):
+    torch.library.register_fake(f"crrcd::{_name}", _fake, lib=library)
+    torch.library.register_fake(f"crrcd::{_name}_", _fake, lib=library)
 
 
 @torch.library.register_fake("crrcd::bank_update_", lib=library)

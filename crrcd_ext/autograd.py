@@ -1,27 +1,43 @@
 """Derivatives of the compiled operators.
 
-relation_nce computes its gradients in the forward pass: a scalar loss needs nothing from backward
+The losses compute their gradients in the forward pass: a scalar loss needs nothing from backward
 but one factor. relation keeps what its own backward operator reads.
 
 Each formula serves twice. Registered with its operator it is what the compiler sees: one node, that
 may have the same tensor as two of its arguments. In a Function it serves eager calls, which cost a
-fraction of a registered formula's overhead, and relation_nce_, which changes its bank and for that
-cannot have a formula of its own.
+fraction of a registered formula's overhead, and the operators that end in an underscore, which
+change their bank and for that cannot have a formula of their own.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from crrcd_ext import _schema
 
-_POSITIONS = (0, 1, 2, 3, 9, 4, 5, 6, 7)
-"""Positions among the operator's arguments of what the bits of ``need`` stand for: query, positive,
-anchor, bank, key_weight, weight, bias, scale, offset."""
 
-NCE_ARGUMENTS = 18
-"""Arguments of relation_nce; the last is ``need``. relation_nce_ has four more."""
+class Formula(NamedTuple):
+    """A loss operator: the arguments, in its order, that the bits of ``need`` stand for, and how
+    many arguments it has; the last is ``need``. Its twin, that updates the bank, has four more."""
+
+    name: str
+    positions: tuple[int, ...]
+    arguments: int
+
+    def operator(self, arguments: tuple):
+        pure = len(arguments) == self.arguments
+        return getattr(torch.ops.crrcd, self.name if pure else self.name + "_")
+
+
+# query, positive, anchor, bank, key_weight, weight, bias, scale, offset
+RELATION_NCE = Formula("relation_nce", (0, 1, 2, 3, 9, 4, 5, 6, 7), 18)
+# query, positive, anchor, bank, scale, offset
+DIFFERENCE_NCE = Formula("difference_nce", (0, 1, 2, 3, 4, 5), 16)
+# query, positive, bank, scale, offset
+INSTANCE_NCE = Formula("instance_nce", (0, 1, 2, 3, 4), 12)
 
 
 def need_bits(*inputs: Tensor | None) -> int:
@@ -57,33 +73,8 @@ def _relation_backward(ctx, grad, _):
     return tuple(g if ctx.need & 1 << bit else None for bit, g in enumerate(gradients))
 
 
-def _keep_relation_nce(ctx, inputs, output) -> None:
-    _loss, *gradients = output
-    ctx.need = inputs[NCE_ARGUMENTS - 1]
-    ctx.save_for_backward(*(g for bit, g in enumerate(gradients) if ctx.need & 1 << bit))
-    ctx.mark_non_differentiable(*gradients)
-    ctx.arguments = len(inputs)
-
-
-def _relation_nce_backward(ctx, grad, *_):
-    _refuse_double_backward("relation_nce")
-    saved = iter(ctx.saved_tensors)
-    gradients = [None] * ctx.arguments
-    for bit, position in enumerate(_POSITIONS):
-        if ctx.need & 1 << bit:
-            g = next(saved)
-            gradients[position] = (g * grad).to(g.dtype)
-    return tuple(gradients)
-
-
 torch.library.register_autograd(
     "crrcd::relation", _relation_backward, setup_context=_keep_relation, lib=_schema.library
-)
-torch.library.register_autograd(
-    "crrcd::relation_nce",
-    _relation_nce_backward,
-    setup_context=_keep_relation_nce,
-    lib=_schema.library,
 )
 
 
@@ -99,21 +90,39 @@ class Relation(torch.autograd.Function):
     backward = staticmethod(_relation_backward)
 
 
-class RelationNCE(torch.autograd.Function):
-    """Eager crrcd::relation_nce, or crrcd::relation_nce_ when the arguments of an update follow."""
+def _loss_function(formula: Formula) -> type[torch.autograd.Function]:
+    """Registers the operator's derivative and returns the Function of its eager calls."""
 
-    @staticmethod
+    def keep(ctx, inputs, output) -> None:
+        _loss, *gradients = output
+        ctx.need = inputs[formula.arguments - 1]
+        ctx.save_for_backward(*(g for bit, g in enumerate(gradients) if ctx.need & 1 << bit))
+        ctx.mark_non_differentiable(*gradients)
+        ctx.arguments = len(inputs)
+
+    def backward(ctx, grad, *_):
+        _refuse_double_backward(formula.name)
+        saved = iter(ctx.saved_tensors)
+        gradients = [None] * ctx.arguments
+        for bit, position in enumerate(formula.positions):
+            if ctx.need & 1 << bit:
+                g = next(saved)
+                gradients[position] = (g * grad).to(g.dtype)
+        return tuple(gradients)
+
     def forward(ctx, *arguments):
-        output = _relation_nce_operator(arguments)(*arguments)
-        _keep_relation_nce(ctx, arguments, output)
+        output = formula.operator(arguments)(*arguments)
+        keep(ctx, arguments, output)
         return output
 
-    backward = staticmethod(_relation_nce_backward)
+    torch.library.register_autograd(
+        f"crrcd::{formula.name}", backward, setup_context=keep, lib=_schema.library
+    )
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"{formula.name}_function", (torch.autograd.Function,), members)
 
 
-def _relation_nce_operator(arguments: tuple):
-    pure = len(arguments) == NCE_ARGUMENTS
-    return torch.ops.crrcd.relation_nce if pure else torch.ops.crrcd.relation_nce_
+_FUNCTIONS = {f: _loss_function(f) for f in (RELATION_NCE, DIFFERENCE_NCE, INSTANCE_NCE)}
 
 
 def relation(anchor: Tensor, sample: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -124,36 +133,31 @@ def relation(anchor: Tensor, sample: Tensor, weight: Tensor, bias: Tensor | None
     return Relation.apply(*arguments)[0]
 
 
-def relation_nce(
-    inputs: tuple[Tensor | None, ...],
-    index: Tensor | None,
-    masks: tuple[Tensor | None, ...],
-    options: tuple[bool, str],
+def loss(
+    formula: Formula,
+    arguments: tuple,
+    bank: Tensor,
     update: tuple[Tensor, Tensor, float, bool] | None,
 ) -> Tensor:
-    """Backend "cpu" of functional.relation_nce.
+    """Backend "cpu" of the loss functions: ``arguments`` are the operator's, but for ``need``.
 
-    ``inputs`` are query, positive, anchor, bank, key_weight, weight, bias (one dtype, but for the
-    bank) and scale, offset (0-dim); ``masks`` are anchor_id, query_id, key_id, query_label,
-    key_label; ``options`` self_pairs and objective.
+    Operands share one dtype, but for the bank; scale and offset are 0-dim.
     """
-    query, positive, anchor, bank, key_weight, weight, bias, scale, offset = inputs
-    head = (query, positive, anchor, bank, weight, bias, scale, offset, index, key_weight)
-    need = need_bits(*inputs)
-    arguments = (*head, *masks, *options, need)
+    need = need_bits(*(arguments[position] for position in formula.positions))
+    arguments = (*arguments, need)
     if torch.compiler.is_compiling():
         # A graph keeps the update behind the pass, which reads the bank.
-        loss = torch.ops.crrcd.relation_nce(*arguments)[0]
+        result = formula.operator(arguments)(*arguments)[0]
         if update is not None:
             torch.ops.crrcd.bank_update_(bank, *update)
-        return loss
+        return result
     if update is not None:
         arguments += update
-    call = RelationNCE.apply if need else _relation_nce_operator(arguments)
-    loss = call(*arguments)[0]
+    call = _FUNCTIONS[formula].apply if need else formula.operator(arguments)
+    result = call(*arguments)[0]
     if update is not None:
         torch.autograd.graph.increment_version(bank)
-    return loss
+    return result
 
 
 def bank_update_(

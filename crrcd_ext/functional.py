@@ -5,6 +5,7 @@ Nothing is changed before all checks have passed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -25,7 +26,7 @@ from crrcd_ext._check import (
 )
 from crrcd_ext._schema import wide_dtype
 
-__all__ = ["bank_update_", "relation", "relation_nce"]
+__all__ = ["bank_update_", "difference_nce", "instance_nce", "relation", "relation_nce"]
 
 OBJECTIVES = ("nce", "infonce")
 
@@ -173,46 +174,188 @@ def relation_nce(
     check_shape(name, "key_weight", key_weight, "HD", sizes)
     check_integers(name, "index", index, "K", sizes, query)
     check_integers(name, "anchor_id", anchor_id, "A", sizes, query)
-    check_integers(name, "query_id", query_id, "B", sizes, query)
-    check_integers(name, "key_id", key_id, "N", sizes, query)
-    check_integers(name, "query_label", query_label, "B", sizes, query)
-    check_integers(name, "key_label", key_label, "N", sizes, query)
-    check_counterpart(name, "query_id", query_id, "anchor_id", anchor_id)
-    check_counterpart(name, "query_id", query_id, "key_id", key_id)
-    check_counterpart(name, "query_label", query_label, "key_label", key_label)
-    check_counterpart(name, "key_label", key_label, "query_label", query_label)
-    check_scalar(name, "scale", scale, query)
-    check_scalar(name, "offset", offset, query)
-    if objective not in OBJECTIVES:
-        fail(ValueError, name, "objective", f"one of {', '.join(OBJECTIVES)}", repr(objective))
-    if update is not None:
-        update = check_update(name, "update ", bank, update, sizes)
-        check_range(name, "update index", update[0], bank)
+    masks = (query_id, key_id, query_label, key_label)
+    _check_masks(name, query, sizes, anchor_id, *masks)
+    update = _check_critic(name, query, bank, scale, offset, objective, update, sizes)
 
     chosen = resolve(name, backend, query.device)
     operands = (query, positive, anchor, weight, bias, key_weight)
     dtype = _compute_dtype(query.device, *operands, bank if bank.requires_grad else None)
     query, positive, anchor, weight, bias, key_weight = _cast(dtype, *operands)
-    masks = (anchor_id, query_id, key_id, query_label, key_label)
+    masks = (anchor_id, *masks)
     options = (bool(self_pairs), objective)
-
     if chosen == "reference":
-        check_range(name, "index", index, bank)
-        # What autograd keeps of the bank has to outlive the update; a gather is a copy already.
-        read = bank.clone() if update is not None and index is None else bank
-        rest = (weight, bias, scale, offset, index, key_weight, *masks, *options)
-        with _without_autocast(query.device):
-            loss = reference.relation_nce(query, positive, anchor, read, *rest)
-            if update is not None:
-                with torch.no_grad():
-                    reference.bank_update_(bank, *update)
-        return loss
-
+        inputs = (weight, bias, scale, offset, index, key_weight, *masks, *options)
+        before = (query, positive, anchor)
+        return _run_reference(name, reference.relation_nce, before, bank, inputs, index, update)
     check_compiled_dtype(name, dtype)
-    inputs = (query, positive, anchor, bank, key_weight, weight, bias)
     scalars = (_as_scalar(scale, query), _as_scalar(offset, query))
+    inputs = (query, positive, anchor, bank, weight, bias, *scalars, index, key_weight)
     with _without_autocast(query.device):
-        return autograd.relation_nce((*inputs, *scalars), index, masks, options, update)
+        return autograd.loss(autograd.RELATION_NCE, (*inputs, *masks, *options), bank, update)
+
+
+def difference_nce(
+    query: Tensor,
+    positive: Tensor | None,
+    anchor: Tensor,
+    bank: Tensor,
+    index: Tensor | None = None,
+    *,
+    scale: float | Tensor,
+    offset: float | Tensor,
+    anchor_id: Tensor | None = None,
+    query_id: Tensor | None = None,
+    key_id: Tensor | None = None,
+    query_label: Tensor | None = None,
+    key_label: Tensor | None = None,
+    self_pairs: bool = False,
+    eps: float = 0.0,
+    objective: str = "nce",
+    update: tuple | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`relation_nce` with the relation of CRCD, the direction from anchor to sample.
+
+        v_a(x) = unit(x - anchor_a + eps)
+        s_abn  = scale <v_a(query_b), v_a(bank_n)> - offset
+        s+_ab  = scale <v_a(query_b), v_a(positive_b)> - offset
+
+    with the two objectives and the mean of :func:`relation_nce` (Zhu et al., "Complementary
+    Relation Contrastive Distillation", CVPR 2021). With anchors, queries and keys of one batch the
+    cosines are those of RKD's angles (Park et al., CVPR 2019).
+
+    Args:
+        query: [B, D], embeddings of the queries, not their relations.
+        positive: [B, D], the embeddings that they should meet; None: the bank's rows at
+            ``query_id``, which are then positions.
+        anchor: [A, D].
+        bank: [N, D] rows in float64, float32, bfloat16 or float16 storage.
+        index: rows of the bank that are the negatives: int64 [K] for all queries alike, or [B, K],
+            each query's own; duplicates allowed; None: all N.
+        scale, offset: as for :func:`relation_nce`.
+        anchor_id: int64 [A], needs query_id. A pair with anchor_id[a] == query_id[b] is a self
+            pair. Without both ids the diagonal is when A == B; with query_id alone no pair is. A
+            negative with the anchor's id, whose relation vanishes, is left out.
+        query_id, key_id, query_label, key_label, self_pairs: as for :func:`relation_nce`.
+        eps: added to every component of a difference (1e-6 in the public CRCD code).
+        objective, update, backend: as for :func:`relation_nce`.
+
+    A difference of squared norm up to 1e-24 has no direction: a negative with one is left out, a
+    pair whose query or positive has one is dropped. The computation's dtype is settled as for
+    :func:`relation_nce`; differences and norms are float32 or better.
+
+    Returns:
+        The loss, 0-dim, float32, or float64 when the computation is; differentiable once (backend
+        "reference": any number of times) in query, positive, anchor, bank (dense gradient), scale
+        and offset.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as :func:`relation_nce`; the bank is as it
+        was then.
+    """
+    name = "difference_nce"
+    check_floats(name, query, {"query": query, "anchor": anchor, "bank": bank})
+    sizes: dict[str, int] = {}
+    check_shape(name, "query", query, "BD", sizes)
+    check_shape(name, "anchor", anchor, "AD", sizes)
+    check_shape(name, "bank", bank, "ND", sizes)
+    _check_index(name, index, sizes, query)
+    check_integers(name, "anchor_id", anchor_id, "A", sizes, query)
+    masks = (query_id, key_id, query_label, key_label)
+    _check_masks(name, query, sizes, anchor_id, *masks)
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < float("inf"):
+        fail(ValueError, name, "eps", "a number of 0 or more", repr(eps))
+    update = _check_critic(name, query, bank, scale, offset, objective, update, sizes)
+    positive = _positive_rows(name, positive, query, bank, query_id, key_id, sizes)
+
+    chosen = resolve(name, backend, query.device)
+    operands = (query, positive, anchor)
+    dtype = _compute_dtype(query.device, *operands, bank if bank.requires_grad else None)
+    operands = _cast(dtype, *operands)
+    rest = (index, anchor_id, *masks, bool(self_pairs), float(eps), objective)
+    if chosen == "reference":
+        run, inputs = reference.difference_nce, (scale, offset, *rest)
+        return _run_reference(name, run, operands, bank, inputs, index, update)
+    check_compiled_dtype(name, dtype)
+    inputs = (*operands, bank, _as_scalar(scale, query), _as_scalar(offset, query), *rest)
+    with _without_autocast(query.device):
+        return autograd.loss(autograd.DIFFERENCE_NCE, inputs, bank, update)
+
+
+def instance_nce(
+    query: Tensor,
+    positive: Tensor | None,
+    bank: Tensor,
+    index: Tensor | None = None,
+    *,
+    scale: float | Tensor,
+    offset: float | Tensor,
+    query_id: Tensor | None = None,
+    key_id: Tensor | None = None,
+    query_label: Tensor | None = None,
+    key_label: Tensor | None = None,
+    objective: str = "nce",
+    update: tuple | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Contrast B queries with their positives and K negatives, without relations: CRD.
+
+        s_bn = scale <query_b, bank_n> - offset
+        s+_b = scale <query_b, positive_b> - offset
+        "nce":      l_b = softplus(-s+_b) + sum_n softplus(s_bn)
+        "infonce":  l_b = log(exp s+_b + sum_n exp s_bn) - s+_b
+        loss = mean of l_b
+
+    (Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020: with scale =
+    1 / temperature and offset = log(K Z / N) this is its critic.)
+
+    Args:
+        query: [B, D], embeddings of the queries; they are taken as they are, unit or not.
+        positive: [B, D], the embeddings that they should meet; None: the bank's rows at
+            ``query_id``, which are then positions.
+        bank: [N, D] rows in float64, float32, bfloat16 or float16 storage.
+        index: rows of the bank that are the negatives: int64 [K] for all queries alike, or [B, K],
+            each query's own; duplicates allowed; None: all N. They are read where they lie:
+            nothing of size B x K x D is made.
+        scale, offset: as for :func:`relation_nce`.
+        query_id, key_id, query_label, key_label: as for :func:`relation_nce`.
+        objective, update, backend: as for :func:`relation_nce`.
+
+    The computation's dtype is settled as for :func:`relation_nce`.
+
+    Returns:
+        The loss, 0-dim, float32, or float64 when the computation is; differentiable once (backend
+        "reference": any number of times) in query, positive, bank (dense gradient), scale and
+        offset. 0 for an empty batch.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as :func:`relation_nce`; the bank is as it
+        was then.
+    """
+    name = "instance_nce"
+    check_floats(name, query, {"query": query, "bank": bank})
+    sizes: dict[str, int] = {}
+    check_shape(name, "query", query, "BD", sizes)
+    check_shape(name, "bank", bank, "ND", sizes)
+    _check_index(name, index, sizes, query)
+    masks = (query_id, key_id, query_label, key_label)
+    _check_masks(name, query, sizes, None, *masks)
+    update = _check_critic(name, query, bank, scale, offset, objective, update, sizes)
+    positive = _positive_rows(name, positive, query, bank, query_id, key_id, sizes)
+
+    chosen = resolve(name, backend, query.device)
+    operands = (query, positive)
+    dtype = _compute_dtype(query.device, *operands, bank if bank.requires_grad else None)
+    operands = _cast(dtype, *operands)
+    rest = (index, *masks, objective)
+    if chosen == "reference":
+        run, inputs = reference.instance_nce, (scale, offset, *rest)
+        return _run_reference(name, run, operands, bank, inputs, index, update)
+    check_compiled_dtype(name, dtype)
+    inputs = (*operands, bank, _as_scalar(scale, query), _as_scalar(offset, query), *rest)
+    with _without_autocast(query.device):
+        return autograd.loss(autograd.INSTANCE_NCE, inputs, bank, update)
 
 
 @torch.no_grad()
@@ -251,6 +394,96 @@ def bank_update_(
         run = autograd.bank_update_
     with _without_autocast(bank.device):
         run(bank, *update)
+
+
+def _check_index(name: str, index: Tensor | None, sizes: dict[str, int], query: Tensor) -> None:
+    """int64 [K] or [B, K]."""
+    own = isinstance(index, Tensor) and index.dim() == 2
+    check_integers(name, "index", index, "BK" if own else "K", sizes, query)
+
+
+def _check_masks(
+    name: str,
+    query: Tensor,
+    sizes: dict[str, int],
+    anchor_id: Tensor | None,
+    query_id: Tensor | None,
+    key_id: Tensor | None,
+    query_label: Tensor | None,
+    key_label: Tensor | None,
+) -> None:
+    check_integers(name, "query_id", query_id, "B", sizes, query)
+    check_integers(name, "key_id", key_id, "N", sizes, query)
+    check_integers(name, "query_label", query_label, "B", sizes, query)
+    check_integers(name, "key_label", key_label, "N", sizes, query)
+    check_counterpart(name, "query_id", query_id, "anchor_id", anchor_id)
+    check_counterpart(name, "query_id", query_id, "key_id", key_id)
+    check_counterpart(name, "query_label", query_label, "key_label", key_label)
+    check_counterpart(name, "key_label", key_label, "query_label", query_label)
+
+
+def _check_critic(
+    name: str,
+    query: Tensor,
+    bank: Tensor,
+    scale: float | Tensor,
+    offset: float | Tensor,
+    objective: str,
+    update: tuple | None,
+    sizes: dict[str, int],
+) -> tuple[Tensor, Tensor, float, bool] | None:
+    """Checks what all losses share and returns the update as the backends take it."""
+    check_scalar(name, "scale", scale, query)
+    check_scalar(name, "offset", offset, query)
+    if objective not in OBJECTIVES:
+        fail(ValueError, name, "objective", f"one of {', '.join(OBJECTIVES)}", repr(objective))
+    if update is not None:
+        update = check_update(name, "update ", bank, update, sizes)
+        check_range(name, "update index", update[0], bank)
+    return update
+
+
+def _positive_rows(
+    name: str,
+    positive: Tensor | None,
+    query: Tensor,
+    bank: Tensor,
+    query_id: Tensor | None,
+    key_id: Tensor | None,
+    sizes: dict[str, int],
+) -> Tensor:
+    """The positives [B, D], those given or the bank's own rows."""
+    if positive is not None:
+        check_floats(name, query, {"positive": positive})
+        check_shape(name, "positive", positive, "BD", sizes)
+        return positive
+    if query_id is None or key_id is not None:
+        got = None if query_id is None else "ids that key_id gives to other rows"
+        expected = "positions in the bank where positive is None"
+        fail(ValueError, name, "query_id", expected, got)
+    check_range(name, "query_id", query_id, bank)
+    return bank.index_select(0, query_id)
+
+
+def _run_reference(
+    name: str,
+    run: Callable[..., Tensor],
+    before: tuple,
+    bank: Tensor,
+    after: tuple,
+    index: Tensor | None,
+    update: tuple | None,
+) -> Tensor:
+    """A loss of the reference, then the update of its bank."""
+    check_range(name, "index", index, bank)
+    # What autograd keeps of the bank has to outlive the update; a gather is a copy already.
+    read = bank.clone() if update is not None and index is None else bank
+    with _without_autocast(bank.device):
+        loss = run(*before, read, *after)
+        if update is not None:
+            with torch.no_grad():
+                reference.bank_update_(bank, *update)
+    return loss
 
 
 def _compute_dtype(device: torch.device, *operands: Tensor | None) -> torch.dtype:

@@ -7,8 +7,11 @@
     infonce  : l_ab = log(exp s+_ab + sum_n keep_bn exp s_abn) - s+_ab
     loss     = mean of l_ab over the kept pairs
 
+difference_nce: v(a, x) = unit(x - a + eps) of embeddings a, x, for query, positive and negatives.
+instance_nce: the embeddings themselves, and no anchors.
+
 Operands share one dtype. With bfloat16 and float16 the products are rounded to it, as PyTorch does,
-while norms, logits and sums are float32. All of [A, B, K] and [A, K, R] is materialised.
+while differences, norms, logits and sums are float32. Everything is materialised.
 """
 
 from __future__ import annotations
@@ -48,15 +51,38 @@ def kept_pairs(anchor: Tensor, query: Tensor, anchor_id, query_id, self_pairs: b
 
 
 def kept_negatives(
-    query: Tensor, position: Tensor, query_id, key_id, query_label, key_label
+    queries: int, position: Tensor, query_id, key_id, query_label, key_label
 ) -> Tensor:
-    """bool [B, K]: False where the bank row ``position[n]`` is the query's own, or of its class."""
-    keep = torch.ones(query.shape[1], len(position), dtype=torch.bool, device=query.device)
+    """bool [B, K]: False where the bank row ``position[n]`` is the query's own, or of its class.
+
+    ``position`` is [K], or [B, K] where each query has negatives of its own.
+    """
+    keep = torch.ones(queries, position.shape[-1], dtype=torch.bool, device=position.device)
     if query_id is not None:
-        keep = keep & (query_id[:, None] != (position if key_id is None else key_id[position]))
+        keep = keep & (query_id[:, None] != key_ids(position, key_id))
     if query_label is not None:
         keep = keep & (query_label[:, None] != key_label[position])
     return keep
+
+
+def key_ids(position: Tensor, key_id) -> Tensor:
+    """Ids of the bank rows ``position``: those in ``key_id`` [N], or the positions themselves."""
+    return position if key_id is None else key_id[position]
+
+
+def products(query: Tensor, rows: Tensor, shared: bool) -> Tensor:
+    """<query_b, row_n>: [..., B, D] with [..., K, D], or [..., B, K, D] when not shared."""
+    return query @ rows.mT if shared else torch.einsum("...bd,...bkd->...bk", query, rows)
+
+
+def contrast(s: Tensor, s_positive: Tensor, keep: Tensor, pairs: Tensor, objective: str) -> Tensor:
+    """The loss from logits [..., K] and [...], what is a negative and which pairs count."""
+    if objective == "nce":
+        loss = (-logsigmoid(-s)).masked_fill(~keep, 0).sum(-1) - logsigmoid(s_positive)
+    else:
+        logits = torch.cat([s_positive[..., None], s.masked_fill(~keep, -torch.inf)], -1)
+        loss = logits.logsumexp(-1) - s_positive
+    return loss.masked_fill(~pairs, 0).sum() / pairs.sum().clamp(min=1)
 
 
 def relation_nce(
@@ -87,14 +113,73 @@ def relation_nce(
     s = scale * torch.einsum("abr,anr->abn", query, negative).to(wide) - offset
     s_positive = scale * torch.einsum("abr,abr->ab", query, positive).to(wide) - offset
 
-    drop = ~kept_negatives(query, position, query_id, key_id, query_label, key_label)
-    if objective == "nce":
-        loss = (-logsigmoid(-s)).masked_fill(drop, 0).sum(-1) - logsigmoid(s_positive)
-    else:
-        logits = torch.cat([s_positive[..., None], s.masked_fill(drop, -torch.inf)], -1)
-        loss = logits.logsumexp(-1) - s_positive
+    keep = kept_negatives(query.shape[1], position, query_id, key_id, query_label, key_label)
     pairs = kept_pairs(anchor, query, anchor_id, query_id, self_pairs)
-    return loss.masked_fill(~pairs, 0).sum() / pairs.sum().clamp(min=1)
+    return contrast(s, s_positive, keep, pairs, objective)
+
+
+def difference_nce(
+    query: Tensor,
+    positive: Tensor,
+    anchor: Tensor,
+    bank: Tensor,
+    scale: Tensor | float,
+    offset: Tensor | float,
+    index: Tensor | None = None,
+    anchor_id: Tensor | None = None,
+    query_id: Tensor | None = None,
+    key_id: Tensor | None = None,
+    query_label: Tensor | None = None,
+    key_label: Tensor | None = None,
+    self_pairs: bool = False,
+    eps: float = 0.0,
+    objective: str = "nce",
+) -> Tensor:
+    """The loss of crrcd_ext.functional.difference_nce, differentiable in every tensor."""
+    wide = wide_dtype(query.dtype)
+    position = torch.arange(len(bank), device=bank.device) if index is None else index
+    shared = position.dim() == 1
+    rows = bank[position].to(query.dtype).to(wide)  # [K, D] or [B, K, D]
+    seen_from = anchor.to(wide)[:, None]
+    u = query.to(wide) - seen_from + eps  # [A, B, D]
+    v = positive.to(wide) - seen_from + eps
+    w = rows - (seen_from if shared else seen_from[:, None]) + eps  # [A, K, D] or [A, B, K, D]
+    alive_u, alive_v, alive_w = (x.square().sum(-1) > TINY for x in (u, v, w))
+    u, v, w = (unit(x).to(query.dtype) for x in (u, v, w))
+    s = scale * products(u, w, shared).to(wide) - offset
+    s_positive = scale * (u * v).sum(-1).to(wide) - offset
+
+    keep = kept_negatives(len(query), position, query_id, key_id, query_label, key_label)
+    keep = keep & (alive_w[:, None] if shared else alive_w)
+    if anchor_id is not None:
+        keep = keep & (anchor_id[:, None, None] != key_ids(position, key_id))
+    # kept_pairs looks at the first two sizes of a query seen from anchors.
+    pairs = kept_pairs(anchor, u, anchor_id, query_id, self_pairs) & alive_u & alive_v
+    return contrast(s, s_positive, keep, pairs, objective)
+
+
+def instance_nce(
+    query: Tensor,
+    positive: Tensor,
+    bank: Tensor,
+    scale: Tensor | float,
+    offset: Tensor | float,
+    index: Tensor | None = None,
+    query_id: Tensor | None = None,
+    key_id: Tensor | None = None,
+    query_label: Tensor | None = None,
+    key_label: Tensor | None = None,
+    objective: str = "nce",
+) -> Tensor:
+    """The loss of crrcd_ext.functional.instance_nce, differentiable in every tensor."""
+    wide = wide_dtype(query.dtype)
+    position = torch.arange(len(bank), device=bank.device) if index is None else index
+    rows = bank[position].to(query.dtype)  # [K, D] or [B, K, D]
+    s = scale * products(query, rows, position.dim() == 1).to(wide) - offset
+    s_positive = scale * (query * positive).sum(-1).to(wide) - offset
+    keep = kept_negatives(len(query), position, query_id, key_id, query_label, key_label)
+    pairs = torch.ones(len(query), dtype=torch.bool, device=query.device)
+    return contrast(s, s_positive, keep, pairs, objective)
 
 
 def bank_update_(

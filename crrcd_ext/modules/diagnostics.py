@@ -64,7 +64,7 @@ def measure(criterion, step: Step) -> dict[str, float]:
             rows = criterion.teacher_head(rows)
         query, module = (v_ts, f_t) if of_teacher else (v_t, f_ts)
         keep = pairs[:, :, None] & reference.kept_negatives(
-            query, drawn, step.index, None, step.query_label, criterion.labels
+            query.shape[1], drawn, step.index, None, step.query_label, criterion.labels
         )
         cosine = query @ module(anchors, rows.to(anchors.dtype)).mT
         negative.append(masked_mean(cosine, keep))

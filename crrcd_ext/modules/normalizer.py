@@ -58,7 +58,9 @@ def log_mean_exp_logit(
             if key_weight is not None:
                 sample = torch.nn.functional.linear(sample, key_weight)
             relation = functional.relation(anchor, sample, weight, bias, backend=backend)
-            keep = reference.kept_negatives(query, piece, query_id, key_id, query_label, key_label)
+            keep = reference.kept_negatives(
+                query.shape[1], piece, query_id, key_id, query_label, key_label
+            )
             drop = dropped_pairs[:, :, None] | ~keep
             logit = (scale * (query @ relation.mT)).masked_fill(drop, -torch.inf)
             total = torch.logaddexp(total, logit.flatten().logsumexp(0))
