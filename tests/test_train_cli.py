@@ -56,13 +56,14 @@ def interrupt_once_under_way(process: subprocess.Popen, metrics: Path) -> tuple[
 
 
 def test_ctrl_c_leaves_a_usable_checkpoint(common: list[str], tmp_path: Path) -> None:
-    arguments = ["distill", *common, "run.method=ce", "optim.epochs=150", "--output"]
+    arguments = ["distill", "--method", "ce", *common, "optim.epochs=150", "--output"]
     process = start([*arguments, str(tmp_path / "parts")])
     _, errors = interrupt_once_under_way(process, tmp_path / "parts" / "metrics.csv")
     assert process.returncode == 130
     assert "run the same command again with --resume to go on" in errors
     assert "Traceback" not in errors
     stopped = checkpoint.load(tmp_path / "parts" / checkpoint.FILE)
+    assert stopped["config"]["run"]["method"] == "ce"
     assert 0 < stopped["step"] < stopped["steps"]
     assert main([*arguments, str(tmp_path / "parts"), "--resume"]) == 0
     assert main([*arguments, str(tmp_path / "whole")]) == 0

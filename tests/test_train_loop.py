@@ -111,11 +111,11 @@ def test_every_method_trains(
         assert float(rows[-1]["ce"]) < float(rows[0]["ce"])
     assert result["validation"] == float(rows[-1]["validation"])
     assert result["method"] == method and "test" in result
-    parts = set(method.removesuffix("-shuffled").split("+")) | {"ce"}
-    assert parts == {name for name in ("ce", "kd", "crrcd") if name in rows[0]}
-    if "crrcd" in parts:
-        assert float(rows[-1]["crrcd_relation_variance"]) > 1e-3
-        assert float(rows[-1]["crrcd_no_information_loss"]) > 0
+    parts = config.terms(method) | {"ce"}
+    assert parts == {name for name in ("ce", "kd", *config.CONTRASTIVE) if name in rows[0]}
+    for name in parts & config.CONTRASTIVE.keys():
+        assert float(rows[-1][f"{name}_relation_variance"]) > 1e-3
+        assert float(rows[-1][f"{name}_no_information_loss"]) > 0
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from .errors import Interrupted, UserError
 EPILOG = """examples:
   crrcd-train study python/studies/demo.toml --output runs/demo
   crrcd-train teacher --output runs/teacher
-  crrcd-train distill --set run.method=kd teacher.checkpoint=runs/teacher --output runs/kd
+  crrcd-train distill --method kd --set teacher.checkpoint=runs/teacher --output runs/kd
   crrcd-train evaluate runs/kd
   crrcd-train report runs/demo
 """
@@ -37,6 +37,12 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("file", nargs="?", metavar="CONFIG", help="settings as a TOML file")
         command.add_argument("--config", metavar="FILE", help="the same, as an option")
+        if name == "distill":
+            command.add_argument(
+                "--method",
+                metavar="NAME",
+                help="the same as --set run.method=NAME: " + ", ".join(settings.METHODS),
+            )
         _add_set(command)
         command.add_argument("--output", required=True, metavar="DIR", help="folder for results")
         command.add_argument(
@@ -93,7 +99,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _train(options: argparse.Namespace, command: str) -> int:
     if options.file and options.config:
         raise UserError("the config file was given twice: once bare, once with --config")
-    config = settings.load(options.config or options.file, options.set)
+    method = getattr(options, "method", None)
+    overrides = [*options.set, *([f"run.method={method}"] if method else [])]
+    config = settings.load(options.config or options.file, overrides)
     output = Path(options.output)
     # Imported late: what is wrong with the settings is said before PyTorch is loaded.
     from . import data, interrupt, runs, study

@@ -89,25 +89,23 @@ class KD:
 
 
 @dataclass
-class CRRCD:
+class Contrastive:
+    """What the tables [crrcd], [crd] and [crcd] share."""
+
     weight: float = 1.0
     schedule: WeightSchedule = "constant"
     lr_factor: float = 0.1  # heads and relation modules learn at this share of the student's rate
-    # What follows goes to crrcd_ext.CRRCDLoss as it is; anchors = 0 stands for all.
+    # What follows goes to the loss of crrcd_ext as it is; anchors = 0 stands for all.
     negatives: int | str = 512
     embedding_dim: int = 128
-    hidden_dim: int = 128
-    relation_dim: int = 128
     temperature: float = 0.1
     momentum: float = 0.5
     direction: Literal["student", "teacher", "both"] = "student"
     keys: Literal["stop_gradient", "live", "bank"] = "stop_gradient"
-    anchors: int = 8
     normalizer: float | str = "first_batch"
     objective: Literal["nce", "infonce"] = "nce"
     head: Literal["linear", "identity"] = "linear"
     standardize: bool = True
-    self_pairs: bool = False
     exclude_same_label: bool = False
     learnable_temperature: bool = False
     learnable_offset: bool = False
@@ -117,8 +115,25 @@ class CRRCD:
 
 
 @dataclass
+class CRD(Contrastive):
+    pass
+
+
+@dataclass
+class CRCD(Contrastive):
+    anchors: int = 8
+    self_pairs: bool = False
+
+
+@dataclass
+class CRRCD(CRCD):
+    hidden_dim: int = 128
+    relation_dim: int = 128
+
+
+@dataclass
 class Run:
-    method: str = "crrcd"  # ce, kd, crrcd, kd+crrcd, crrcd-shuffled, kd-shuffled
+    method: str = "crrcd"  # one of METHODS below
     seed: int = 0
     device: str = "auto"
     threads: int = 0  # intra-op threads of PyTorch; 0 leaves its default
@@ -159,11 +174,28 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     kd: KD = field(default_factory=KD)
     crrcd: CRRCD = field(default_factory=CRRCD)
+    crd: CRD = field(default_factory=CRD)
+    crcd: CRCD = field(default_factory=CRCD)
     run: Run = field(default_factory=Run)
     study: Study = field(default_factory=Study)
 
 
-METHODS = ("ce", "kd", "crrcd", "kd+crrcd", "crrcd-shuffled", "kd-shuffled")
+CONTRASTIVE = {"crrcd": "CRRCDLoss", "crd": "CRDLoss", "crcd": "CRCDLoss"}
+"""Losses of crrcd_ext by the name of their method and table."""
+
+METHODS = (
+    "ce",
+    "kd",
+    *(method for name in CONTRASTIVE for method in (name, f"kd+{name}", f"{name}-shuffled")),
+    "kd-shuffled",
+)
+"""Cross-entropy alone, and what is added to it; "-shuffled" are controls."""
+
+
+def terms(method: str) -> set[str]:
+    """What a method adds to cross-entropy: "kd" and names of CONTRASTIVE."""
+    return set(method.removesuffix("-shuffled").split("+")) - {"ce"}
+
 
 _POSITIVE = {
     "data.student_size",
@@ -180,8 +212,7 @@ _POSITIVE = {
     "student.width",
     "student.stem_stride",
     "kd.temperature",
-    "crrcd.temperature",
-    "crrcd.embedding_dim",
+    *(f"{name}.{key}" for name in CONTRASTIVE for key in ("temperature", "embedding_dim")),
     "crrcd.hidden_dim",
     "crrcd.relation_dim",
     "run.validate_every",
@@ -289,11 +320,12 @@ def check(config: Config) -> None:
             raise UserError(f"config key {key}: expected 0 or more, got {value!r}")
     if config.run.method not in METHODS:
         raise UserError(_unknown_value("run.method", config.run.method, METHODS))
-    if isinstance(config.crrcd.negatives, str) and config.crrcd.negatives != "all":
-        raise UserError(
-            f'config key crrcd.negatives: expected a number or "all", '
-            f"got {config.crrcd.negatives!r}"
-        )
+    for name in CONTRASTIVE:
+        negatives = flat[f"{name}.negatives"]
+        if isinstance(negatives, str) and negatives != "all":
+            raise UserError(
+                f'config key {name}.negatives: expected a number or "all", got {negatives!r}'
+            )
     for name, variant in config.study.variants.items():
         if variant.method not in METHODS:
             raise UserError(

@@ -12,6 +12,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from .config import CONTRASTIVE
+
 # Okabe and Ito's palette: told apart with any colour vision.
 COLOURS = (
     *("#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
@@ -116,11 +118,12 @@ def curves(histories: Histories, labels: list[str]) -> Figure:
     return figure
 
 
+# Columns of the metrics, behind the name of the loss.
 DIAGNOSTICS = (
-    ("crrcd_loss", "loss / no-information loss"),
-    ("crrcd_relation_variance", "relation variance"),
-    ("crrcd_effective_rank", "effective rank of relations"),
-    ("crrcd_positive_cosine", "cosine: positives (line), negatives (dashes)"),
+    ("loss", "loss / no-information loss"),
+    ("relation_variance", "relation variance"),
+    ("effective_rank", "effective rank of relations"),
+    ("positive_cosine", "cosine: positives (line), negatives (dashes)"),
 )
 
 
@@ -131,16 +134,16 @@ def diagnostics(histories: Histories, labels: list[str]) -> Figure:
     figure, axes = plt.subplots(2, 2, figsize=(12.5, 7), sharex=True)
     for axis, (key, text) in zip(axes.flat, DIAGNOSTICS, strict=True):
         for label in labels:
-            drawn = _series(histories[size].get(label, []), key)
-            if drawn is None:  # a method without relations
+            runs = histories[size].get(label, [])
+            name = next((n for n in CONTRASTIVE if _series(runs, f"{n}_{key}") is not None), None)
+            if name is None:  # a method without a loss of crrcd_ext
                 continue
-            epochs, values = drawn
-            if key == "crrcd_loss":
-                nothing = _series(histories[size][label], "crrcd_no_information_loss")
-                values = values / nothing[1]
+            epochs, values = _series(runs, f"{name}_{key}")
+            if key == "loss":
+                values = values / _series(runs, f"{name}_no_information_loss")[1]
             axis.plot(epochs, values.mean(0), "o-", ms=3, lw=1.3, label=label, color=shade[label])
-            if key == "crrcd_positive_cosine":
-                negative = _series(histories[size][label], "crrcd_negative_cosine")
+            if key == "positive_cosine":
+                negative = _series(runs, f"{name}_negative_cosine")
                 axis.plot(epochs, negative[1].mean(0), "s--", ms=3, lw=1.3, color=shade[label])
         axis.set_title(text, fontsize=10)
     axes[0][0].axhline(1.0, color="black", lw=0.8, ls=":")

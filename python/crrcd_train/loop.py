@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from . import checkpoint, interrupt
-from .config import Config, Optim, differences, to_dict
+from .config import CONTRASTIVE, Config, Optim, differences, terms, to_dict
 from .errors import Interrupted, UserError
 from .views import Variants
 
@@ -295,7 +295,7 @@ _STUDENTS_ONLY = (
     "student.",
     "optim.",
     "kd.",
-    "crrcd.",
+    *(f"{name}." for name in CONTRASTIVE),
     "run.method",
 )
 
@@ -304,11 +304,11 @@ def settings_changed(old: dict[str, Any], config: Config, kind: str) -> list[str
     """`key: old -> new` for each setting that makes another run of it."""
     ignored = _MAY_CHANGE
     method = config.run.method
+    used = terms(method)
     if kind == "teacher":
         ignored += _STUDENTS_ONLY
     else:
-        ignored += () if "kd" in method else ("kd.",)
-        ignored += () if "crrcd" in method else ("crrcd.",)
+        ignored += tuple(f"{name}." for name in ("kd", *CONTRASTIVE) if name not in used)
         ignored += ("teacher.", "data.cache") if method == "ce" else ()
     lines = differences(old, to_dict(config))
     return [line for line in lines if not line.startswith(ignored)]

@@ -1,4 +1,4 @@
-"""The training objectives: cross-entropy, Hinton's KD, CRRCD, both, and controls."""
+"""The training objectives: cross-entropy, Hinton's KD, CRRCD, CRD, CRCD, KD with them, controls."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import Config, WeightSchedule
+from .config import CONTRASTIVE, Config, WeightSchedule, terms
 from .data import Images, Normalizer, Split, resize, split
 from .errors import UserError
 from .models import Classifier, build
@@ -151,7 +151,7 @@ class StudentTask:
     ) -> None:
         self.config, self.device = config, device
         data, run = config.data, config.run
-        self.method, self.shuffled = run.method.removesuffix("-shuffled"), "shuffled" in run.method
+        self.terms, self.shuffled = terms(run.method), run.method.endswith("-shuffled")
         self.count = len(parts.student)
         self.normalize = Normalizer.of(images.train[parts.teacher])
         chosen = images.train[parts.student], images.train_labels[parts.student]
@@ -164,11 +164,14 @@ class StudentTask:
         torch.manual_seed(run.seed)
         self.model = build_student(config, images).to(device)
         self.criterion: nn.Module | None = None
-        if "crrcd" in self.method:
+        # At most one loss of crrcd_ext: its name and its table of settings.
+        self.name = next((name for name in CONTRASTIVE if name in self.terms), "")
+        if self.name:
+            self.settings = getattr(config, self.name)
             features = self.views.features()
             self.criterion = self._make_criterion(features.shape[1])
             rows = torch.arange(self.count, device=device)
-            labels = chosen[1].to(device) if config.crrcd.exclude_same_label else None
+            labels = chosen[1].to(device) if self.settings.exclude_same_label else None
             self.criterion.fill(rows, features, labels=labels)
         edge, mode = data.student_size, data.resize
         self._validate = _Validation(
@@ -178,16 +181,17 @@ class StudentTask:
         )
 
     def _make_criterion(self, teacher_dim: int) -> nn.Module:
-        from crrcd_ext import CRRCDLoss
+        import crrcd_ext
 
-        options = dict(vars(self.config.crrcd))
+        options = dict(vars(self.settings))
         for own in ("weight", "schedule", "lr_factor"):
             options.pop(own)
-        options["anchors"] = options["anchors"] or None
+        if "anchors" in options:
+            options["anchors"] = options["anchors"] or None
         options["bank_dtype"] = getattr(torch, options["bank_dtype"])
         options["backend"] = options["backend"] or None
         try:
-            criterion = CRRCDLoss(
+            criterion = getattr(crrcd_ext, CONTRASTIVE[self.name])(
                 student_dim=self.model.feature_dim,
                 teacher_dim=teacher_dim,
                 num_samples=self.count,
@@ -195,7 +199,7 @@ class StudentTask:
                 **options,
             )
         except (ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"config table crrcd: {error}") from None
+            raise UserError(f"config table {self.name}: {error}") from None
         return criterion.to(self.device)
 
     def modules(self) -> dict[str, nn.Module]:
@@ -207,8 +211,7 @@ class StudentTask:
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         groups = [{"params": list(self.model.parameters()), "lr": lr, "weight_decay": weight_decay}]
         if self.criterion is not None:
-            factor = self.config.crrcd.lr_factor
-            groups += self.criterion.parameter_groups(lr, weight_decay, factor)
+            groups += self.criterion.parameter_groups(lr, weight_decay, self.settings.lr_factor)
         return groups
 
     def loss(self, rows: Tensor, variants: Tensor, progress: float) -> dict[str, Tensor]:
@@ -217,19 +220,19 @@ class StudentTask:
         features = self.model.features(batch.student)
         logits = self.model.classifier(features)
         smoothing = config.optim.label_smoothing
-        terms = {"ce": F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)}
-        if "kd" in self.method.split("+"):
+        losses = {"ce": F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)}
+        if "kd" in self.terms:
             weight = config.kd.weight * weight_factor(config.kd.schedule, progress)
-            terms["kd"] = weight * kd_loss(
+            losses["kd"] = weight * kd_loss(
                 self._matched(logits), batch.logits, config.kd.temperature
             )
         if self.criterion is not None:
-            weight = config.crrcd.weight * weight_factor(config.crrcd.schedule, progress)
-            labels = {"labels": batch.labels} if config.crrcd.exclude_same_label else {}
-            terms["crrcd"] = weight * self.criterion(
+            weight = self.settings.weight * weight_factor(self.settings.schedule, progress)
+            labels = {"labels": batch.labels} if self.settings.exclude_same_label else {}
+            losses[self.name] = weight * self.criterion(
                 self._matched(features), batch.features, batch.rows, **labels
             )
-        return terms
+        return losses
 
     def _matched(self, student: Tensor) -> Tensor:
         """Student rows in the order in which the teacher's meet them.
@@ -246,7 +249,7 @@ class StudentTask:
     def diagnostics(self) -> dict[str, float]:
         if self.criterion is None:
             return {}
-        return {f"crrcd_{name}": v for name, v in self.criterion.diagnostics().items()}
+        return {f"{self.name}_{key}": v for key, v in self.criterion.diagnostics().items()}
 
 
 def build_teacher(config: Config, images: Images) -> Classifier:

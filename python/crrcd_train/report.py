@@ -169,7 +169,7 @@ def _draw(
             "Cross-entropy on the training images and accuracy on the validation images.",
         ),
     }
-    if any("crrcd_loss" in row for r in records for row in r.history):
+    if any(f"{n}_loss" in row for n in settings.CONTRASTIVE for r in records for row in r.history):
         drawn["diagnostics"] = (
             figures.diagnostics(histories, labels),
             "Relations that collapse put the loss at its no-information value and the variance "

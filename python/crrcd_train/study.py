@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from . import checkpoint, data, interrupt, methods, runs
-from .config import Config, flatten, to_dict, with_values
+from .config import CONTRASTIVE, Config, flatten, terms, to_dict, with_values
 from .errors import Interrupted, UserError, writable_folder
 from .loop import Watcher
 from .progress import Bar, say
@@ -65,7 +65,7 @@ def jobs(config: Config, output: Path) -> list[Job]:
                 }
                 folder = output / f"{size}x{size}" / label / f"seed{seed}"
                 found.append(Job(label, size, seed, with_values(config, values), folder))
-    found.sort(key=lambda job: "crrcd" not in job.config.run.method)
+    found.sort(key=lambda job: not terms(job.config.run.method) & CONTRASTIVE.keys())
     return found
 
 
