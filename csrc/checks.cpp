@@ -1,5 +1,11 @@
 #include "checks.h"
 
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <string>
+
 namespace crrcd {
 
 Storage storage_of(const char* op, const at::Tensor& bank) {
@@ -22,11 +28,45 @@ Storage storage_of(const char* op, const at::Tensor& bank) {
 void check_rows(const char* op, const char* name, const at::Tensor& index, int64_t rows) {
   TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, "crrcd_ext.", op, ": ", name,
                    ": expected int64, got ", index.scalar_type());
-  const int64_t* p = index.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < index.numel(); ++i)
-    TORCH_CHECK_INDEX(p[i] >= 0 && p[i] < rows, "crrcd_ext.", op, ": ", name,
-                      ": expected rows of the bank in [0, ", rows, "), got ", p[i], " at position ",
-                      i);
+  const int64_t lines = index.dim() == 2 ? index.size(0) : 1, count = index.size(-1);
+  const int64_t stride = index.dim() == 2 ? index.stride(0) : 0, step = index.stride(-1);
+  const int64_t* data = index.const_data_ptr<int64_t>();
+  // A sign bit stays when an entry is negative or beyond the last row.
+  const auto outside = [&](int64_t line) {
+    const int64_t* p = data + line * stride;
+    int64_t signs = 0;
+    if (step == 1)
+      for (int64_t i = 0; i < count; ++i) signs |= p[i] | (rows - 1 - p[i]);
+    else
+      for (int64_t i = 0; i < count; ++i) signs |= p[i * step] | (rows - 1 - p[i * step]);
+    return signs < 0;
+  };
+  std::atomic<bool> found{false};
+  const int64_t grain =
+      std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::max<int64_t>(count, 1));
+  at::parallel_for(0, lines, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t line = begin; line < end; ++line)
+      if (outside(line)) found = true;
+  });
+  if (!found) return;
+  for (int64_t line = 0; line < lines; ++line)
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = data[line * stride + i * step];
+      std::string place = std::to_string(i);
+      if (index.dim() == 2) place = "[" + std::to_string(line) + ", " + place + "]";
+      TORCH_CHECK_INDEX(row >= 0 && row < rows, "crrcd_ext.", op, ": ", name,
+                        ": expected rows of the bank in [0, ", rows, "), got ", row,
+                        " at position ", place);
+    }
+}
+
+at::Tensor check_ids(const char* op, const char* name, const std::optional<at::Tensor>& ids,
+                     int64_t size) {
+  if (!ids) return {};
+  CRRCD_CHECK_SHAPE(op, name, *ids, {size});
+  TORCH_CHECK_TYPE(ids->scalar_type() == at::kLong, "crrcd_ext.", op, ": ", name,
+                   ": expected int64, got ", ids->scalar_type());
+  return ids->contiguous();
 }
 
 at::ScalarType check_operands(const char* op, std::initializer_list<at::Tensor> operands) {

@@ -18,8 +18,12 @@ namespace crrcd {
 
 Storage storage_of(const char* op, const at::Tensor& bank);
 
-// Every entry a row of a bank with `rows` rows; IndexError otherwise.
+// Every entry of [K] or [B, K] a row of a bank with `rows` rows; IndexError otherwise.
 void check_rows(const char* op, const char* name, const at::Tensor& index, int64_t rows);
+
+// Ids or labels [size], contiguous; undefined when there are none.
+at::Tensor check_ids(const char* op, const char* name, const std::optional<at::Tensor>& ids,
+                     int64_t size);
 
 // The operands' common dtype: float64, float32 or bfloat16; TypeError otherwise.
 at::ScalarType check_operands(const char* op, std::initializer_list<at::Tensor> operands);

@@ -7,6 +7,7 @@
 
 #include "cpu/bank_update.h"
 #include "cpu/host.h"
+#include "cpu/instance_nce.h"
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
 #include "cpu/relation.h"
@@ -17,6 +18,8 @@ TORCH_LIBRARY_IMPL(crrcd, CPU, m) {
   m.impl("relation_backward", crrcd::relation_backward_cpu);
   m.impl("relation_nce", crrcd::relation_nce_cpu);
   m.impl("relation_nce_", crrcd::relation_nce_update_cpu);
+  m.impl("instance_nce", crrcd::instance_nce_cpu);
+  m.impl("instance_nce_", crrcd::instance_nce_update_cpu);
   m.impl("bank_update_", crrcd::bank_update_cpu);
 }
 
@@ -88,6 +91,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("num_threads", [] { return at::get_num_threads(); }, "Threads that an operator uses.");
   m.def("set_poison", &crrcd::set_poison, py::arg("on"),
         "Fill scratch memory with NaN before use, to find reads of what was never written.");
+  m.def(
+      "set_instance_order",
+      [](const std::optional<std::string>& order) {
+        crrcd::set_instance_order(order.value_or(""));
+      },
+      py::arg("order"),
+      "Force the order of each query's own negatives in instance_nce, \"direct\" or \"bucketed\", "
+      "or None to undo that.");
   m.def("plan", &plan, py::arg("anchors"), py::arg("queries"), py::arg("keys"), py::arg("hidden"),
         py::arg("relation_dim"), py::arg("bank_dim"), py::arg("dtype") = "float32",
         py::arg("need") = 511, py::arg("threads") = py::none(),

@@ -23,8 +23,9 @@ CRRCD_INLINE void accumulate(V& sum, V x, V y) {
 }
 
 // sum += rows [0, kRows) of A times kVectors vectors of columns of B, over the set bits of active
-// or over k_count rows of B.
-template <typename T, Product kProduct, int kRows, int kVectors, bool kSparse>
+// or over k_count rows of B. kTransposed: A lies in memory as [k, m].
+template <typename T, Product kProduct, int kRows, int kVectors, bool kSparse,
+          bool kTransposed = false>
 CRRCD_INLINE void multiply_add(typename Simd<T>::V (&sum)[kRows][kVectors], const T* a, int64_t lda,
                                const T* b, int64_t ldb, int64_t k_count, uint64_t active) {
   constexpr int kLanes = Simd<T>::kLanes;
@@ -36,21 +37,23 @@ CRRCD_INLINE void multiply_add(typename Simd<T>::V (&sum)[kRows][kVectors], cons
     }
     const T* row = b + k * ldb;
     for (int i = 0; i < kRows; ++i) {
-      const typename Simd<T>::V x = splat(a[i * lda + k]);
+      const typename Simd<T>::V x = splat(kTransposed ? a[k * lda + i] : a[i * lda + k]);
       for (int j = 0; j < kVectors; ++j) accumulate<kProduct>(sum[i][j], x, load(row + j * kLanes));
     }
     if (!kSparse) ++k;
   }
 }
 
-template <typename T, Product kProduct, int kRows, int kVectors, bool kSparse>
+template <typename T, Product kProduct, int kRows, int kVectors, bool kSparse,
+          bool kTransposed = false>
 CRRCD_INLINE void block(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t k_count,
                         uint64_t active, T* c, int64_t ldc, bool zero) {
   using V = typename Simd<T>::V;
   constexpr int kLanes = Simd<T>::kLanes;
   // From zero, and C on top at the end: two short sums round less than one long one.
   V sum[kRows][kVectors] = {};
-  multiply_add<T, kProduct, kRows, kVectors, kSparse>(sum, a, lda, b, ldb, k_count, active);
+  multiply_add<T, kProduct, kRows, kVectors, kSparse, kTransposed>(sum, a, lda, b, ldb, k_count,
+                                                                   active);
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < kVectors; ++j) {
       T* out = c + i * ldc + j * kLanes;
@@ -119,19 +122,21 @@ constexpr int kDenseRows = 4;  // 16 accumulators of 32 registers
 constexpr int kDenseRows = 2;  // 8 accumulators of 16 registers
 #endif
 
-template <typename T, Product kProduct, int kVectors>
+template <typename T, Product kProduct, int kVectors, bool kTransposed>
 __attribute__((noinline)) void dense_panel(int64_t m, int64_t k, const T* a, int64_t lda,
                                            const T* b, int64_t ldb, T* c, int64_t ldc, bool zero) {
+  const int64_t row = kTransposed ? 1 : lda;
   int64_t i = 0;
   for (; i + kDenseRows <= m; i += kDenseRows)
-    block<T, kProduct, kDenseRows, kVectors, false>(a + i * lda, lda, b, ldb, k, 0, c + i * ldc,
-                                                    ldc, zero);
+    block<T, kProduct, kDenseRows, kVectors, false, kTransposed>(a + i * row, lda, b, ldb, k, 0,
+                                                                 c + i * ldc, ldc, zero);
   for (; i < m; ++i)
-    block<T, kProduct, 1, kVectors, false>(a + i * lda, lda, b, ldb, k, 0, c + i * ldc, ldc, zero);
+    block<T, kProduct, 1, kVectors, false, kTransposed>(a + i * row, lda, b, ldb, k, 0, c + i * ldc,
+                                                        ldc, zero);
 }
 
-// The same without a mask.
-template <typename T, Product kProduct = Product::kFull>
+// The same without a mask; kTransposed: A is given as [k, m].
+template <typename T, Product kProduct = Product::kFull, bool kTransposed = false>
 void dense_gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb,
                 T* c, int64_t ldc, bool zero) {
   constexpr int kLanes = Simd<T>::kLanes;
@@ -139,20 +144,17 @@ void dense_gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const 
   while (j < n) {
     int64_t vectors = (n - j) / kLanes;
     if (vectors > 4) vectors = 4;
+#define CRRCD_PANEL(NV)                                                                    \
+  case NV:                                                                                 \
+    dense_panel<T, kProduct, NV, kTransposed>(m, k, a, lda, b + j, ldb, c + j, ldc, zero); \
+    break
     switch (vectors) {
-      case 1:
-        dense_panel<T, kProduct, 1>(m, k, a, lda, b + j, ldb, c + j, ldc, zero);
-        break;
-      case 2:
-        dense_panel<T, kProduct, 2>(m, k, a, lda, b + j, ldb, c + j, ldc, zero);
-        break;
-      case 3:
-        dense_panel<T, kProduct, 3>(m, k, a, lda, b + j, ldb, c + j, ldc, zero);
-        break;
-      default:
-        dense_panel<T, kProduct, 4>(m, k, a, lda, b + j, ldb, c + j, ldc, zero);
-        break;
+      CRRCD_PANEL(1);
+      CRRCD_PANEL(2);
+      CRRCD_PANEL(3);
+      CRRCD_PANEL(4);
     }
+#undef CRRCD_PANEL
     j += vectors * kLanes;
   }
 }

@@ -9,6 +9,7 @@
 #include <immintrin.h>
 #endif
 
+#include "instance_params.h"
 #include "kernels.h"
 #include "relation_params.h"
 
@@ -34,6 +35,7 @@ namespace {
 #include "gemm.h"
 #include "relation_kernel.h"
 #include "pairwise_kernel.h"
+#include "instance_kernel.h"
 // clang-format on
 
 }  // namespace
@@ -53,6 +55,10 @@ const Kernels& kernels() {
       relation_forward<double>,
       relation_backward<float>,
       relation_backward<double>,
+      instance_scratch<float>,
+      instance_scratch<double>,
+      instance<float>,
+      instance<double>,
   };
   return table;
 }

@@ -29,14 +29,6 @@ struct Arguments {
 
 at::Tensor given(const OptionalTensor& t) { return t ? *t : at::Tensor(); }
 
-at::Tensor ids(const char* name, const OptionalTensor& t, int64_t size) {
-  if (!t) return {};
-  CRRCD_CHECK_SHAPE(kOp, name, *t, {size});
-  TORCH_CHECK_TYPE(t->scalar_type() == at::kLong, "crrcd_ext.", kOp, ": ", name,
-                   ": expected int64, got ", t->scalar_type());
-  return t->contiguous();
-}
-
 template <typename T>
 struct Functions;
 template <>
@@ -429,11 +421,11 @@ NceResult relation_nce_cpu(const at::Tensor& query, const at::Tensor& positive,
     check_rows(kOp, "index", x.index, x.N);
   }
   x.K = index ? x.index.size(0) : x.N;
-  x.anchor_id = ids("anchor_id", anchor_id, x.A);
-  x.query_id = ids("query_id", query_id, x.B);
-  x.key_id = ids("key_id", key_id, x.N);
-  x.query_label = ids("query_label", query_label, x.B);
-  x.key_label = ids("key_label", key_label, x.N);
+  x.anchor_id = check_ids(kOp, "anchor_id", anchor_id, x.A);
+  x.query_id = check_ids(kOp, "query_id", query_id, x.B);
+  x.key_id = check_ids(kOp, "key_id", key_id, x.N);
+  x.query_label = check_ids(kOp, "query_label", query_label, x.B);
+  x.key_label = check_ids(kOp, "key_label", key_label, x.N);
   x.self_pairs = self_pairs;
   x.infonce = objective == "infonce";
   x.need = need;

@@ -140,6 +140,9 @@ struct RelationParams {
   size_t scratch_bytes = 0;
 };
 
+template <typename T>
+struct InstanceParams;  // instance_params.h
+
 // One instruction set's entry points.
 struct Kernels {
   const char* isa;
@@ -155,6 +158,10 @@ struct Kernels {
   void (*relation_f64)(const RelationParams<double>&, int64_t part);
   void (*relation_backward_f32)(const RelationParams<float>&, int64_t part);
   void (*relation_backward_f64)(const RelationParams<double>&, int64_t part);
+  size_t (*instance_scratch_f32)(const InstanceParams<float>&);
+  size_t (*instance_scratch_f64)(const InstanceParams<double>&);
+  void (*instance_f32)(const InstanceParams<float>&, int64_t part);
+  void (*instance_f64)(const InstanceParams<double>&, int64_t part);
 };
 
 }  // namespace crrcd

@@ -1,0 +1,549 @@
+// One pass over a part of the negatives: logits, loss and gradients of instance_nce.
+// Included once per instruction set, inside that set's namespace: no include guard.
+//
+// Shared negatives are matrix products on tiles of gathered rows. Each query's own negatives are
+// entries (b, row): dot products and scaled sums over chunks of entries of one query, whose row of
+// the bank is read once from memory and once more from the cache. InfoNCE goes over the negatives
+// once with a running maximum: what was summed is scaled down when a larger logit comes.
+
+constexpr int64_t kKeyTile = 128;      // rows of a tile of shared negatives
+constexpr int64_t kQueryBlock = 256;   // queries that meet a tile at a time
+constexpr int64_t kChunk = 64;         // entries of one query that are worked off together
+constexpr int64_t kStepsToFlush = 64;  // (1 + q) at most doubles a step, so that q stays finite
+
+template <typename T>
+struct InstanceScratch {
+  T* rows;     // [kKeyTile or kChunk, ldD] gathered rows, converted to T
+  T* z;        // [kKeyTile, ldZ] or [kChunk]: <q, m>, then what the gradients are summed with
+  T* keep;     // the same: 1 for a negative, 0 for a masked one
+  T* live;     // [Bp] 1 for a query, 0 for padding (shared)
+  T* tile;     // [3, kQueryBlock] sums and rescaling of one tile (shared InfoNCE)
+  T* partial;  // [kChunk, lanes] products of a row's vectors (own)
+};
+
+template <typename T>
+CRRCD_INLINE int64_t z_stride(const InstanceParams<T>& p) {
+  return odd_lines<T>(p.Bp < kQueryBlock ? p.Bp : kQueryBlock);
+}
+
+template <typename T>
+size_t carve(const InstanceParams<T>& p, std::byte* base, InstanceScratch<T>& s) {
+  Carver c{base};
+  const bool shared = p.order == Order::kShared;
+  const int64_t rows = shared ? kKeyTile : kChunk, width = shared ? z_stride(p) : 1;
+  s.rows = c.take<T>(rows * p.ldD);
+  s.z = c.take<T>(rows * width);
+  s.keep = c.take<T>(rows * width);
+  s.live = c.take<T>(shared ? p.Bp : 0);
+  s.tile = c.take<T>(shared ? 3 * kQueryBlock : 0);
+  s.partial = c.take<T>(shared ? 0 : kChunk * Simd<T>::kLanes);
+  return c.used;
+}
+
+CRRCD_INLINE int64_t storage_bytes(Storage storage) {
+  return storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2;
+}
+
+CRRCD_INLINE void prefetch(const char* row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
+}
+
+// ------------------------------------------------------------------------------------ objective
+
+// Sums over entries: in vectors for some steps, then in double.
+template <typename T>
+struct NceSums {
+  using V = typename Simd<T>::V;
+  V above{}, q{}, g{}, slope{};  // q = product of (1 + exp(-|logit|)) - 1
+  int64_t steps = 0;
+  double loss = 0, d_scale = 0, d_offset = 0;
+
+  CRRCD_INLINE void flush() {
+    T lanes[Simd<T>::kLanes];
+    store(lanes, q);
+    loss += horizontal_sum<T>(above) + log_product(lanes, Simd<T>::kLanes);
+    d_scale += horizontal_sum<T>(slope);
+    d_offset -= horizontal_sum<T>(g);
+    above = q = g = slope = V{};
+    steps = 0;
+  }
+};
+
+// Adds the softplus of logits and returns its derivative; keep is read only when kMasked.
+template <typename T, bool kMasked>
+CRRCD_INLINE typename Simd<T>::V nce_step(const InstanceParams<T>& p, typename Simd<T>::V z,
+                                          typename Simd<T>::V keep, NceSums<T>& s) {
+  using V = typename Simd<T>::V;
+  const V logit = z * p.scale - p.offset;
+  V e = exp_nonpositive(logit > 0 ? -logit : logit);
+  const V r = reciprocal(T(1) + e);
+  V g = logit > 0 ? r : e * r;
+  V above = logit > 0 ? logit : V{};
+  if (kMasked) {
+    e = keep > 0 ? e : V{};
+    g = keep > 0 ? g : V{};
+    above = keep > 0 ? above : V{};
+    z = keep > 0 ? z : V{};
+  }
+  s.above += above;
+  s.q = s.q * e + (s.q + e);
+  s.g += g;
+  s.slope += g * z;
+  if (++s.steps == kStepsToFlush) s.flush();
+  return g;
+}
+
+template <typename T>
+CRRCD_INLINE bool dropped(const InstanceParams<T>& p, int64_t b, int64_t row) {
+  const int64_t id = p.key_id ? p.key_id[row] : row;
+  return (p.query_id && p.query_id[b] == id) ||
+         (p.query_label && p.query_label[b] == p.key_label[row]);
+}
+
+template <typename T>
+CRRCD_INLINE bool has_masks(const InstanceParams<T>& p) {
+  return p.query_id || p.query_label;
+}
+
+template <typename T>
+CRRCD_INLINE void scale_row(int64_t n, T factor, T* row) {
+  for (int64_t i = 0; i < n; i += Simd<T>::kLanes) store(row + i, load(row + i) * factor);
+}
+
+// --------------------------------------------------------------------------- shared negatives
+
+// Masks of a tile against queries [b0, b0 + width); whether there are any.
+template <typename T>
+bool fill_keep(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t first, int64_t m,
+               int64_t b0, int64_t width, int64_t ld) {
+  const int64_t count = p.B - b0 < width ? p.B - b0 : width;
+  bool any = false;
+  for (int64_t n = 0; n < m; ++n) {
+    const int64_t row = p.bank.index ? p.bank.index[first + n] : first + n;
+    T* keep = s.keep + n * ld;
+    for (int64_t b = 0; b < width; ++b) keep[b] = 1;
+    bool hit = false;
+    if (p.query_id) {
+      const int64_t id = p.key_id ? p.key_id[row] : row;
+      for (int64_t b = 0; b < count; ++b) hit |= p.query_id[b0 + b] == id;
+    }
+    if (p.query_label)
+      for (int64_t b = 0; b < count; ++b) hit |= p.query_label[b0 + b] == p.key_label[row];
+    if (hit)
+      for (int64_t b = 0; b < count; ++b) keep[b] = dropped(p, b0 + b, row) ? T(0) : T(1);
+    any |= hit;
+  }
+  return any;
+}
+
+// Loss and, in s.z, gradients of the logits of a tile.
+template <typename T, bool kMasked>
+void shared_nce(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t m, int64_t b0,
+                int64_t width, int64_t ld, NceSums<T>& sums) {
+  using V = typename Simd<T>::V;
+  const T slope = p.scale * p.gradient_scale;
+  for (int64_t b = 0; b < width; b += Simd<T>::kLanes) {
+    const V live = load(s.live + b0 + b);
+    const bool padded = b0 + b + Simd<T>::kLanes > p.B;
+    for (int64_t n = 0; n < m; ++n) {
+      T* z = s.z + n * ld + b;
+      V g;
+      if (kMasked || padded) {
+        const V keep = kMasked ? load(s.keep + n * ld + b) * live : live;
+        g = nce_step<T, true>(p, load(z), keep, sums);
+      } else {
+        g = nce_step<T, false>(p, load(z), live, sums);
+      }
+      store(z, g * slope);
+    }
+  }
+}
+
+// Running maximum and sums; leaves e = exp(logit - maximum) in s.z.
+template <typename T, bool kMasked>
+void shared_log_sum_exp(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t m,
+                        int64_t b0, int64_t width, int64_t ld, int64_t part) {
+  using V = typename Simd<T>::V;
+  T* tile_factor = s.tile;
+  T* tile_sum = s.tile + kQueryBlock;
+  T* tile_slope = s.tile + 2 * kQueryBlock;
+  for (int64_t b = 0; b < width; b += Simd<T>::kLanes) {
+    T* running_max = p.running_max + part * p.ldB + b0 + b;
+    const V before = load(running_max);
+    V top = before;
+    for (int64_t n = 0; n < m; ++n) {
+      V logit = load(s.z + n * ld + b) * p.scale - p.offset;
+      if (kMasked) logit = load(s.keep + n * ld + b) > 0 ? logit : top;
+      top = logit > top ? logit : top;
+    }
+    V sum{}, slope{};
+    for (int64_t n = 0; n < m; ++n) {
+      V z = load(s.z + n * ld + b);
+      V e = exp_nonpositive(z * p.scale - p.offset - top);
+      if (kMasked) {
+        const V keep = load(s.keep + n * ld + b);
+        e = keep > 0 ? e : V{};
+        z = keep > 0 ? z : V{};
+      }
+      sum += e;
+      slope += e * z;
+      store(s.z + n * ld + b, e);
+    }
+    store(running_max, top);
+    store(tile_factor + b, exp_nonpositive(before - top));
+    store(tile_sum + b, sum);
+    store(tile_slope + b, slope);
+  }
+  const int64_t count = p.B - b0 < width ? p.B - b0 : width;
+  for (int64_t b = 0; b < count; ++b) {
+    const int64_t at = part * p.B + b0 + b;
+    const T factor = tile_factor[b];
+    p.running_sum[at] = p.running_sum[at] * factor + tile_sum[b];
+    p.running_slope[at] = p.running_slope[at] * factor + tile_slope[b];
+    if (p.need_query && factor != 1) scale_row(p.Dp, factor, p.d_query + at * p.ldD);
+  }
+}
+
+// Gradients of the logits, the normaliser known.
+template <typename T, bool kMasked>
+void shared_softmax(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t m, int64_t b0,
+                    int64_t width, int64_t ld) {
+  using V = typename Simd<T>::V;
+  const T slope = p.scale * p.gradient_scale;
+  for (int64_t b = 0; b < width; b += Simd<T>::kLanes) {
+    const V normalizer = load(p.log_normalizer + b0 + b);
+    for (int64_t n = 0; n < m; ++n) {
+      T* z = s.z + n * ld + b;
+      V g = exp_nonpositive(load(z) * p.scale - p.offset - normalizer);
+      if (kMasked) g = load(s.keep + n * ld + b) > 0 ? g : V{};
+      store(z, g * slope);
+    }
+  }
+}
+
+template <typename T, Pass kPass, bool kMasked>
+void shared_logits(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t m, int64_t b0,
+                   int64_t width, int64_t ld, int64_t part, NceSums<T>& sums) {
+  if (kPass == Pass::kNce) shared_nce<T, kMasked>(p, s, m, b0, width, ld, sums);
+  if (kPass == Pass::kLogSumExp) shared_log_sum_exp<T, kMasked>(p, s, m, b0, width, ld, part);
+  if (kPass == Pass::kSoftmax) shared_softmax<T, kMasked>(p, s, m, b0, width, ld);
+}
+
+template <typename T, Pass kPass>
+void shared_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t part,
+                 NceSums<T>& sums) {
+  const int64_t tiles = (p.K + kKeyTile - 1) / kKeyTile, ld = z_stride(p);
+  const int64_t end = tiles * (part + 1) / p.parts * kKeyTile;
+  const int64_t stop = end < p.K ? end : p.K;
+  const int64_t bytes = storage_bytes(p.bank.storage);
+  for (int64_t b = 0; b < p.Bp; ++b) s.live[b] = b < p.B ? T(1) : T(0);
+  for (int64_t first = tiles * part / p.parts * kKeyTile; first < stop; first += kKeyTile) {
+    const int64_t m = stop - first < kKeyTile ? stop - first : kKeyTile;
+    constexpr int64_t kAhead = 16;
+    for (int64_t n = 0; n < m; ++n) {
+      if (p.bank.index && first + n + kAhead < stop)
+        prefetch(static_cast<const char*>(p.bank.data) +
+                     p.bank.index[first + n + kAhead] * p.bank.row_stride * bytes,
+                 p.D * bytes);
+      load_row<T>(p.bank, first + n, p.D, p.Dp, s.rows + n * p.ldD);
+    }
+    for (int64_t b0 = 0; b0 < p.Bp; b0 += kQueryBlock) {
+      const int64_t width = p.Bp - b0 < kQueryBlock ? p.Bp - b0 : kQueryBlock;
+      const int64_t count = p.B - b0 < width ? p.B - b0 : width;
+      dense_gemm<T>(m, width, p.D, s.rows, p.ldD, p.query_t + b0, p.ldB, s.z, ld, true);
+      if (has_masks(p) && fill_keep(p, s, first, m, b0, width, ld))
+        shared_logits<T, kPass, true>(p, s, m, b0, width, ld, part, sums);
+      else
+        shared_logits<T, kPass, false>(p, s, m, b0, width, ld, part, sums);
+      if (p.need_query && kPass != Pass::kSoftmax)
+        dense_gemm<T, Product::kFull, true>(count, p.Dp, m, s.z, ld, s.rows, p.ldD,
+                                            p.d_query + (part * p.B + b0) * p.ldD, p.ldD, false);
+      if (p.d_rows && kPass != Pass::kLogSumExp)
+        dense_gemm<T>(m, p.Dp, count, s.z, ld, p.query + b0 * p.ldD, p.ldD, p.d_rows + first * p.Dp,
+                      p.Dp, b0 == 0);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------- each query's own negatives
+
+// Entries of one query.
+struct Chunk {
+  int64_t b = 0, n = 0;
+  int64_t row[kChunk];
+};
+
+// Columns of a row are walked in panels of 8, 4, 2 or 1 vectors, which stay in registers.
+#define CRRCD_PANELS(CALL)                                 \
+  for (int64_t at = 0; at < p.Dp;) {                       \
+    const int64_t vectors = (p.Dp - at) / Simd<T>::kLanes; \
+    if (vectors >= 8) {                                    \
+      CALL(8);                                             \
+      at += 8 * Simd<T>::kLanes;                           \
+    } else if (vectors >= 4) {                             \
+      CALL(4);                                             \
+      at += 4 * Simd<T>::kLanes;                           \
+    } else if (vectors >= 2) {                             \
+      CALL(2);                                             \
+      at += 2 * Simd<T>::kLanes;                           \
+    } else {                                               \
+      CALL(1);                                             \
+      at += Simd<T>::kLanes;                               \
+    }                                                      \
+  }
+
+// partial[i] (+)= products of q with row i, lane by lane. Prefetches rows [0, n) of `ahead`.
+template <typename T, int kVectors>
+__attribute__((noinline)) void dot_panel(int64_t n, const T* const* row, int64_t at, const T* q,
+                                         T* partial, const char* const* ahead, int64_t bytes) {
+  using V = typename Simd<T>::V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  V query[kVectors];
+  for (int j = 0; j < kVectors; ++j) query[j] = load(q + at + j * kLanes);
+  for (int64_t i = 0; i < n; ++i) {
+    if (ahead && at == 0) prefetch(ahead[i], bytes);
+    const T* m = row[i] + at;
+    V sum = at ? load(partial + i * kLanes) : V{};
+    for (int j = 0; j < kVectors; ++j) sum += query[j] * load(m + j * kLanes);
+    store(partial + i * kLanes, sum);
+  }
+}
+
+// out += sum of weight[i] * row i
+template <typename T, int kVectors>
+__attribute__((noinline)) void add_rows_panel(int64_t n, const T* const* row, int64_t at,
+                                              const T* weight, T* out) {
+  using V = typename Simd<T>::V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  V sum[kVectors] = {};
+  for (int64_t i = 0; i < n; ++i) {
+    const T* m = row[i] + at;
+    for (int j = 0; j < kVectors; ++j) sum[j] += load(m + j * kLanes) * weight[i];
+  }
+  for (int j = 0; j < kVectors; ++j) {
+    T* o = out + at + j * kLanes;
+    store(o, load(o) + sum[j]);
+  }
+}
+
+// row i of out += weight[i] * q
+template <typename T, int kVectors>
+__attribute__((noinline)) void add_outer_panel(int64_t n, const int64_t* row, int64_t at,
+                                               const T* weight, const T* q, T* out, int64_t ld) {
+  using V = typename Simd<T>::V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  V query[kVectors];
+  for (int j = 0; j < kVectors; ++j) query[j] = load(q + at + j * kLanes);
+  for (int64_t i = 0; i < n; ++i)
+    for (int j = 0; j < kVectors; ++j) {
+      T* o = out + row[i] * ld + at + j * kLanes;
+      store(o, load(o) + query[j] * weight[i]);
+    }
+}
+
+template <typename T, bool kMasked>
+void own_nce(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t n, NceSums<T>& sums) {
+  const T slope = p.scale * p.gradient_scale;
+  for (int64_t i = 0; i < n; i += Simd<T>::kLanes)
+    store(s.z + i, nce_step<T, kMasked>(p, load(s.z + i), load(s.keep + i), sums) * slope);
+}
+
+template <typename T>
+void own_log_sum_exp(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t b, int64_t n,
+                     int64_t part) {
+  using V = typename Simd<T>::V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  T* running_max = p.running_max + part * p.ldB + b;
+  const int64_t at = part * p.B + b;
+  const T before = *running_max;
+  V tops = splat(before);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const V logit = load(s.z + i) * p.scale - p.offset;
+    tops = load(s.keep + i) > 0 && logit > tops ? logit : tops;
+  }
+  T lanes[kLanes];
+  store(lanes, tops);
+  T top = lanes[0];
+  for (int i = 1; i < kLanes; ++i) top = lanes[i] > top ? lanes[i] : top;
+  if (top > before) {
+    const double factor = std::exp(static_cast<double>(before) - static_cast<double>(top));
+    p.running_sum[at] *= factor;
+    p.running_slope[at] *= factor;
+    if (p.need_query) scale_row(p.Dp, static_cast<T>(factor), p.d_query + at * p.ldD);
+    *running_max = top;
+  }
+  V sum{}, slope{};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const V keep = load(s.keep + i);
+    V z = load(s.z + i);
+    V e = exp_nonpositive(z * p.scale - p.offset - top);
+    e = keep > 0 ? e : V{};
+    z = keep > 0 ? z : V{};
+    sum += e;
+    slope += e * z;
+    store(s.z + i, e);
+  }
+  p.running_sum[at] += horizontal_sum<T>(sum);
+  p.running_slope[at] += horizontal_sum<T>(slope);
+}
+
+template <typename T>
+void own_softmax(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t b, int64_t n) {
+  using V = typename Simd<T>::V;
+  const T slope = p.scale * p.gradient_scale, normalizer = p.log_normalizer[b];
+  for (int64_t i = 0; i < n; i += Simd<T>::kLanes) {
+    const V g = exp_nonpositive(load(s.z + i) * p.scale - p.offset - normalizer);
+    store(s.z + i, load(s.keep + i) > 0 ? g * slope : V{});
+  }
+}
+
+template <typename T, Pass kPass>
+void process_chunk(const InstanceParams<T>& p, const InstanceScratch<T>& s, const Chunk& chunk,
+                   const Chunk* next, int64_t part, NceSums<T>& sums) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  const int64_t n = chunk.n, b = chunk.b;
+  const T* query = p.query + b * p.ldD;
+  const int64_t element = storage_bytes(p.bank.storage), bytes = p.D * element;
+  const char* data = static_cast<const char*>(p.bank.data);
+  const T* row[kChunk];
+  const char* ahead[kChunk];
+  if (next)
+    for (int64_t i = 0; i < n; ++i)  // a shorter chunk: some rows twice
+      ahead[i] = data + next->row[i < next->n ? i : 0] * p.bank.row_stride * element;
+  if (element == sizeof(T) && p.D == p.Dp) {
+    for (int64_t i = 0; i < n; ++i)
+      row[i] = reinterpret_cast<const T*>(data) + chunk.row[i] * p.bank.row_stride;
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      T* copy = s.rows + i * p.ldD;
+      load_row<T>(p.bank, chunk.row[i], p.D, p.Dp, copy);
+      row[i] = copy;
+    }
+  }
+#define CRRCD_DOT(NV) dot_panel<T, NV>(n, row, at, query, s.partial, next ? ahead : nullptr, bytes)
+  CRRCD_PANELS(CRRCD_DOT)
+#undef CRRCD_DOT
+  for (int64_t i = 0; i < n; ++i) s.z[i] = horizontal_sum<T>(load(s.partial + i * kLanes));
+
+  bool masked = n % kLanes != 0;
+  for (int64_t i = 0; i < n; ++i) s.keep[i] = 1;
+  if (has_masks(p))
+    for (int64_t i = 0; i < n; ++i)
+      if (dropped(p, b, chunk.row[i])) {
+        s.keep[i] = 0;
+        masked = true;
+      }
+  for (int64_t i = n; i % kLanes != 0; ++i) s.keep[i] = s.z[i] = 0;
+  if (kPass == Pass::kNce) {
+    if (masked)
+      own_nce<T, true>(p, s, n, sums);
+    else
+      own_nce<T, false>(p, s, n, sums);
+  }
+  if (kPass == Pass::kLogSumExp) own_log_sum_exp(p, s, b, n, part);
+  if (kPass == Pass::kSoftmax) own_softmax(p, s, b, n);
+
+  if (p.need_query && kPass != Pass::kSoftmax) {
+    T* d_query = p.d_query + (part * p.B + b) * p.ldD;
+#define CRRCD_ADD(NV) add_rows_panel<T, NV>(n, row, at, s.z, d_query)
+    CRRCD_PANELS(CRRCD_ADD)
+#undef CRRCD_ADD
+  }
+  if (p.d_bank && kPass != Pass::kLogSumExp) {
+#define CRRCD_ADD(NV) add_outer_panel<T, NV>(n, chunk.row, at, s.z, query, p.d_bank, p.Dp)
+    CRRCD_PANELS(CRRCD_ADD)
+#undef CRRCD_ADD
+  }
+}
+
+// The entries in the order of `own`, b after b; rows of the next chunk are fetched meanwhile.
+template <typename T, Pass kPass>
+void direct_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t part,
+                 NceSums<T>& sums) {
+  const int64_t entries = p.B * p.K;
+  int64_t at = entries * part / p.parts;
+  const int64_t stop = entries * (part + 1) / p.parts;
+  const auto fill = [&](Chunk& chunk) {
+    const int64_t b = at / p.K, k = at % p.K;
+    int64_t n = stop - at < kChunk ? stop - at : kChunk;
+    n = p.K - k < n ? p.K - k : n;
+    const int64_t* own = p.own + b * p.own_stride + k * p.own_step;
+    for (int64_t i = 0; i < n; ++i) chunk.row[i] = own[i * p.own_step];
+    chunk.b = b, chunk.n = n;
+    at += n;
+  };
+  Chunk chunks[2];
+  if (at < stop) fill(chunks[0]);
+  for (int64_t i = 0; chunks[i % 2].n > 0; ++i) {
+    Chunk& next = chunks[(i + 1) % 2];
+    next.n = 0;
+    if (at < stop) fill(next);
+    process_chunk<T, kPass>(p, s, chunks[i % 2], next.n > 0 ? &next : nullptr, part, sums);
+  }
+}
+
+// The sorted entries, tile after tile of the bank.
+template <typename T, Pass kPass>
+void bucketed_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t part,
+                   NceSums<T>& sums) {
+  const int64_t stop = p.part_begin[part + 1];
+  const uint32_t mask = (uint32_t(1) << p.tile_shift) - 1;
+  int64_t at = p.part_begin[part], tile = 0;
+  for (int64_t above = p.tiles; tile + 1 < above;) {  // the last tile that begins at or before `at`
+    const int64_t middle = (tile + above) / 2;
+    (p.tile_begin[middle] <= at ? tile : above) = middle;
+  }
+  Chunk chunk;
+  for (; at < stop; ++tile) {
+    const int64_t end = p.tile_begin[tile + 1] < stop ? p.tile_begin[tile + 1] : stop;
+    while (at < end) {
+      const uint32_t b = p.entries[at] >> p.tile_shift;
+      chunk.b = b;
+      chunk.n = 0;
+      for (; at < end && chunk.n < kChunk && p.entries[at] >> p.tile_shift == b; ++at)
+        chunk.row[chunk.n++] = (tile << p.tile_shift) + (p.entries[at] & mask);
+      process_chunk<T, kPass>(p, s, chunk, nullptr, part, sums);
+    }
+  }
+}
+
+template <typename T, Pass kPass>
+void instance_pass(const InstanceParams<T>& p, int64_t part) {
+  InstanceScratch<T> s;
+  carve(p, p.scratch + part * p.scratch_bytes, s);
+  NceSums<T> sums;
+  switch (p.order) {
+    case Order::kShared:
+      shared_pass<T, kPass>(p, s, part, sums);
+      break;
+    case Order::kDirect:
+      direct_pass<T, kPass>(p, s, part, sums);
+      break;
+    case Order::kBucketed:
+      bucketed_pass<T, kPass>(p, s, part, sums);
+      break;
+  }
+  if (kPass != Pass::kNce) return;
+  sums.flush();
+  p.scalars[part * 3] += sums.loss;
+  p.scalars[part * 3 + 1] += sums.d_scale;
+  p.scalars[part * 3 + 2] += sums.d_offset;
+}
+
+template <typename T>
+void instance(const InstanceParams<T>& p, int64_t part) {
+  switch (p.pass) {
+    case Pass::kNce:
+      return instance_pass<T, Pass::kNce>(p, part);
+    case Pass::kLogSumExp:
+      return instance_pass<T, Pass::kLogSumExp>(p, part);
+    case Pass::kSoftmax:
+      return instance_pass<T, Pass::kSoftmax>(p, part);
+  }
+}
+
+template <typename T>
+size_t instance_scratch(const InstanceParams<T>& p) {
+  InstanceScratch<T> s;
+  return carve(p, static_cast<std::byte*>(nullptr), s);
+}

@@ -1,0 +1,309 @@
+#include "instance_nce.h"
+
+#include <ATen/Parallel.h>
+
+#include <atomic>
+
+#include "../checks.h"
+#include "bank_update.h"
+#include "host.h"
+#include "instance_order.h"
+#include "instance_params.h"
+#include "kernels.h"
+
+namespace crrcd {
+
+namespace {
+
+constexpr const char* kOp = "instance_nce";
+
+// Bits of `need`, in the order of the gradients returned.
+enum InstanceNeed : int64_t {
+  kQuery = 1,
+  kPositive = 2,
+  kBank = 4,
+  kScale = 8,
+  kOffset = 16,
+};
+
+// Entries that are sorted at a time: the list never takes more than four times as many bytes.
+constexpr int64_t kEntriesAtOnce = int64_t(1) << 22;
+
+std::atomic<int> forced_order{-1};
+
+// Sorting pays when a row of the bank is wanted several times and the cache does not hold the bank
+// anyway.
+Order choose_order(int64_t entries, int64_t rows, int64_t row_bytes) {
+  constexpr int64_t kCached = 512 * 1024;
+  const int forced = forced_order;
+  if (forced >= 0) return static_cast<Order>(forced);
+  return entries >= 2 * rows && rows * row_bytes > kCached ? Order::kBucketed : Order::kDirect;
+}
+
+struct Arguments {
+  at::Tensor query, positive, bank, scale, offset, index;
+  at::Tensor query_id, key_id, query_label, key_label;
+  bool infonce;
+  int64_t need;
+  int64_t B, K, D, N;
+
+  bool needs(int64_t bits) const { return (need & bits) != 0; }
+};
+
+template <typename T>
+struct Functions;
+template <>
+struct Functions<float> {
+  static constexpr auto scratch = &Kernels::instance_scratch_f32;
+  static constexpr auto run = &Kernels::instance_f32;
+};
+template <>
+struct Functions<double> {
+  static constexpr auto scratch = &Kernels::instance_scratch_f64;
+  static constexpr auto run = &Kernels::instance_f64;
+};
+
+template <typename T>
+class InstanceNce {
+ public:
+  explicit InstanceNce(const Arguments& arguments)
+      : x(arguments), kernels(active_kernels()), dtype(c10::CppTypeToScalarType<T>::value) {}
+
+  InstanceResult run() {
+    query = x.query.to(dtype).contiguous();
+    positive = x.positive.to(dtype).contiguous();
+    p.scale = static_cast<T>(x.scale.item<double>());
+    p.offset = static_cast<T>(x.offset.item<double>());
+    p.gradient_scale = static_cast<T>(x.B > 0 ? 1.0 / static_cast<double>(x.B) : 0);
+    const at::Tensor product = (query * positive).sum(-1);
+    const at::Tensor logit = product * p.scale - p.offset;
+
+    set_up();
+    double loss = 0, d_scale = 0, d_offset = 0;
+    at::Tensor d_logit, d_query;
+    if (x.infonce) {
+      sweep(Pass::kLogSumExp);
+      const at::Tensor normalizer = log_normalizer(logit.to(at::kDouble));
+      loss = (normalizer - logit).sum().template item<double>();
+      d_logit = ((logit - normalizer).exp() - 1).to(dtype);
+      // of a part's sums of exp(logit - maximum) this makes probabilities
+      const at::Tensor share = (running_max - normalizer).exp();
+      d_scale = (running_slope * share).sum().template item<double>();
+      d_offset = -(running_sum * share).sum().template item<double>();
+      if (p.need_query)
+        d_query = sum_parts(d_query_parts.mul_(
+            (share * (static_cast<double>(p.scale) * p.gradient_scale)).unsqueeze(-1).to(dtype)));
+      if (x.needs(kBank)) {
+        const at::Tensor row = padded(normalizer, dtype, 1, p.ldB);
+        p.log_normalizer = pointer<T>(row);
+        sweep(Pass::kSoftmax);
+      }
+    } else {
+      sweep(Pass::kNce);
+      const double* s = scalars.const_data_ptr<double>();
+      for (int64_t i = 0; i < p.parts; ++i, s += 3) loss += s[0], d_scale += s[1], d_offset += s[2];
+      loss += at::log_sigmoid(logit).neg_().sum(at::kDouble).template item<double>();
+      d_logit = at::sigmoid(-logit).neg_();
+      if (p.need_query) d_query = sum_parts(d_query_parts);
+    }
+    const double inverse = x.B > 0 ? 1.0 / static_cast<double>(x.B) : 0;
+    // the positives' part goes last: it is the large term of a sum of many small ones
+    const auto none = [](const at::Tensor& like) { return at::empty({0}, like.options()); };
+    const at::Tensor pull = (d_logit * (p.scale * p.gradient_scale)).unsqueeze(-1);
+    return {at::scalar_tensor(loss * inverse, query.options()),
+            p.need_query ? result(at::addcmul(d_query.narrow(1, 0, x.D), pull, positive), x.query)
+                         : none(x.query),
+            x.needs(kPositive) ? result(pull * query, x.positive) : none(x.positive),
+            x.needs(kBank) ? bank_gradient() : none(x.bank),
+            x.needs(kScale) ? total(d_scale, d_logit * product, x.scale) : none(x.scale),
+            x.needs(kOffset) ? total(d_offset, -d_logit, x.offset) : none(x.offset)};
+  }
+
+ private:
+  void set_up() {
+    const int64_t lanes = kernels.vector_bytes / static_cast<int64_t>(sizeof(T));
+    p.B = x.B, p.K = x.K, p.D = x.D;
+    p.Bp = round_up(x.B, lanes), p.Dp = round_up(x.D, lanes);
+    p.ldB = leading_dimension(p.Bp, sizeof(T)), p.ldD = leading_dimension(p.Dp, sizeof(T));
+    p.need_query = x.needs(kQuery);
+
+    bank = x.bank.stride(1) == 1 || x.D == 1 ? x.bank : x.bank.contiguous();
+    p.bank.data = bank.const_data_ptr();
+    p.bank.storage = storage_of(kOp, bank);
+    p.bank.row_stride = bank.stride(0);
+    const int64_t row_bytes = x.D * bank.element_size();
+    if (x.index.defined() && x.index.dim() == 2) {
+      own = {x.index.const_data_ptr<int64_t>(), x.index.stride(0), x.index.stride(1)};
+      p.own = own.data, p.own_stride = own.stride, p.own_step = own.step;
+      p.order = x.needs(kBank) ? Order::kBucketed : choose_order(x.B * x.K, x.N, row_bytes);
+    } else {
+      p.bank.index = pointer<int64_t>(x.index);
+    }
+    // a thread is not worth waking for less
+    constexpr int64_t kProductsOfAPart = int64_t(1) << 18;
+    const int64_t work = x.B * x.K * std::max<int64_t>(x.D, 16) / kProductsOfAPart;
+    p.parts = std::clamp<int64_t>(work, 1, at::get_num_threads());
+
+    query_padded = padded(query, dtype, x.B, p.ldD);
+    p.query = pointer<T>(query_padded);
+    if (p.order == Order::kShared) {
+      query_t = padded(query.t(), dtype, x.D, p.ldB);
+      p.query_t = pointer<T>(query_t);
+    }
+    p.query_id = pointer<int64_t>(x.query_id);
+    p.key_id = pointer<int64_t>(x.key_id);
+    if (x.query_label.defined() && x.key_label.defined()) {
+      p.query_label = pointer<int64_t>(x.query_label);
+      p.key_label = pointer<int64_t>(x.key_label);
+    }
+    if (p.need_query) {
+      d_query_parts = at::zeros({p.parts, x.B, p.ldD}, query.options());
+      p.d_query = mutable_pointer<T>(d_query_parts);
+    }
+    if (x.needs(kBank)) {
+      const bool shared = p.order == Order::kShared;
+      d_bank = at::zeros({shared ? x.K : x.N, p.Dp}, query.options());
+      (shared ? p.d_rows : p.d_bank) = mutable_pointer<T>(d_bank);
+    }
+    p.scratch_bytes = (kernels.*Functions<T>::scratch)(p);
+    memory = scratch(p.parts * static_cast<int64_t>(p.scratch_bytes));
+    p.scratch = static_cast<std::byte*>(memory.mutable_data_ptr());
+  }
+
+  void sweep(Pass pass) {
+    const auto doubles = at::TensorOptions().dtype(at::kDouble);
+    p.pass = pass;
+    if (pass == Pass::kNce) {
+      scalars = at::zeros({p.parts, 3}, doubles);
+      p.scalars = mutable_pointer<double>(scalars);
+    } else if (pass == Pass::kLogSumExp) {
+      running_max = at::full({p.parts, p.ldB}, -1e30, query.options());
+      running_sum = at::zeros({p.parts, x.B}, doubles);
+      running_slope = at::zeros({p.parts, x.B}, doubles);
+      p.running_max = mutable_pointer<T>(running_max);
+      p.running_sum = mutable_pointer<double>(running_sum);
+      p.running_slope = mutable_pointer<double>(running_slope);
+    }
+    if (x.B == 0 || x.K == 0) return;
+    if (p.order != Order::kBucketed) return dispatch();
+    const Tiling tiling = choose_tiling(x.B, x.N, x.D * bank.element_size(), p.parts);
+    const int64_t columns = std::max<int64_t>(kEntriesAtOnce / x.B, 1);
+    for (int64_t first = 0; first < x.K; first += columns) {
+      const SortedEntries sorted =
+          sort_entries(own, x.B, first, std::min(first + columns, x.K), tiling, p.parts,
+                       /*whole_tiles=*/p.d_bank != nullptr);
+      p.entries = static_cast<const uint32_t*>(sorted.entries.const_data_ptr());
+      p.tile_begin = sorted.tile_begin.data();
+      p.part_begin = sorted.part_begin.data();
+      p.tiles = tiling.tiles;
+      p.tile_shift = tiling.shift;
+      dispatch();
+    }
+  }
+
+  void dispatch() {
+    const auto function = kernels.*Functions<T>::run;
+    at::parallel_for(0, p.parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) function(p, part);
+    });
+  }
+
+  // log of the sum of exponentials over the positive and the kept negatives, [B] in double.
+  at::Tensor log_normalizer(const at::Tensor& logit) {
+    running_max = running_max.narrow(1, 0, x.B).to(at::kDouble);
+    const at::Tensor most = at::maximum(std::get<0>(running_max.max(0)), logit);
+    at::Tensor sum = (logit - most).exp();
+    for (int64_t i = 0; i < p.parts; ++i)
+      sum = sum + running_sum.select(0, i) * (running_max.select(0, i) - most).exp();
+    return most + sum.log();
+  }
+
+  at::Tensor result(const at::Tensor& gradient, const at::Tensor& like) {
+    return gradient.to(like.scalar_type()).contiguous();
+  }
+
+  at::Tensor total(double negatives, const at::Tensor& positives, const at::Tensor& like) {
+    const double sum = negatives + positives.sum(at::kDouble).template item<double>();
+    return at::scalar_tensor(sum * static_cast<double>(p.gradient_scale), like.options());
+  }
+
+  at::Tensor bank_gradient() {
+    const at::Tensor rows = d_bank.narrow(1, 0, x.D);
+    if (p.order != Order::kShared || !x.index.defined()) return result(rows, x.bank);
+    return result(at::zeros({x.N, x.D}, rows.options()).index_add_(0, x.index, rows), x.bank);
+  }
+
+  const Arguments& x;
+  const Kernels& kernels;
+  const at::ScalarType dtype;
+  InstanceParams<T> p;
+  OwnIndex own;
+  at::Tensor query, positive, bank, query_padded, query_t, memory, scalars, d_query_parts, d_bank;
+  at::Tensor running_max, running_sum, running_slope;
+};
+
+}  // namespace
+
+void set_instance_order(const std::string& order) {
+  TORCH_CHECK_VALUE(order.empty() || order == "direct" || order == "bucketed",
+                    "crrcd_ext.set_instance_order: expected direct or bucketed, got ", order);
+  forced_order = order.empty()       ? -1
+                 : order == "direct" ? static_cast<int>(Order::kDirect)
+                                     : static_cast<int>(Order::kBucketed);
+}
+
+InstanceResult instance_nce_cpu(const at::Tensor& query, const at::Tensor& positive,
+                                const at::Tensor& bank, const at::Tensor& scale,
+                                const at::Tensor& offset, const std::optional<at::Tensor>& index,
+                                const std::optional<at::Tensor>& query_id,
+                                const std::optional<at::Tensor>& key_id,
+                                const std::optional<at::Tensor>& query_label,
+                                const std::optional<at::Tensor>& key_label,
+                                const std::string& objective, int64_t need) {
+  Arguments x;
+  TORCH_CHECK_VALUE(query.dim() == 2, "crrcd_ext.", kOp, ": query: expected shape [B, D], got ",
+                    query.sizes());
+  TORCH_CHECK_VALUE(bank.dim() == 2, "crrcd_ext.", kOp, ": bank: expected shape [N, D], got ",
+                    bank.sizes());
+  x.B = query.size(0), x.D = query.size(1), x.N = bank.size(0);
+  CRRCD_CHECK_SHAPE(kOp, "positive", positive, {x.B, x.D});
+  CRRCD_CHECK_SHAPE(kOp, "bank", bank, {x.N, x.D});
+  TORCH_CHECK_VALUE(objective == "nce" || objective == "infonce", "crrcd_ext.", kOp,
+                    ": objective: expected \"nce\" or \"infonce\", got \"", objective, "\"");
+  const at::ScalarType dtype = check_operands(kOp, {query, positive});
+  x.query = query, x.positive = positive, x.bank = bank, x.scale = scale, x.offset = offset;
+  x.K = x.N;
+  if (index) {
+    TORCH_CHECK_VALUE(index->dim() == 1 || (index->dim() == 2 && index->size(0) == x.B),
+                      "crrcd_ext.", kOp, ": index: expected shape [K] or [", x.B, ", K], got ",
+                      index->sizes());
+    x.index = index->dim() == 1 ? index->contiguous() : *index;
+    x.K = index->size(-1);
+    check_rows(kOp, "index", x.index, x.N);
+  }
+  x.query_id = check_ids(kOp, "query_id", query_id, x.B);
+  x.key_id = check_ids(kOp, "key_id", key_id, x.N);
+  x.query_label = check_ids(kOp, "query_label", query_label, x.B);
+  x.key_label = check_ids(kOp, "key_label", key_label, x.N);
+  x.infonce = objective == "infonce";
+  x.need = need;
+  return dtype == at::kDouble ? InstanceNce<double>(x).run() : InstanceNce<float>(x).run();
+}
+
+InstanceResult instance_nce_update_cpu(
+    const at::Tensor& query, const at::Tensor& positive, const at::Tensor& bank,
+    const at::Tensor& scale, const at::Tensor& offset, const std::optional<at::Tensor>& index,
+    const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
+    const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
+    const std::string& objective, int64_t need, const at::Tensor& update_index,
+    const at::Tensor& update_value, double momentum, bool normalize) {
+  TORCH_CHECK_VALUE((need & kBank) == 0, "crrcd_ext.", kOp,
+                    ": update: a bank that is updated in the call cannot have a gradient");
+  const BankUpdate update(kOp, bank, update_index, update_value, momentum, normalize);
+  InstanceResult result = instance_nce_cpu(query, positive, bank, scale, offset, index, query_id,
+                                           key_id, query_label, key_label, objective, need);
+  update.commit();
+  return result;
+}
+
+}  // namespace crrcd

@@ -1,0 +1,70 @@
+// Plain description of one pass of instance_nce. Shared by the host entry, which allocates and
+// fills it, and by the kernel, which never sees a torch header.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "relation_params.h"
+
+namespace crrcd {
+
+// The order in which (query, negative) entries are worked off.
+enum class Order : int {
+  kShared = 0,    // all queries have the same negatives: tiles of keys, by matrix products
+  kDirect = 1,    // each query's own, as they come, rows prefetched
+  kBucketed = 2,  // the same sorted by tiles of the bank, each of which is read once
+};
+
+// Matrices are row major, zero between true and padded size. Strides are in elements.
+template <typename T>
+struct InstanceParams {
+  int64_t B = 0, K = 0, D = 0;
+  int64_t Bp = 0, Dp = 0;    // padded to the vector width
+  int64_t ldB = 0, ldD = 0;  // row strides
+  int64_t parts = 1;         // ranges of tiles (shared) or entries
+  Order order = Order::kShared;
+  // kNce; kLogSumExp: InfoNCE but for the bank's gradient, with a running maximum;
+  // kSoftmax: the bank's gradient, with the normaliser known
+  Pass pass = Pass::kNce;
+  bool need_query = false;
+
+  BankView bank;  // with the index of shared negatives
+  // each query's own negatives: that of (b, k) is own[b * own_stride + k * own_step]
+  const int64_t* own = nullptr;
+  int64_t own_stride = 0, own_step = 0;
+  // kBucketed: b << tile_shift | row within the tile, sorted by tile, then by b. Entries of tile t
+  // begin at tile_begin[t], those of part i at part_begin[i], at a tile's when d_bank is wanted.
+  const uint32_t* entries = nullptr;
+  const int64_t* tile_begin = nullptr;  // [tiles + 1]
+  const int64_t* part_begin = nullptr;  // [parts + 1]
+  int64_t tiles = 0;
+  int tile_shift = 0;
+
+  const T* query = nullptr;    // [B, ldD]
+  const T* query_t = nullptr;  // [D, ldB], shared
+  T scale = 1, offset = 0;
+  T gradient_scale = 1;  // 1 / B: every gradient is that of the mean
+
+  // masks; null when there is nothing to mask
+  const int64_t* query_id = nullptr;     // [B]
+  const int64_t* key_id = nullptr;       // [N], null: the row's position in the bank
+  const int64_t* query_label = nullptr;  // [B]
+  const int64_t* key_label = nullptr;    // [N]
+
+  const T* log_normalizer = nullptr;  // [ldB], kSoftmax
+
+  // sums; one slice a part, added up by the host in a fixed order
+  double* scalars = nullptr;        // [parts, 3]: loss, d_scale, d_offset (kNce)
+  T* running_max = nullptr;         // [parts, ldB] (kLogSumExp)
+  double* running_sum = nullptr;    // [parts, B]: of e = exp(logit - maximum)
+  double* running_slope = nullptr;  // [parts, B]: of e <q, m>
+  T* d_query = nullptr;             // [parts, B, ldD]; kLogSumExp: sum of e m
+  T* d_rows = nullptr;              // [K, Dp], shared: gradient of the gathered rows
+  T* d_bank = nullptr;              // [N, Dp], kBucketed
+
+  std::byte* scratch = nullptr;  // parts * scratch_bytes
+  size_t scratch_bytes = 0;
+};
+
+}  // namespace crrcd
