@@ -31,15 +31,19 @@ void check_rows(const char* op, const char* name, const at::Tensor& index, int64
   const int64_t lines = index.dim() == 2 ? index.size(0) : 1, count = index.size(-1);
   const int64_t stride = index.dim() == 2 ? index.stride(0) : 0, step = index.stride(-1);
   const int64_t* data = index.const_data_ptr<int64_t>();
-  // A sign bit stays when an entry is negative or beyond the last row.
+  // The top bit stays when an entry is negative or beyond the last row.
   const auto outside = [&](int64_t line) {
     const int64_t* p = data + line * stride;
-    int64_t signs = 0;
+    const auto last = static_cast<uint64_t>(rows) - 1;
+    uint64_t bits = 0;
+    const auto look = [&](int64_t row) {
+      bits |= static_cast<uint64_t>(row) | (last - static_cast<uint64_t>(row));
+    };
     if (step == 1)
-      for (int64_t i = 0; i < count; ++i) signs |= p[i] | (rows - 1 - p[i]);
+      for (int64_t i = 0; i < count; ++i) look(p[i]);
     else
-      for (int64_t i = 0; i < count; ++i) signs |= p[i * step] | (rows - 1 - p[i * step]);
-    return signs < 0;
+      for (int64_t i = 0; i < count; ++i) look(p[i * step]);
+    return bits >> 63 != 0;
   };
   std::atomic<bool> found{false};
   const int64_t grain =

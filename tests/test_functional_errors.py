@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers.cases import BACKENDS, COMPILED, cast, make
+from helpers.cases import BACKENDS, COMPILED, cast, make, make_instance
 
 from crrcd_ext import functional
 
@@ -208,6 +208,125 @@ def test_relation_nce(backend, changes, error, message):
     assert torch.equal(bank, before)
 
 
+INSTANCE = [  # what is changed, error, the message after "crrcd_ext.instance_nce: "
+    (
+        {"query": torch.ones(B)},
+        ValueError,
+        "query: expected shape [B, D] = [*, *], got [6]",
+    ),
+    (
+        {"positive": torch.ones(B, D + 1)},
+        ValueError,
+        "positive: expected shape [B, D] = [6, 4], got [6, 5]",
+    ),
+    (
+        {"bank": torch.ones(N, D + 1)},
+        ValueError,
+        "bank: expected shape [N, D] = [*, 4], got [13, 5]",
+    ),
+    (
+        {"index": torch.ones(B + 1, 3, dtype=torch.int64)},
+        ValueError,
+        "index: expected shape [B, K] = [6, *], got [7, 3]",
+    ),
+    (
+        {"index": torch.ones(2, 3, 4, dtype=torch.int64)},
+        ValueError,
+        "index: expected shape [K] = [*], got [2, 3, 4]",
+    ),
+    ({"index": [1, 2]}, TypeError, "index: expected an int64 tensor, got list"),
+    (
+        {"index": torch.ones(B, 3, dtype=torch.int32)},
+        TypeError,
+        "index: expected dtype int64, got int32",
+    ),
+    (
+        {"index": torch.tensor([[1, 2, 3]] * 4 + [[1, N, 3]] + [[-1, 2, 3]])},
+        IndexError,
+        "index: expected rows of the bank in [0, 13), got 13 at position [4, 1]",
+    ),
+    (
+        {"index": torch.tensor([[1, 2, 3]] * 5 + [[1, 2, -7]])},
+        IndexError,
+        "index: expected rows of the bank in [0, 13), got -7 at position [5, 2]",
+    ),
+    (
+        {"index": torch.tensor([0, 3, -(2**63), 1])},
+        IndexError,
+        f"index: expected rows of the bank in [0, 13), got {-(2**63)} at position 2",
+    ),
+    (
+        {"query_id": torch.arange(B + 1)},
+        ValueError,
+        "query_id: expected shape [B] = [6], got [7]",
+    ),
+    (
+        {"query_id": torch.arange(B), "key_id": torch.arange(K)},
+        ValueError,
+        "key_id: expected shape [N] = [13], got [11]",
+    ),
+    (
+        {"query_label": torch.arange(B), "key_label": torch.arange(K)},
+        ValueError,
+        "key_label: expected shape [N] = [13], got [11]",
+    ),
+    (
+        {"key_id": torch.arange(N)},
+        ValueError,
+        "query_id: expected an int64 tensor beside key_id, got None",
+    ),
+    (
+        {"key_label": torch.arange(N)},
+        ValueError,
+        "query_label: expected an int64 tensor beside key_label, got None",
+    ),
+    (
+        {"positive": None},
+        ValueError,
+        "query_id: expected positions in the bank where positive is None, got None",
+    ),
+    (
+        {"positive": None, "query_id": torch.arange(B), "key_id": torch.arange(N)},
+        ValueError,
+        "query_id: expected positions in the bank where positive is None, "
+        "got ids that key_id gives to other rows",
+    ),
+    (
+        {"positive": None, "query_id": torch.tensor([0, 1, 2, N, 4, 5])},
+        IndexError,
+        "query_id: expected rows of the bank in [0, 13), got 13 at position 3",
+    ),
+    (
+        {"scale": torch.ones(1)},
+        ValueError,
+        "scale: expected a number or a floating 0-dim tensor, got float32 of shape [1]",
+    ),
+    (
+        {"objective": "softmax"},
+        ValueError,
+        "objective: expected one of nce, infonce, got 'softmax'",
+    ),
+    (
+        {"positive": torch.ones(B, D, device="meta")},
+        ValueError,
+        "positive: expected device cpu, got meta",
+    ),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("changes, error, message", INSTANCE, ids=[m for _, _, m in INSTANCE])
+def test_instance_nce(backend, changes, error, message):
+    case = cast(make_instance(B, K, D, N), torch.float32)
+    case["update"] = update()
+    case |= changes
+    bank = case["bank"]
+    before = bank.clone()
+    with pytest.raises(error, match=text(f"crrcd_ext.instance_nce: {message}")):
+        functional.instance_nce(**case, backend=backend)
+    assert torch.equal(bank, before)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("given, error, message", UPDATES, ids=[m for _, _, m in UPDATES])
 def test_update(backend, given, error, message):
@@ -337,4 +456,34 @@ def test_operators_check_too(backend, change):
             False,
             "nce",
             511,
+        )
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"query": torch.ones(6).double()},
+        {"positive": torch.ones(6, 3).double()},
+        {"positive": torch.ones(6, 4)},
+        {"bank": torch.ones(13, 5).double()},
+        {"bank": torch.ones(13).double()},
+        {"index": torch.ones(5, 3, dtype=torch.int64)},
+        {"index": torch.ones(6, 3, dtype=torch.int32)},
+        {"index": torch.tensor(3)},
+        {"query_id": torch.arange(5)},
+        {"query_id": torch.arange(6), "key_id": torch.arange(12)},
+        {"query_label": torch.arange(6).int(), "key_label": torch.arange(13)},
+        {"objective": "softmax"},
+    ],
+)
+def test_the_operator_instance_nce_checks_too(backend, change):
+    case = make_instance(B, K, D, N) | change
+    names = ("query", "positive", "bank", "scale", "offset", "index")
+    masks = ("query_id", "key_id", "query_label", "key_label")
+    with pytest.raises(
+        (ValueError, TypeError, RuntimeError), match=r"crrcd_ext\.instance_nce: \w+"
+    ):
+        torch.ops.crrcd.instance_nce(
+            *(case[k] for k in names), *(case.get(k) for k in masks), case["objective"], 31
         )

@@ -1,4 +1,4 @@
-"""Inputs of relation_nce, a run with all gradients, and the error budget."""
+"""Inputs of the losses, a run with all gradients, and the error budget."""
 
 from __future__ import annotations
 
@@ -92,6 +92,55 @@ def make(
     return case
 
 
+def make_instance(
+    B: int = 6,
+    K: int = 11,
+    D: int = 8,
+    N: int = 13,
+    *,
+    seed: int = 0,
+    index: str | None = "own",
+    ids: bool = False,
+    labels: bool = False,
+    scale: float = 10.0,
+    offset: float = 1.5,
+    objective: str = "nce",
+) -> dict:
+    """Keyword arguments of functional.instance_nce in float64; index "own" [B, K] or "shared" [K].
+
+    Without an index the bank gets K rows. Each query's own index is a view that leaves out a first
+    column, as it comes from a data loader that puts the positive there.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def unit(*shape: int) -> Tensor:
+        return unit_rows(torch.randn(shape, generator=g, dtype=torch.float64))
+
+    def integers(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=g)
+
+    if index is None:
+        N = K
+    case = {
+        "query": unit(B, D),
+        "positive": unit(B, D),
+        "bank": unit(N, D),
+        "scale": torch.tensor(scale, dtype=torch.float64),
+        "offset": torch.tensor(offset, dtype=torch.float64),
+        "index": {
+            None: None,
+            "shared": integers(max(N, 1), K),
+            "own": integers(max(N, 1), B, K + 1)[:, 1:],
+        }[index],
+        "objective": objective,
+    }
+    if ids:
+        case |= {"query_id": integers(4, B), "key_id": integers(4, N)}
+    if labels:
+        case |= {"query_label": integers(3, B), "key_label": integers(3, N)}
+    return case
+
+
 def cast(case: dict, dtype: torch.dtype, *, also_bank: bool = True) -> dict:
     """The case with its operands rounded to ``dtype``; scale and offset stay as they are."""
     kept = ("scale", "offset") if also_bank else ("scale", "offset", "bank")
@@ -106,12 +155,13 @@ def run(case: dict, backend: str, *, wanted=DIFFERENTIABLE, factor: float = 0.7)
 
     A factor other than 1 shows a backward that forgets the incoming gradient.
     """
+    operator = functional.relation_nce if "weight" in case else functional.instance_nce
     leaves = {
         k: case[k].detach().clone(memory_format=torch.preserve_format).requires_grad_()
         for k in wanted
-        if case[k] is not None
+        if case.get(k) is not None
     }
-    loss = functional.relation_nce(**{**case, **leaves}, backend=backend)
+    loss = operator(**{**case, **leaves}, backend=backend)
     gradients = torch.autograd.grad(loss * factor, list(leaves.values()))
     for k, gradient in zip(leaves, gradients, strict=True):
         assert gradient.dtype == case[k].dtype, k
