@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,22 @@ def choice(where: str, argument: str, value: object, allowed: Sequence[str]) -> 
 def positive_int(where: str, argument: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         fail(ValueError, where, argument, "a positive integer", repr(value))
+
+
+def positive_number(where: str, argument: str, value: object) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        fail(ValueError, where, argument, "a positive number", repr(value))
+
+
+def negatives(where: str, value: object, rows: int) -> None:
+    if value == "all":
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        fail(ValueError, where, "negatives", "a positive integer or 'all'", repr(value))
+    if value > rows:
+        expected = f"at most num_samples = {rows}, or 'all' for the whole bank"
+        fail(ValueError, where, "negatives", expected, value)
 
 
 def momentum(where: str, value: object) -> None:

@@ -3,85 +3,47 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from crrcd_ext import reference
-
 MAX_NEGATIVES = 256
 """Negatives whose cosines are looked at."""
 CONSTANT_RELATION = (
-    "crrcd_ext.CRRCDLoss: the loss ({loss:.4g}) sits at its no-information value "
-    "({no_information_loss:.4g}) and the relation vectors hardly differ between samples (variance "
-    "{relation_variance:.2g}): the relation has collapsed to a constant and the student learns "
-    "nothing from this loss. Likely causes: heads and relation trained at the student's learning "
-    "rate (use criterion.parameter_groups(lr), which gives them a tenth), standardize=False, or a "
-    "changed initialisation of the relation; objective='infonce' resists better."
+    "crrcd_ext.{name}: the loss ({loss:.4g}) sits at its no-information value "
+    "({no_information_loss:.4g}) and the {vectors} hardly differ between samples (variance "
+    "{relation_variance:.2g}): they have collapsed to a constant and the student learns nothing "
+    "from this loss. Likely causes: heads and relation trained at the student's learning rate (use "
+    "criterion.parameter_groups(lr), which gives them a tenth), standardize=False, or a changed "
+    "initialisation; objective='infonce' resists better."
 )
 FRESHNESS_SHORTCUT = (
-    "crrcd_ext.CRRCDLoss: positives sit at a mean cosine of {positive_cosine:.2f} and negatives at "
+    "crrcd_ext.{name}: positives sit at a mean cosine of {positive_cosine:.2f} and negatives at "
     "{negative_cosine:.2f}, same-class ones included: the loss is probably telling fresh rows from "
     "the bank's stale ones instead of learning relations. Use keys='stop_gradient' with a bank "
     "filled from the teacher (criterion.fill(loader) before training), or keys='live' or 'bank'."
 )
 
 
-class Step(NamedTuple):
-    """What a step leaves behind: its relations are recomputed from it when somebody asks."""
-
-    loss: Tensor
-    teacher: Tensor
-    student: Tensor
-    index: Tensor
-    query_label: Tensor | None
-    selected: Tensor | None
-    own_rows: Tensor | None
-    drawn: tuple[Tensor | None, ...]
-
-
-def measure(criterion, step: Step) -> dict[str, float]:
-    """The numbers of :meth:`crrcd_ext.CRRCDLoss.diagnostics`."""
-    f_t, f_ts = criterion.teacher_relation, criterion.cross_relation
-    anchors, anchor_id = step.teacher, step.index
-    if step.selected is not None:
-        anchors, anchor_id = anchors[step.selected], anchor_id[step.selected]
-    v_ts, v_t = f_ts(anchors, step.student), f_t(anchors, step.teacher)
-    target = v_t if step.own_rows is None else f_t(anchors, step.own_rows)
-    pairs = reference.kept_pairs(anchors, v_ts, anchor_id, step.index, criterion.self_pairs)
-
-    banks = [b for b in (criterion.teacher_bank, criterion.student_bank) if b is not None]
-    negative = []
-    for bank, drawn in zip(banks, step.drawn, strict=True):
-        if drawn is None:
-            stride = -(-bank.num_rows // MAX_NEGATIVES)
-            drawn = torch.arange(0, bank.num_rows, stride, device=bank.rows.device)
-        drawn = drawn[:MAX_NEGATIVES]
-        rows = bank.rows[drawn]
-        of_teacher = bank is criterion.teacher_bank
-        if of_teacher and criterion.keys == "live":
-            rows = criterion.teacher_head(rows)
-        query, module = (v_ts, f_t) if of_teacher else (v_t, f_ts)
-        keep = pairs[:, :, None] & reference.kept_negatives(
-            query.shape[1], drawn, step.index, None, step.query_label, criterion.labels
-        )
-        cosine = query @ module(anchors, rows.to(anchors.dtype)).mT
-        negative.append(masked_mean(cosine, keep))
-
+def measure(criterion, step) -> tuple[dict[str, float], int]:
+    """The numbers of :meth:`crrcd_ext.CRRCDLoss.diagnostics`, and the width of the vectors."""
+    cosines = [criterion._cosines(side) for side in criterion._sides(step)]
+    negative = [masked_mean(*c.negative(c.rows(MAX_NEGATIVES))) for c in cosines]
+    of_student, of_teacher = criterion._relations(step)
     level = no_information_loss(criterion.num_negatives, criterion.objective)
-    return {
+    values = {
         "loss": float(step.loss),
-        "no_information_loss": level * len(banks),
-        "relation_variance": relation_variance(v_ts),
-        "teacher_relation_variance": relation_variance(v_t),
-        "effective_rank": effective_rank(v_ts),
-        "positive_cosine": masked_mean((v_ts * target).sum(-1), pairs),
+        "no_information_loss": level * len(cosines),
+        "relation_variance": relation_variance(of_student),
+        "teacher_relation_variance": relation_variance(of_teacher),
+        "effective_rank": effective_rank(of_student),
+        "positive_cosine": masked_mean(cosines[0].positive, cosines[0].pairs),
         "negative_cosine": sum(negative) / len(negative),
         "temperature": 1 / float(criterion.scale()),
         "offset": criterion.current_offset(),
         "skipped_steps": float(criterion.skipped_steps),
     }
+    return values, of_student.shape[-1]
 
 
 def no_information_loss(negatives: int, objective: str) -> float:

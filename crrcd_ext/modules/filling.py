@@ -1,4 +1,4 @@
-"""CRRCDLoss.fill: the teacher's side started from the teacher."""
+"""fill of the losses: the teacher's side started from the teacher."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from torch import Tensor, nn
 from crrcd_ext.modules import _checks
 from crrcd_ext.modules.heads import Standardizer
 
-WHERE = "CRRCDLoss.fill"
 PIECE = 1 << 16
 """Rows that are embedded at a time."""
 
 
 def fill(criterion, loader_or_index, features, labels, encoder, statistics: bool) -> int:
     """See :meth:`crrcd_ext.CRRCDLoss.fill`; everything is read and checked before a change."""
+    where = _where(criterion)
     if features is None:
         parts = _read(criterion, loader_or_index, encoder)
     elif encoder is None:
         parts = [_checked(criterion, loader_or_index, features)]
     else:
-        _checks.fail(ValueError, WHERE, "encoder", "None beside features", type(encoder).__name__)
+        _checks.fail(ValueError, where, "encoder", "None beside features", type(encoder).__name__)
     count = sum(len(index) for index, _ in parts)
     if count == 0:
-        _checks.fail(ValueError, WHERE, "loader_or_index", "at least one sample", "none")
+        _checks.fail(ValueError, where, "loader_or_index", "at least one sample", "none")
     device = criterion.step.device
     if labels is not None:
         size = criterion.num_samples if features is None else count
         here = labels.device if isinstance(labels, Tensor) else device
-        labels = _checks.integers(WHERE, "labels", labels, size, here).to(device)
+        labels = _checks.integers(where, "labels", labels, size, here).to(device)
 
     standardize = criterion.teacher_head.standardize
     if statistics and standardize is not None:
@@ -60,15 +60,20 @@ def _pieces(parts: list[tuple[Tensor, Tensor]], device: torch.device):
             yield some.to(device), piece.to(device)
 
 
+def _where(criterion) -> str:
+    return f"{criterion.NAME}.fill"
+
+
 def _checked(criterion, index, features) -> tuple[Tensor, Tensor]:
+    where = _where(criterion)
     width = criterion.teacher_head.in_dim
     # Features of any device are taken, index and features need not share one.
     device = features.device if isinstance(features, Tensor) else criterion.step.device
-    _checks.features(WHERE, "features", features, width, device)
+    _checks.features(where, "features", features, width, device)
     device = index.device if isinstance(index, Tensor) else criterion.step.device
-    index = _checks.integers(WHERE, "index", index, len(features), device)
-    _checks.in_range(WHERE, "index", index, criterion.num_samples)
-    _checks.finite(WHERE, "features", features, "")
+    index = _checks.integers(where, "index", index, len(features), device)
+    _checks.in_range(where, "index", index, criterion.num_samples)
+    _checks.finite(where, "features", features, "")
     return index, features
 
 
@@ -84,7 +89,7 @@ def _read(criterion, loader: Iterable, encoder) -> list[tuple[Tensor, Tensor]]:
                 expected = f"pairs ({'features' if encoder is None else 'images'}, index)"
                 sequence = isinstance(item, (tuple, list))
                 got = f"{len(item)} items" if sequence else type(item).__name__
-                _checks.fail(ValueError, WHERE, "loader_or_index", expected, got)
+                _checks.fail(ValueError, _where(criterion), "loader_or_index", expected, got)
             rows, index = item
             if encoder is not None:
                 rows = encoder(rows.to(criterion.step.device))

@@ -1,0 +1,80 @@
+"""Cosines of positives and negatives outside of the operators: for the normaliser, and to look at.
+
+A function for each operator takes the operator's tensors by their names there. What comes back is
+at least float32; negatives are made when they are asked for, some rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from crrcd_ext import functional, reference
+
+
+class Cosines(NamedTuple):
+    """``positive`` and ``pairs``, [A, B] or [B]: cosines, and which of them count; ``index``, int64
+    [K] or [B, K], the rows of the negatives; ``width``, the elements that one more of them takes;
+    ``negative(rows)``, for int64 [k] or [B, k]: cosines and which of them count, [..., B, k]."""
+
+    positive: Tensor
+    pairs: Tensor
+    index: Tensor
+    width: int
+    negative: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+    def rows(self, limit: int) -> Tensor:
+        """At most ``limit`` of the rows that are negatives, evenly spaced."""
+        count = self.index.shape[-1]
+        if self.index.dim() == 2:
+            limit = max(1, limit // max(1, len(self.index)))
+        return self.index[..., :: -(-count // limit)] if count else self.index
+
+
+def of_relation(
+    query,
+    positive,
+    anchor,
+    bank,
+    weight,
+    bias,
+    index=None,
+    key_weight=None,
+    anchor_id=None,
+    query_id=None,
+    key_id=None,
+    query_label=None,
+    key_label=None,
+    self_pairs=False,
+    backend=None,
+) -> Cosines:
+    """For :func:`crrcd_ext.functional.relation_nce`."""
+    query, positive, anchor, weight, bias, key_weight = _wide(
+        query, positive, anchor, weight, bias, key_weight
+    )
+    pairs = reference.kept_pairs(anchor, query, anchor_id, query_id, self_pairs)
+
+    def negative(rows):
+        sample = bank[rows].to(query.dtype)
+        if key_weight is not None:
+            sample = torch.nn.functional.linear(sample, key_weight)
+        relation = functional.relation(anchor, sample, weight, bias, backend=backend)
+        keep = reference.kept_negatives(
+            query.shape[1], rows, query_id, key_id, query_label, key_label
+        )
+        return query @ relation.mT, pairs[:, :, None] & keep
+
+    width = query.shape[0] * query.shape[2]
+    return Cosines((query * positive).sum(-1), pairs, _rows(bank, index), width, negative)
+
+
+def _wide(first: Tensor, *others: Tensor | None) -> tuple:
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    return tuple(x if x is None else x.to(dtype) for x in (first, *others))
+
+
+def _rows(bank: Tensor, index: Tensor | None) -> Tensor:
+    return torch.arange(len(bank), device=bank.device) if index is None else index
