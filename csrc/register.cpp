@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "cpu/bank_update.h"
+#include "cpu/difference_nce.h"
 #include "cpu/host.h"
 #include "cpu/instance_nce.h"
 #include "cpu/kernels.h"
@@ -20,6 +21,8 @@ TORCH_LIBRARY_IMPL(crrcd, CPU, m) {
   m.impl("relation_nce_", crrcd::relation_nce_update_cpu);
   m.impl("instance_nce", crrcd::instance_nce_cpu);
   m.impl("instance_nce_", crrcd::instance_nce_update_cpu);
+  m.impl("difference_nce", crrcd::difference_nce_cpu);
+  m.impl("difference_nce_", crrcd::difference_nce_update_cpu);
   m.impl("bank_update_", crrcd::bank_update_cpu);
 }
 

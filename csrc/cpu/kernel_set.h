@@ -9,6 +9,7 @@
 #include <immintrin.h>
 #endif
 
+#include "difference_params.h"
 #include "instance_params.h"
 #include "kernels.h"
 #include "relation_params.h"
@@ -36,6 +37,7 @@ namespace {
 #include "relation_kernel.h"
 #include "pairwise_kernel.h"
 #include "instance_kernel.h"
+#include "difference_kernel.h"
 // clang-format on
 
 }  // namespace
@@ -59,6 +61,14 @@ const Kernels& kernels() {
       instance_scratch<double>,
       instance<float>,
       instance<double>,
+      difference_scratch<float>,
+      difference_scratch<double>,
+      difference_pairs<float>,
+      difference_pairs<double>,
+      difference<float>,
+      difference<double>,
+      difference_finish<float>,
+      difference_finish<double>,
   };
   return table;
 }

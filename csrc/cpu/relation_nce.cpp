@@ -51,16 +51,6 @@ at::Tensor row_pairs(const at::Tensor& t) {
   return t.to(at::kBFloat16).view(shape).transpose(-1, -2).contiguous();
 }
 
-// 1 for the pairs (anchor, query) that count.
-at::Tensor pair_mask(const Arguments& x, at::ScalarType dtype) {
-  at::Tensor mask = at::ones({x.A, x.B}, at::TensorOptions().dtype(dtype));
-  if (x.self_pairs) return mask;
-  if (x.anchor_id.defined() && x.query_id.defined())
-    return x.anchor_id.unsqueeze(1).ne(x.query_id).to(dtype);
-  if (!x.anchor_id.defined() && !x.query_id.defined() && x.A == x.B) mask.fill_diagonal_(0);
-  return mask;
-}
-
 template <typename T>
 class RelationNce {
  public:
@@ -76,7 +66,7 @@ class RelationNce {
     bias = x.bias.defined() ? x.bias.to(dtype).contiguous() : at::Tensor();
     p.scale = static_cast<T>(x.scale.item<double>());
     p.offset = static_cast<T>(x.offset.item<double>());
-    pair = pair_mask(x, dtype);
+    pair = pair_mask(x.A, x.B, x.anchor_id, x.query_id, x.self_pairs).to(dtype);
     const double pairs = pair.sum(at::kDouble).item<double>();
     p.gradient_scale = static_cast<T>(pairs > 0 ? 1 / pairs : 0);
     positive_logit = (query * positive).sum(-1);

@@ -143,6 +143,9 @@ struct RelationParams {
 template <typename T>
 struct InstanceParams;  // instance_params.h
 
+template <typename T>
+struct DifferenceParams;  // difference_params.h
+
 // One instruction set's entry points.
 struct Kernels {
   const char* isa;
@@ -162,6 +165,14 @@ struct Kernels {
   size_t (*instance_scratch_f64)(const InstanceParams<double>&);
   void (*instance_f32)(const InstanceParams<float>&, int64_t part);
   void (*instance_f64)(const InstanceParams<double>&, int64_t part);
+  size_t (*difference_scratch_f32)(const DifferenceParams<float>&);
+  size_t (*difference_scratch_f64)(const DifferenceParams<double>&);
+  void (*difference_pairs_f32)(const DifferenceParams<float>&, int64_t part);
+  void (*difference_pairs_f64)(const DifferenceParams<double>&, int64_t part);
+  void (*difference_f32)(const DifferenceParams<float>&, int64_t part);
+  void (*difference_f64)(const DifferenceParams<double>&, int64_t part);
+  void (*difference_finish_f32)(const DifferenceParams<float>&, int64_t part);
+  void (*difference_finish_f64)(const DifferenceParams<double>&, int64_t part);
 };
 
 }  // namespace crrcd

@@ -118,15 +118,9 @@ CRRCD_INLINE Simd<float>::V exp_nonpositive(Simd<float>::V x) {
   return x < -87.0f ? V{} : result;
 }
 
-CRRCD_INLINE Simd<double>::V exp_nonpositive(Simd<double>::V x) {
-  using V = Simd<double>::V;
-  using I = Simd<double>::I;
-  const V rounder = splat(6755399441055744.0);
-  V t = x * 1.4426950408889634074 + rounder;
-  V n = t - rounder;
-  V r = x - n * 6.93147180369123816490e-01;
-  r = r - n * 1.90821492927058770002e-10;
-  V p = splat(1.0 / 6227020800.0);
+// exp(r) for |r| <= log(2) / 2.
+CRRCD_INLINE Simd<double>::V exp_near_zero(Simd<double>::V r) {
+  Simd<double>::V p = splat(1.0 / 6227020800.0);
   p = p * r + 1.0 / 479001600.0;
   p = p * r + 1.0 / 39916800.0;
   p = p * r + 1.0 / 3628800.0;
@@ -138,8 +132,86 @@ CRRCD_INLINE Simd<double>::V exp_nonpositive(Simd<double>::V x) {
   p = p * r + 1.0 / 24.0;
   p = p * r + 1.0 / 6.0;
   p = p * r + 0.5;
-  p = p * (r * r) + r + 1.0;
+  return p * (r * r) + r + 1.0;
+}
+
+CRRCD_INLINE Simd<double>::V exp_nonpositive(Simd<double>::V x) {
+  using V = Simd<double>::V;
+  using I = Simd<double>::I;
+  const V rounder = splat(6755399441055744.0);
+  V t = x * 1.4426950408889634074 + rounder;
+  V n = t - rounder;
+  V r = x - n * 6.93147180369123816490e-01;
+  r = r - n * 1.90821492927058770002e-10;
+  const V p = exp_near_zero(r);
   I exponent = ((I)t - (I)rounder + 1023) << 52;
   V result = p * (V)exponent;
   return x < -708.0 ? V{} : result;
+}
+
+// 2^x for x <= 0, to about one unit in the last place; 0 where the result is not a normal number.
+// One step of range reduction is exact here, where exp needs two.
+CRRCD_INLINE Simd<float>::V exp2_nonpositive(Simd<float>::V x) {
+  using V = Simd<float>::V;
+#if CRRCD_VECTOR_BYTES == 64 && defined(__x86_64__)
+  const V n = (V)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  using I = Simd<float>::I;
+  const V rounder = splat(12582912.0f);
+  const V t = x + rounder;
+  const V n = t - rounder;
+#endif
+  const V r = x - n;
+  V p = splat(1.5353362e-4f);
+  p = p * r + 1.3398875e-3f;
+  p = p * r + 9.6184369e-3f;
+  p = p * r + 5.5503324e-2f;
+  p = p * r + 2.4022648e-1f;
+  p = p * r + 6.9314718e-1f;
+  p = p * r + 1.0f;
+#if CRRCD_VECTOR_BYTES == 64 && defined(__x86_64__)
+  const __mmask16 tiny = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_LT_OQ);
+  return (V)_mm512_maskz_scalef_ps(static_cast<__mmask16>(~tiny), (__m512)p, (__m512)n);
+#else
+  const V result = p * (V)(((I)t - (I)rounder + 127) << 23);
+  return x < -126.0f ? V{} : result;
+#endif
+}
+
+CRRCD_INLINE Simd<double>::V exp2_nonpositive(Simd<double>::V x) {
+  using V = Simd<double>::V;
+  using I = Simd<double>::I;
+  const V rounder = splat(6755399441055744.0);
+  const V t = x + rounder;
+  const V n = t - rounder;
+  const V p = exp_near_zero((x - n) * 0.69314718055994530942);
+  const V result = p * (V)(((I)t - (I)rounder + 1023) << 52);
+  return x < -1022.0 ? V{} : result;
+}
+
+template <typename T>
+CRRCD_INLINE typename Simd<T>::V square_root(typename Simd<T>::V x) {
+#if CRRCD_VECTOR_BYTES == 64 && defined(__x86_64__)
+  if constexpr (sizeof(T) == 4)
+    return (typename Simd<T>::V)_mm512_sqrt_ps((__m512)x);
+  else
+    return (typename Simd<T>::V)_mm512_sqrt_pd((__m512d)x);
+#elif CRRCD_VECTOR_BYTES == 32 && defined(__x86_64__)
+  if constexpr (sizeof(T) == 4)
+    return (typename Simd<T>::V)_mm256_sqrt_ps((__m256)x);
+  else
+    return (typename Simd<T>::V)_mm256_sqrt_pd((__m256d)x);
+#else
+  for (int i = 0; i < Simd<T>::kLanes; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
+
+// -|x|; NaN stays NaN.
+CRRCD_INLINE Simd<float>::V minus_magnitude(Simd<float>::V x) {
+  return (Simd<float>::V)((Simd<float>::I)x | INT32_MIN);
+}
+
+CRRCD_INLINE Simd<double>::V minus_magnitude(Simd<double>::V x) {
+  return (Simd<double>::V)((Simd<double>::I)x | INT64_MIN);
 }

@@ -1,0 +1,974 @@
+// difference_nce: logits, loss and every gradient of the normalised difference.
+// Included once per instruction set, inside that set's namespace: no include guard.
+//
+// With u_ab = q_b - a_a + eps and w_an = m_n - a_a + eps,
+//     <u, w> = <q, m> - <a, m> - <u, a>        <a, m> = (|m|^2 + |a|^2 - |w|^2) / 2
+// so that one matrix product and the squared distances |w|^2 give all logits of a tile, and with
+// g = (d loss / d cosine) / pairs and c_abn = g / (|u| |w|)
+//     d u_ab = sum_n c w_an - e u_ab        e_ab = sum_n g cosine / |u|^2
+//     d w_an = sum_b c u_ab - f w_an        f_an = sum_b g cosine / |w|^2
+// of which only W_bn = sum_a c, C_ab = sum_n c, Y_an = sum_b c, e and f are summed here: what they
+// multiply are rows of q, m and a. Where |w| or |u| is small beside the vectors that it is the
+// difference of, these sums would cancel: such (a, b, n) go through exact differences, one by one.
+
+constexpr double kLeftOut = -1e30;  // the logit of what is no negative
+
+#if CRRCD_VECTOR_BYTES == 64
+constexpr int kSharedAnchors = 4;  // that share one walk over the keys of a tile
+#else
+constexpr int kSharedAnchors = 2;
+#endif
+
+template <typename T>
+struct DifferenceScratch {
+  T* rows;            // [tile, ldD] keys of the tile seen from the origin
+  T* rows_t;          // [Dp, ldT], shared
+  T* row;             // [ldD] one key as it came
+  T* row_square;      // [tile] |m|^2
+  T* inverse;         // [A, ldT] shared, [tile, ldA] own: |w|^2, then 1 / |w|
+  T* along;           // the same shape: <a, m> / |w|
+  T* drop;            // the same shape: 0, or kLeftOut for a pair (anchor, key) that is left out
+  uint32_t* exact;    // the same shape, a bit each: |w| is small, exact differences
+  T* y;               // the same shape: Y, then f - Y
+  T* f;               // the same shape
+  T* product;         // [B, ldT] <q, m>, shared
+  T* bias;            // [B, ldT] as drop for pairs (query, key), shared
+  T* weight;          // [B, ldT] W, shared
+  T* logit;           // [tile] one anchor's and query's, shared
+  T* d_rows;          // [tile, ldD]
+  T* exact_u;         // [lanes, ldD]
+  T* exact_w;         // [lanes, ldD]
+  uint32_t* entries;  // [most] of a bucket, sorted by row, own
+  int64_t* begin;     // [rows of a bucket + 1] where the entries of a row are, own
+  int64_t* tile_row;  // [tile] rows of a tile, within the bucket, own
+  // Sums of the call and, where entries add to them one by one, of a block of entries: two short
+  // sums round less than one long one.
+  T* sum_inverse;  // [B, ldA]
+  T* sum_along;    // [B, ldA]
+  T* d_query;      // [B, ldD]
+  T* running_max;  // [B, ldA]
+  T* running_sum;  // [B, ldA]
+  T* d_anchor;     // [A, ldD]
+  T* sum_f;        // [ldA]
+};
+
+template <typename T>
+CRRCD_INLINE int64_t tile_stride(const DifferenceParams<T>& p) {
+  return odd_lines<T>(p.tile);
+}
+
+template <typename T>
+size_t carve(const DifferenceParams<T>& p, std::byte* base, DifferenceScratch<T>& s) {
+  Carver c{base};
+  const bool own = p.entries != nullptr;
+  const int64_t ld_t = tile_stride(p);
+  const int64_t cells = own ? p.tile * p.ldA : p.A * ld_t;
+  const int64_t shared = own ? 0 : p.B * ld_t;
+  const bool keys = p.want == Want::kKeys;
+  s.rows = c.take<T>(p.tile * p.ldD);
+  s.rows_t = c.take<T>(own ? 0 : p.Dp * ld_t);
+  s.row = c.take<T>(p.ldD);
+  s.row_square = c.take<T>(p.tile);
+  s.inverse = c.take<T>(cells);
+  s.along = c.take<T>(cells);
+  s.drop = c.take<T>(cells);
+  s.exact = c.take<uint32_t>(cells / Simd<T>::kLanes);
+  s.y = c.take<T>(keys ? cells : 0);
+  s.f = c.take<T>(keys ? cells : 0);
+  s.product = c.take<T>(shared);
+  s.bias = c.take<T>(shared);
+  s.weight = c.take<T>(shared);
+  s.logit = c.take<T>(p.tile);
+  s.d_rows = c.take<T>(keys ? p.tile * p.ldD : 0);
+  s.exact_u = c.take<T>(Simd<T>::kLanes * p.ldD);
+  s.exact_w = c.take<T>(Simd<T>::kLanes * p.ldD);
+  s.entries = c.take<uint32_t>(own ? p.most : 0);
+  s.begin = c.take<int64_t>(own ? (int64_t(1) << p.bucket_shift) + 1 : 0);
+  s.tile_row = c.take<int64_t>(own ? p.tile : 0);
+  s.sum_inverse = c.take<T>(own ? p.B * p.ldA : 0);
+  s.sum_along = c.take<T>(own ? p.B * p.ldA : 0);
+  s.d_query = c.take<T>(own ? p.B * p.ldD : 0);
+  return c.used;
+}
+
+// The loss as the logarithm of a product of 1 + q; further factors of the parts' sums.
+template <typename T>
+struct DifferenceSums {
+  using V = typename Simd<T>::V;
+  static constexpr int kLanes = Simd<T>::kLanes;
+  // How often a vector may be multiplied by 1 + q <= 2 before it is folded into the product.
+  static constexpr int kFactors = sizeof(T) == 4 ? 64 : 256;
+
+  double product[kLanes] = {};
+  int factors = 0;  // product < 2^factors
+  double loss = 0;
+  double sum_g = 0;
+
+  // q: a vector of products minus 1; above: what was left out of them, in units of log 2.
+  void add(V q, int count, V above, V g) {
+    if (factors + count > 600) fold();
+    T lane[kLanes];
+    store(lane, q);
+    for (int i = 0; i < kLanes; ++i) product[i] = product[i] * lane[i] + (product[i] + lane[i]);
+    factors += count;
+    loss += 0.69314718055994530942 * static_cast<double>(horizontal_sum<T>(above));
+    sum_g += static_cast<double>(horizontal_sum<T>(g));
+  }
+
+  void fold() {
+    loss += log_product(product, kLanes);
+    for (double& x : product) x = 0;
+    factors = 0;
+  }
+};
+
+// One vector of logits (units of log 2) to loss and slopes g = d loss / d logit.
+template <typename T, Pass kPass>
+CRRCD_INLINE typename Simd<T>::V logit_slope(typename Simd<T>::V logit, typename Simd<T>::V& q,
+                                             typename Simd<T>::V& above) {
+  using V = typename Simd<T>::V;
+  if (kPass == Pass::kSoftmax) return exp2_nonpositive(logit);  // the normaliser is in the offset
+  const V e = exp2_nonpositive(minus_magnitude(logit));
+  const V r = reciprocal(T(1) + e);
+  above += logit > 0 ? logit : V{};
+  q = q * e + (q + e);
+  return logit > 0 ? r : e * r;
+}
+
+// ---------------------------------------------------------------------------- pairs, before and
+// after
+
+template <typename T>
+void difference_pairs(const DifferenceParams<T>& p, int64_t part) {
+  using V = typename Simd<T>::V;
+  const int64_t begin = p.B * part / p.pair_parts, end = p.B * (part + 1) / p.pair_parts;
+  for (int64_t b = begin; b < end; ++b)
+    for (int64_t a = 0; a < p.A; ++a) {
+      const T* anchor = p.anchor + a * p.ldD;
+      V uu{}, vv{}, uv{}, ua{};
+      for (int64_t d = 0; d < p.Dp; d += Simd<T>::kLanes) {
+        const V seen_from = load(anchor + d), eps = load(p.eps + d);
+        const V u = load(p.query + b * p.ldD + d) - seen_from + eps;
+        const V v = load(p.positive + b * p.ldD + d) - seen_from + eps;
+        uu += u * u;
+        vv += v * v;
+        uv += u * v;
+        ua += u * load(p.anchor_seen + a * p.ldD + d);
+      }
+      const T square = horizontal_sum<T>(uu);
+      const T inverse = inverse_norm_of(square);
+      const T inverse_positive = inverse_norm_of(horizontal_sum<T>(vv));
+      const int64_t at = b * p.ldA + a;
+      p.constant[at] = -horizontal_sum<T>(ua);
+      p.inverse[at] = inverse;
+      p.inverse_positive[at] = inverse_positive;
+      p.cosine[at] = horizontal_sum<T>(uv) * inverse * inverse_positive;
+      p.near[at] = square < T(kNearDifference) * (p.query_square[b] + p.anchor_square[a]);
+    }
+}
+
+// What a pair's positive adds to d u and d v.
+template <typename T>
+struct PairTerms {
+  typename Simd<T>::V u, v, d_u, d_v;
+
+  CRRCD_INLINE PairTerms(const DifferenceParams<T>& p, int64_t b, int64_t a, int64_t d) {
+    const auto seen_from = load(p.anchor + a * p.ldD + d), eps = load(p.eps + d);
+    u = load(p.query + b * p.ldD + d) - seen_from + eps;
+    v = load(p.positive + b * p.ldD + d) - seen_from + eps;
+    const int64_t at = b * p.ldA + a;
+    d_u = p.c_positive[at] * v - p.e_positive[at] * u;
+    d_v = p.c_positive[at] * u - p.f_positive[at] * v;
+  }
+};
+
+// Gradients of queries, positives and anchors from the sums over the keys.
+template <typename T>
+void difference_finish(const DifferenceParams<T>& p, int64_t part) {
+  using V = typename Simd<T>::V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  // the positives' part goes last: it is the large term of a sum of many small ones
+  if (p.d_query || p.d_positive)
+    for (int64_t b = p.B * part / p.pair_parts; b < p.B * (part + 1) / p.pair_parts; ++b)
+      for (int64_t d = 0; d < p.Dp; d += kLanes) {
+        V query{}, pull{}, positive{};
+        for (int64_t a = 0; a < p.A; ++a) {
+          const PairTerms<T> terms(p, b, a, d);
+          const int64_t at = b * p.ldA + a;
+          if (p.d_query) query -= p.c[at] * load(p.anchor_seen + a * p.ldD + d) + p.e[at] * terms.u;
+          pull += terms.d_u;
+          positive += terms.d_v;
+        }
+        if (p.d_query) {
+          T* out = p.d_query + b * p.ldD + d;
+          store(out, load(out) + query + pull);
+        }
+        if (p.d_positive) store(p.d_positive + b * p.ldD + d, positive);
+      }
+  if (p.d_anchor)
+    for (int64_t a = p.A * part / p.pair_parts; a < p.A * (part + 1) / p.pair_parts; ++a) {
+      T total = -p.sum_f[a];
+      for (int64_t b = 0; b < p.B; ++b) total += p.c[b * p.ldA + a];
+      for (int64_t d = 0; d < p.Dp; d += kLanes) {
+        V anchor = total * load(p.anchor_seen + a * p.ldD + d), pull{};
+        for (int64_t b = 0; b < p.B; ++b) {
+          const PairTerms<T> terms(p, b, a, d);
+          const int64_t at = b * p.ldA + a;
+          anchor += (p.e[at] - p.c[at]) * terms.u;
+          pull += terms.d_u + terms.d_v;
+        }
+        T* out = p.d_anchor + a * p.ldD + d;
+        store(out, load(out) + anchor - pull);
+      }
+    }
+}
+
+// ------------------------------------------------------------------------------------- exact
+// differences
+
+// Up to one vector of (anchor, query, key) that wait for their exact differences.
+template <typename T>
+struct ExactQueue {
+  int count = 0;
+  int64_t a[Simd<T>::kLanes], b[Simd<T>::kLanes], n[Simd<T>::kLanes];
+  T along[Simd<T>::kLanes], inverse[Simd<T>::kLanes];  // <u, w> / |w|, 1 / |w|
+};
+
+template <typename T>
+CRRCD_INLINE void add_multiple(int64_t width, T factor, const T* x, T* sum) {
+  for (int64_t d = 0; d < width; d += Simd<T>::kLanes)
+    store(sum + d, load(sum + d) + factor * load(x + d));
+}
+
+template <typename T, Pass kPass, Want kWant>
+__attribute__((noinline)) void work_off(const DifferenceParams<T>& p, const DifferenceScratch<T>& s,
+                                        ExactQueue<T>& queue, DifferenceSums<T>& sums) {
+  using V = typename Simd<T>::V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  T logit[kLanes], g[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    const int64_t at = i < queue.count ? queue.b[i] * p.ldA + queue.a[i] : 0;
+    logit[i] = i < queue.count ? queue.along[i] * p.slope[at] + p.offset[at] : T(kLeftOut);
+  }
+  const int count = queue.count;
+  queue.count = 0;
+  if (kPass == Pass::kLogSumExp) {
+    for (int i = 0; i < count; ++i) {
+      const int64_t at = queue.b[i] * p.ldA + queue.a[i];
+      T &top = s.running_max[at], &sum = s.running_sum[at];
+      if (logit[i] > top) {
+        sum *= std::exp2(top - logit[i]);
+        top = logit[i];
+      }
+      sum += std::exp2(logit[i] - top);
+    }
+    return;
+  }
+  V q{}, above{};
+  const V slope = logit_slope<T, kPass>(load(logit), q, above);
+  store(g, slope);
+  sums.add(q, 1, above, slope);
+  if (kWant == Want::kLoss) return;
+  for (int i = 0; i < count; ++i) {
+    const int64_t a = queue.a[i], b = queue.b[i], n = queue.n[i], at = b * p.ldA + a;
+    const T* u = s.exact_u + i * p.ldD;
+    const T* w = s.exact_w + i * p.ldD;
+    const T along = g[i] * queue.along[i], c = g[i] * queue.inverse[i] * p.weight[at];
+    s.sum_along[at] += along;
+    if (p.need_query) add_multiple(p.Dp, c, w, s.d_query + b * p.ldD);
+    if (kWant == Want::kKeys) {
+      const T f = along * p.weight[at] * queue.inverse[i] * queue.inverse[i];
+      add_multiple(p.Dp, c, u, s.d_rows + n * p.ldD);
+      add_multiple(p.Dp, -f, w, s.d_rows + n * p.ldD);
+      add_multiple(p.Dp, -c, u, s.d_anchor + a * p.ldD);
+      add_multiple(p.Dp, f - c, w, s.d_anchor + a * p.ldD);
+    }
+  }
+}
+
+template <typename T, Pass kPass, Want kWant>
+__attribute__((noinline)) void push(const DifferenceParams<T>& p, const DifferenceScratch<T>& s,
+                                    ExactQueue<T>& queue, DifferenceSums<T>& sums, int64_t a,
+                                    int64_t b, int64_t n, const T* w, T inverse) {
+  using V = typename Simd<T>::V;
+  const int i = queue.count++;
+  queue.a[i] = a, queue.b[i] = b, queue.n[i] = n, queue.inverse[i] = inverse;
+  V product{};
+  for (int64_t d = 0; d < p.Dp; d += Simd<T>::kLanes) {
+    const V u = load(p.query + b * p.ldD + d) - load(p.anchor + a * p.ldD + d) + load(p.eps + d);
+    store(s.exact_u + i * p.ldD + d, u);
+    store(s.exact_w + i * p.ldD + d, load(w + d));
+    product += u * load(w + d);
+  }
+  queue.along[i] = horizontal_sum<T>(product) * inverse;
+  if (queue.count == Simd<T>::kLanes) work_off<T, kPass, kWant>(p, s, queue, sums);
+}
+
+// Row k of the negatives as it came, or bank row `row`, minus the anchor: its inverse norm.
+template <typename T>
+T exact_difference(const DifferenceParams<T>& p, const BankView& bank, int64_t k, int64_t a, T* w) {
+  load_row<T>(bank, k, p.D, p.ldD, w);
+  typename Simd<T>::V square{};
+  for (int64_t d = 0; d < p.Dp; d += Simd<T>::kLanes) {
+    const auto x = load(w + d) - load(p.anchor + a * p.ldD + d) + load(p.eps + d);
+    store(w + d, x);
+    square += x * x;
+  }
+  return inverse_norm_of(horizontal_sum<T>(square));
+}
+
+// The key of the tile minus the anchor, where that is precise enough.
+template <typename T>
+const T* seen_difference(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64_t n,
+                         int64_t a) {
+  for (int64_t d = 0; d < p.Dp; d += Simd<T>::kLanes)
+    store(s.row + d, load(s.rows + n * p.ldD + d) - load(p.anchor_seen + a * p.ldD + d));
+  return s.row;
+}
+
+// ---------------------------------------------------------------------------------------------- a
+// tile
+
+// out[i, j] = |x_i - y_j|^2 for y given as [depth, columns].
+template <typename T, int kRows, int kVectors>
+CRRCD_INLINE void distance_block(int64_t depth, const T* x, int64_t ld_x, const T* y, int64_t ld_y,
+                                 T* out, int64_t ld_out) {
+  using V = typename Simd<T>::V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  constexpr int64_t kBlock = 32;  // two short sums round less than one long one
+  for (int64_t first = 0; first < depth; first += kBlock) {
+    const int64_t stop = first + kBlock < depth ? first + kBlock : depth;
+    V sum[kRows][kVectors] = {};
+    for (int64_t d = first; d < stop; ++d)
+      for (int i = 0; i < kRows; ++i) {
+        const V level = splat(x[i * ld_x + d]);
+        for (int j = 0; j < kVectors; ++j) {
+          const V w = load(y + d * ld_y + j * kLanes) - level;
+          sum[i][j] += w * w;
+        }
+      }
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kVectors; ++j) {
+        T* cell = out + i * ld_out + j * kLanes;
+        store(cell, first == 0 ? sum[i][j] : load(cell) + sum[i][j]);
+      }
+  }
+}
+
+template <typename T, int kVectors>
+__attribute__((noinline)) void distance_panel(int64_t rows, int64_t depth, const T* x, int64_t ld_x,
+                                              const T* y, int64_t ld_y, T* out, int64_t ld_out) {
+  int64_t i = 0;
+  for (; i + kDenseRows <= rows; i += kDenseRows)
+    distance_block<T, kDenseRows, kVectors>(depth, x + i * ld_x, ld_x, y, ld_y, out + i * ld_out,
+                                            ld_out);
+  for (; i < rows; ++i)
+    distance_block<T, 1, kVectors>(depth, x + i * ld_x, ld_x, y, ld_y, out + i * ld_out, ld_out);
+}
+
+template <typename T>
+void squared_distances(int64_t rows, int64_t columns, int64_t depth, const T* x, int64_t ld_x,
+                       const T* y, int64_t ld_y, T* out, int64_t ld_out) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= columns; j += 4 * kLanes)
+    distance_panel<T, 4>(rows, depth, x, ld_x, y + j, ld_y, out + j, ld_out);
+  for (; j < columns; j += kLanes)
+    distance_panel<T, 1>(rows, depth, x, ld_x, y + j, ld_y, out + j, ld_out);
+}
+
+// From squared distances in s.inverse: 1/|w| and <a, m>/|w|, 0 for those that need exact
+// differences, whose bits are set in s.exact. Returns whether there are any.
+template <typename T>
+bool inverse_norms(const DifferenceScratch<T>& s, int64_t rows, int64_t columns, int64_t ld,
+                   const T* row_square, const T* column_square) {
+  using V = typename Simd<T>::V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  uint32_t any = 0;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      const int64_t at = i * ld + j;
+      const V square = load(s.inverse + at);
+      const V sum = load(column_square + j) + row_square[i];
+      const V near = sum * T(kNearDifference) + T(2 * kZeroNormSquared) - square;
+      const V inverse = near > 0 ? V{} : T(1) / square_root<T>(square);
+      store(s.inverse + at, inverse);
+      store(s.along + at, (sum - square) * T(0.5) * inverse);
+      const uint32_t bits = positive_bits(near);
+      s.exact[at / kLanes] = bits;
+      any |= bits;
+    }
+  return any != 0;
+}
+
+template <typename T>
+CRRCD_INLINE bool is_exact(const DifferenceScratch<T>& s, int64_t at) {
+  return s.exact[at / Simd<T>::kLanes] >> at % Simd<T>::kLanes & 1;
+}
+
+template <typename T>
+void leave_out(const DifferenceScratch<T>& s, int64_t at) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  s.inverse[at] = s.along[at] = 0;
+  s.drop[at] = T(kLeftOut);
+  s.exact[at / kLanes] &= ~(uint32_t(1) << at % kLanes);
+}
+
+CRRCD_INLINE bool contains(int64_t count, const int64_t* ids, int64_t id) {
+  bool found = false;
+  for (int64_t i = 0; i < count; ++i) found |= ids[i] == id;
+  return found;
+}
+
+template <typename T>
+CRRCD_INLINE int64_t key_name(const DifferenceParams<T>& p, int64_t row) {
+  return p.key_id ? p.key_id[row] : row;
+}
+
+template <typename T>
+CRRCD_INLINE bool is_negative(const DifferenceParams<T>& p, int64_t b, int64_t row) {
+  return !(p.query_id && p.query_id[b] == key_name(p, row)) &&
+         !(p.query_label && p.query_label[b] == p.key_label[row]);
+}
+
+// s.rows -= origin, s.row_square; returns nothing of what is not finite: it stays in the distances.
+template <typename T>
+void see_from_origin(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64_t n) {
+  typename Simd<T>::V square{};
+  T* row = s.rows + n * p.ldD;
+  for (int64_t d = 0; d < p.Dp; d += Simd<T>::kLanes) {
+    const auto x = load(row + d) - load(p.origin + d);
+    store(row + d, x);
+    square += x * x;
+  }
+  s.row_square[n] = horizontal_sum<T>(square);
+}
+
+// Hands the sums over f and Y on to anchors and keys: y becomes f - Y.
+template <typename T>
+void combine(const DifferenceScratch<T>& s, int64_t rows, int64_t columns, int64_t ld) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t at = i * ld; at < i * ld + columns; at += Simd<T>::kLanes) {
+      const auto inverse = load(s.inverse + at);
+      const auto f = load(s.f + at) * inverse * inverse;
+      store(s.f + at, f);
+      store(s.y + at, f - load(s.y + at));
+    }
+}
+
+// ------------------------------------------------------------------------------------ shared
+// negatives
+
+// Anchors a .. a + kAnchors against all queries.
+template <typename T, Pass kPass, Want kWant, bool kMasked, int kAnchors>
+__attribute__((noinline)) void shared_anchors(const DifferenceParams<T>& p,
+                                              const DifferenceScratch<T>& s, int64_t a,
+                                              int64_t width, DifferenceSums<T>& sums) {
+  using V = typename Simd<T>::V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  const int64_t ld_t = tile_stride(p);
+  const int steps = static_cast<int>(width / kLanes);
+  const T* inverse_rows = s.inverse + a * ld_t;
+  const T* along_rows = s.along + a * ld_t;
+  const T* drop_rows = s.drop + a * ld_t;
+  V q[kAnchors] = {}, above{}, sum_g{};
+  int factors = 0;
+  for (int64_t b = 0; b < p.B; ++b) {
+    const int64_t pair = b * p.ldA + a;
+    const T* x_row = s.product + b * ld_t;
+    T* weight_row = s.weight + b * ld_t;
+    V constant[kAnchors], slope[kAnchors], weight[kAnchors], offset[kAnchors];
+    V sum_inverse[kAnchors] = {}, sum_along[kAnchors] = {};
+    for (int j = 0; j < kAnchors; ++j) {
+      constant[j] = splat(p.constant[pair + j]);
+      slope[j] = splat(p.slope[pair + j]);
+      weight[j] = splat(p.weight[pair + j]);
+      offset[j] = splat(p.gram_offset[pair + j]);
+    }
+    for (int64_t n = 0; n < width; n += kLanes) {
+      const V x = load(x_row + n);
+      V total = kWant == Want::kLoss || a == 0 ? V{} : load(weight_row + n);
+      for (int j = 0; j < kAnchors; ++j) {
+        const V inverse = load(inverse_rows + j * ld_t + n);
+        const V along = (x + constant[j]) * inverse - load(along_rows + j * ld_t + n);
+        V shift = offset[j];
+        if (kMasked) shift += load(s.bias + b * ld_t + n) + load(drop_rows + j * ld_t + n);
+        const V g = logit_slope<T, kPass>(along * slope[j] + shift, q[j], above);
+        if (kWant == Want::kLoss) continue;
+        const V g_inverse = g * inverse, g_along = g * along;
+        sum_inverse[j] += g_inverse;
+        sum_along[j] += g_along;
+        sum_g += g;
+        total += g_inverse * weight[j];
+        if (kWant == Want::kKeys) {
+          T* y = s.y + (a + j) * ld_t + n;
+          T* f = s.f + (a + j) * ld_t + n;
+          store(y, load(y) + g_inverse * weight[j]);
+          store(f, load(f) + g_along * weight[j]);
+        }
+      }
+      if (kWant != Want::kLoss) store(weight_row + n, total);
+    }
+    if (kWant != Want::kLoss)
+      for (int j = 0; j < kAnchors; ++j) {
+        s.sum_inverse[pair + j] += horizontal_sum<T>(sum_inverse[j]);
+        s.sum_along[pair + j] += horizontal_sum<T>(sum_along[j]);
+      }
+    factors += steps;
+    if (factors + steps > DifferenceSums<T>::kFactors || b + 1 == p.B) {
+      for (int j = 0; j < kAnchors; ++j) {
+        sums.add(q[j], factors, j == 0 ? above : V{}, j == 0 ? sum_g : V{});
+        q[j] = V{};
+      }
+      above = sum_g = V{};
+      factors = 0;
+    }
+  }
+}
+
+// InfoNCE's first sweep.
+template <typename T, bool kMasked>
+__attribute__((noinline)) void shared_log_sum_exp(const DifferenceParams<T>& p,
+                                                  const DifferenceScratch<T>& s, int64_t width) {
+  using V = typename Simd<T>::V;
+  constexpr int kLanes = Simd<T>::kLanes;
+  const int64_t ld_t = tile_stride(p);
+  for (int64_t a = 0; a < p.A; ++a)
+    for (int64_t b = 0; b < p.B; ++b) {
+      const int64_t pair = b * p.ldA + a;
+      const T* drop = s.drop + a * ld_t;
+      V top = splat(T(kLeftOut));
+      for (int64_t n = 0; n < width; n += kLanes) {
+        const V along =
+            (load(s.product + b * ld_t + n) + p.constant[pair]) * load(s.inverse + a * ld_t + n) -
+            load(s.along + a * ld_t + n);
+        V logit = along * p.slope[pair] + p.gram_offset[pair];
+        if (kMasked) logit += load(s.bias + b * ld_t + n) + load(drop + n);
+        store(s.logit + n, logit);
+        top = logit > top ? logit : top;
+      }
+      T lane[kLanes];
+      store(lane, top);
+      T most = s.running_max[pair];
+      for (T x : lane) most = x > most ? x : most;
+      V sum{};
+      for (int64_t n = 0; n < width; n += kLanes) sum += exp2_nonpositive(load(s.logit + n) - most);
+      s.running_sum[pair] =
+          s.running_sum[pair] * std::exp2(s.running_max[pair] - most) + horizontal_sum<T>(sum);
+      s.running_max[pair] = most;
+    }
+}
+
+// Keys first .. first + m: rows, distances, products, masks. Returns whether anything is left out.
+template <typename T>
+bool load_shared_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64_t first,
+                      int64_t m, int64_t width, bool& exact) {
+  const int64_t ld_t = tile_stride(p);
+  for (int64_t n = 0; n < m; ++n) {
+    load_row<T>(p.bank, first + n, p.D, p.ldD, s.rows + n * p.ldD);
+    see_from_origin(p, s, n);
+  }
+  for (int64_t n = m; n < width; ++n) {
+    for (int64_t d = 0; d < p.ldD; ++d) s.rows[n * p.ldD + d] = 0;
+    s.row_square[n] = 0;
+  }
+  transpose<T>(width, p.D, s.rows, p.ldD, s.rows_t, ld_t);
+  dense_gemm<T>(p.B, width, p.D, p.query_seen, p.ldD, s.rows_t, ld_t, s.product, ld_t, true);
+  squared_distances<T>(p.A, width, p.D, p.anchor_seen, p.ldD, s.rows_t, ld_t, s.inverse, ld_t);
+  exact = inverse_norms(s, p.A, width, ld_t, p.anchor_square, s.row_square);
+
+  bool masked = false;
+  const auto prepare = [&] {
+    if (masked) return;
+    masked = true;
+    for (int64_t i = 0; i < p.A; ++i) clear(width, s.drop + i * ld_t);
+    for (int64_t i = 0; i < p.B; ++i) clear(width, s.bias + i * ld_t);
+  };
+  if (exact || m < width) prepare();
+  if (exact)
+    for (int64_t a = 0; a < p.A; ++a)
+      for (int64_t n = 0; n < m; ++n)
+        if (is_exact(s, a * ld_t + n)) s.drop[a * ld_t + n] = T(kLeftOut);
+  for (int64_t a = 0; a < p.A; ++a)
+    for (int64_t n = m; n < width; ++n) leave_out(s, a * ld_t + n);
+  if (p.query_id || p.query_label || p.anchor_id)
+    for (int64_t n = 0; n < m; ++n) {
+      const int64_t row = p.bank.index ? p.bank.index[first + n] : first + n;
+      const int64_t id = key_name(p, row);
+      if ((p.query_id && contains(p.B, p.query_id, id)) ||
+          (p.query_label && contains(p.B, p.query_label, p.key_label[row]))) {
+        prepare();
+        for (int64_t b = 0; b < p.B; ++b)
+          if (!is_negative(p, b, row)) s.bias[b * ld_t + n] = T(kLeftOut);
+      }
+      if (p.anchor_id && contains(p.A, p.anchor_id, id)) {
+        prepare();
+        for (int64_t a = 0; a < p.A; ++a)
+          if (p.anchor_id[a] == id) leave_out(s, a * ld_t + n);
+      }
+    }
+  return masked;
+}
+
+// What needs exact differences in a tile of shared negatives.
+template <typename T, Pass kPass, Want kWant>
+void shared_exact(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64_t first,
+                  int64_t m, bool masked, bool exact, DifferenceSums<T>& sums) {
+  const int64_t ld_t = tile_stride(p);
+  ExactQueue<T> queue;
+  for (int64_t a = 0; exact && a < p.A; ++a)
+    for (int64_t n = 0; n < m; ++n) {
+      if (!is_exact(s, a * ld_t + n)) continue;
+      const T inverse = exact_difference(p, p.bank, first + n, a, s.row);
+      for (int64_t b = 0; inverse != 0 && b < p.B; ++b)
+        if (p.offset[b * p.ldA + a] > T(kLeftOut) && s.bias[b * ld_t + n] == 0)
+          push<T, kPass, kWant>(p, s, queue, sums, a, b, n, s.row, inverse);
+    }
+  for (int64_t b = 0; p.near_begin && b < p.B; ++b)
+    for (int64_t i = p.near_begin[b]; i < p.near_begin[b + 1]; ++i) {
+      const int64_t a = p.near_anchor[i];
+      for (int64_t n = 0; n < m; ++n) {
+        if (masked && (s.drop[a * ld_t + n] != 0 || s.bias[b * ld_t + n] != 0)) continue;
+        push<T, kPass, kWant>(p, s, queue, sums, a, b, n, seen_difference(p, s, n, a),
+                              s.inverse[a * ld_t + n]);
+      }
+    }
+  if (queue.count > 0) work_off<T, kPass, kWant>(p, s, queue, sums);
+}
+
+template <typename T, Pass kPass, Want kWant, bool kMasked>
+void shared_sweep(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64_t width,
+                  DifferenceSums<T>& sums) {
+  if constexpr (kPass == Pass::kLogSumExp) {
+    shared_log_sum_exp<T, kMasked>(p, s, width);
+  } else {
+    int64_t a = 0;
+    for (; a + kSharedAnchors <= p.A; a += kSharedAnchors)
+      shared_anchors<T, kPass, kWant, kMasked, kSharedAnchors>(p, s, a, width, sums);
+    for (; a < p.A; ++a) shared_anchors<T, kPass, kWant, kMasked, 1>(p, s, a, width, sums);
+  }
+}
+
+template <typename T, Pass kPass, Want kWant>
+void shared_pass(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64_t part,
+                 DifferenceSums<T>& sums) {
+  constexpr int64_t kLanes = Simd<T>::kLanes;
+  const int64_t ld_t = tile_stride(p), tiles = (p.K + p.tile - 1) / p.tile;
+  for (int64_t tile = tiles * part / p.parts; tile < tiles * (part + 1) / p.parts; ++tile) {
+    const int64_t first = tile * p.tile, m = p.K - first < p.tile ? p.K - first : p.tile;
+    const int64_t width = (m + kLanes - 1) / kLanes * kLanes;
+    bool exact = false;
+    const bool masked = load_shared_tile(p, s, first, m, width, exact);
+    if (kWant == Want::kKeys)
+      for (int64_t a = 0; a < p.A; ++a) {
+        clear(width, s.y + a * ld_t);
+        clear(width, s.f + a * ld_t);
+      }
+    if (masked)
+      shared_sweep<T, kPass, kWant, true>(p, s, width, sums);
+    else
+      shared_sweep<T, kPass, kWant, false>(p, s, width, sums);
+    if (kWant != Want::kLoss && p.need_query)
+      dense_gemm<T>(p.B, p.Dp, m, s.weight, ld_t, s.rows, p.ldD, s.d_query, p.ldD, false);
+    if (kWant == Want::kKeys) {
+      combine(s, p.A, width, ld_t);
+      dense_gemm<T>(p.A, p.Dp, m, s.y, ld_t, s.rows, p.ldD, s.d_anchor, p.ldD, false);
+      dense_gemm<T, Product::kFull, true>(m, p.Dp, p.B, s.weight, ld_t, p.query_seen, p.ldD,
+                                          s.d_rows, p.ldD, true);
+      dense_gemm<T, Product::kFull, true>(m, p.Dp, p.A, s.y, ld_t, p.anchor_seen, p.ldD, s.d_rows,
+                                          p.ldD, false);
+      for (int64_t a = 0; a < p.A; ++a)
+        for (int64_t n = 0; n < m; ++n) {
+          const T f = s.f[a * ld_t + n];
+          s.sum_f[a] += f;
+          s.row_square[n] = a == 0 ? f : s.row_square[n] + f;
+        }
+      for (int64_t n = 0; n < m; ++n)
+        add_multiple(p.Dp, -s.row_square[n], s.rows + n * p.ldD, s.d_rows + n * p.ldD);
+    }
+    if (exact || p.near_begin) shared_exact<T, kPass, kWant>(p, s, first, m, masked, exact, sums);
+    if (p.d_rows)
+      for (int64_t n = 0; n < m; ++n)
+        for (int64_t d = 0; d < p.D; ++d) p.d_rows[(first + n) * p.D + d] = s.d_rows[n * p.ldD + d];
+  }
+}
+
+// ---------------------------------------------------------------------------- each query's own
+// negatives
+
+// Row u of the tile against query b and anchors begin .. end. Returns sum_a c as a vector.
+template <typename T, Pass kPass, Want kWant, bool kMasked>
+CRRCD_INLINE typename Simd<T>::V own_entry(const DifferenceParams<T>& p,
+                                           const DifferenceScratch<T>& s, int64_t u, int64_t b,
+                                           int64_t begin, int64_t end, T product,
+                                           typename Simd<T>::V& q, typename Simd<T>::V& above,
+                                           typename Simd<T>::V& sum_g) {
+  using V = typename Simd<T>::V;
+  const int64_t row = u * p.ldA, pair = b * p.ldA;
+  V total{};
+  for (int64_t a = begin; a < end; a += Simd<T>::kLanes) {
+    const V inverse = load(s.inverse + row + a);
+    const V along = (product + load(p.constant + pair + a)) * inverse - load(s.along + row + a);
+    V logit = along * load(p.slope + pair + a) + load(p.gram_offset + pair + a);
+    if (kMasked) logit += load(s.drop + row + a);
+    if (kPass == Pass::kLogSumExp) {
+      V top = load(s.running_max + pair + a), sum = load(s.running_sum + pair + a);
+      if (positive_bits(logit - top)) {
+        const V most = logit > top ? logit : top;
+        sum *= exp2_nonpositive(top - most);
+        top = most;
+        store(s.running_max + pair + a, top);
+      }
+      store(s.running_sum + pair + a, sum + exp2_nonpositive(logit - top));
+      continue;
+    }
+    const V g = logit_slope<T, kPass>(logit, q, above);
+    if (kWant == Want::kLoss) continue;
+    const V weight = load(p.weight + pair + a);
+    const V g_inverse = g * inverse, g_along = g * along;
+    store(s.sum_inverse + pair + a, load(s.sum_inverse + pair + a) + g_inverse);
+    store(s.sum_along + pair + a, load(s.sum_along + pair + a) + g_along);
+    sum_g += g;
+    total += g_inverse * weight;
+    if (kWant == Want::kKeys) {
+      store(s.y + row + a, load(s.y + row + a) + g_inverse * weight);
+      store(s.f + row + a, load(s.f + row + a) + g_along * weight);
+    }
+  }
+  return total;
+}
+
+// Entries of one query in the tile that need exact differences.
+template <typename T, Pass kPass, Want kWant>
+__attribute__((noinline)) void own_exact(const DifferenceParams<T>& p,
+                                         const DifferenceScratch<T>& s, ExactQueue<T>& queue,
+                                         int64_t bank_row, int64_t u, int64_t b, bool masked,
+                                         bool exact, DifferenceSums<T>& sums) {
+  BankView bank = p.bank;
+  bank.index = nullptr;
+  for (int64_t a = 0; exact && a < p.A; ++a)
+    if (is_exact(s, u * p.ldA + a) && p.offset[b * p.ldA + a] > T(kLeftOut)) {
+      const T inverse = exact_difference(p, bank, bank_row, a, s.row);
+      if (inverse != 0) push<T, kPass, kWant>(p, s, queue, sums, a, b, u, s.row, inverse);
+    }
+  for (int64_t i = p.near_begin ? p.near_begin[b] : 0; p.near_begin && i < p.near_begin[b + 1];
+       ++i) {
+    const int64_t a = p.near_anchor[i];
+    if (masked && s.drop[u * p.ldA + a] != 0) continue;
+    push<T, kPass, kWant>(p, s, queue, sums, a, b, u, seen_difference(p, s, u, a),
+                          s.inverse[u * p.ldA + a]);
+  }
+}
+
+// Entries in their order: [s.begin[row], s.begin[row + 1]) for every row of the tile.
+template <typename T, Pass kPass, Want kWant, bool kMasked>
+__attribute__((noinline)) void own_entries(const DifferenceParams<T>& p,
+                                           const DifferenceScratch<T>& s, int64_t bucket_row,
+                                           int64_t rows, bool exact, DifferenceSums<T>& sums) {
+  using V = typename Simd<T>::V;
+  constexpr int64_t kWidth = DifferenceSums<T>::kFactors * Simd<T>::kLanes;
+  ExactQueue<T> queue;
+  V q{}, above{}, sum_g{};
+  int factors = 0;
+  for (int64_t u = 0; u < rows; ++u) {
+    const int64_t local = s.tile_row[u];
+    const T* m = s.rows + u * p.ldD;
+    for (int64_t i = s.begin[local]; i < s.begin[local + 1]; ++i) {
+      const int64_t b = s.entries[i] >> p.bucket_shift;
+      const T product = dot(p.Dp, p.query_seen + b * p.ldD, m);
+      V total{};
+      for (int64_t begin = 0; begin < p.Ap; begin += kWidth) {
+        const int64_t end = begin + kWidth < p.Ap ? begin + kWidth : p.Ap;
+        const int steps = static_cast<int>((end - begin) / Simd<T>::kLanes);
+        if (factors + steps > DifferenceSums<T>::kFactors) {
+          sums.add(q, factors, above, sum_g);
+          q = above = sum_g = V{};
+          factors = 0;
+        }
+        factors += steps;
+        total +=
+            own_entry<T, kPass, kWant, kMasked>(p, s, u, b, begin, end, product, q, above, sum_g);
+      }
+      if (kWant != Want::kLoss) {
+        const T weight = horizontal_sum<T>(total);
+        if (p.need_query) add_multiple(p.Dp, weight, m, s.d_query + b * p.ldD);
+        if (kWant == Want::kKeys)
+          add_multiple(p.Dp, weight, p.query_seen + b * p.ldD, s.d_rows + u * p.ldD);
+      }
+      if (exact || p.near_begin)
+        own_exact<T, kPass, kWant>(p, s, queue, bucket_row + local, u, b, kMasked, exact, sums);
+    }
+  }
+  if (queue.count > 0) work_off<T, kPass, kWant>(p, s, queue, sums);
+  sums.add(q, factors, above, sum_g);
+}
+
+// Rows of the bank in s.tile_row: loaded, compared with all anchors, worked off.
+template <typename T, Pass kPass, Want kWant>
+void own_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64_t bucket_row,
+              int64_t rows, DifferenceSums<T>& sums) {
+  BankView bank = p.bank;
+  bank.index = nullptr;
+  for (int64_t u = 0; u < rows; ++u) {
+    load_row<T>(bank, bucket_row + s.tile_row[u], p.D, p.ldD, s.rows + u * p.ldD);
+    see_from_origin(p, s, u);
+  }
+  squared_distances<T>(rows, p.Ap, p.D, s.rows, p.ldD, p.anchor_seen_t, p.ldA, s.inverse, p.ldA);
+  const bool exact = inverse_norms(s, rows, p.Ap, p.ldA, s.row_square, p.anchor_square);
+  bool masked = false;
+  const auto prepare = [&] {
+    if (!masked)
+      for (int64_t u = 0; u < rows; ++u) clear(p.Ap, s.drop + u * p.ldA);
+    masked = true;
+  };
+  if (exact) {
+    prepare();
+    for (int64_t u = 0; u < rows; ++u)
+      for (int64_t a = 0; a < p.A; ++a)
+        if (is_exact(s, u * p.ldA + a)) s.drop[u * p.ldA + a] = T(kLeftOut);
+  }
+  for (int64_t u = 0; p.anchor_id && u < rows; ++u) {
+    const int64_t id = key_name(p, bucket_row + s.tile_row[u]);
+    if (!contains(p.A, p.anchor_id, id)) continue;
+    prepare();
+    for (int64_t a = 0; a < p.A; ++a)
+      if (p.anchor_id[a] == id) leave_out(s, u * p.ldA + a);
+  }
+  if (kWant == Want::kKeys)
+    for (int64_t u = 0; u < rows; ++u) {
+      clear(p.Ap, s.y + u * p.ldA);
+      clear(p.Ap, s.f + u * p.ldA);
+      clear(p.ldD, s.d_rows + u * p.ldD);
+    }
+  if (masked)
+    own_entries<T, kPass, kWant, true>(p, s, bucket_row, rows, exact, sums);
+  else
+    own_entries<T, kPass, kWant, false>(p, s, bucket_row, rows, exact, sums);
+  if (kWant != Want::kKeys) return;
+  combine(s, rows, p.Ap, p.ldA);
+  dense_gemm<T, Product::kFull, true>(p.A, p.Dp, rows, s.y, p.ldA, s.rows, p.ldD, s.d_anchor, p.ldD,
+                                      false);
+  dense_gemm<T>(rows, p.Dp, p.A, s.y, p.ldA, p.anchor_seen, p.ldD, s.d_rows, p.ldD, false);
+  for (int64_t u = 0; u < rows; ++u) {
+    T total = 0;
+    for (int64_t a = 0; a < p.A; ++a) {
+      total += s.f[u * p.ldA + a];
+      s.sum_f[a] += s.f[u * p.ldA + a];
+    }
+    add_multiple(p.Dp, -total, s.rows + u * p.ldD, s.d_rows + u * p.ldD);
+    if (p.d_bank)
+      for (int64_t d = 0; d < p.D; ++d)
+        p.d_bank[(bucket_row + s.tile_row[u]) * p.D + d] = s.d_rows[u * p.ldD + d];
+  }
+}
+
+// The negatives of a bucket sorted by row, without those that are masked: s.entries, s.begin.
+template <typename T>
+void sort_bucket(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64_t bucket) {
+  const int64_t rows = int64_t(1) << p.bucket_shift, first = bucket << p.bucket_shift;
+  const uint32_t* from = p.entries + p.bucket_begin[bucket];
+  const int64_t count = p.bucket_begin[bucket + 1] - p.bucket_begin[bucket];
+  const uint32_t mask = static_cast<uint32_t>(rows - 1);
+  const bool masks = p.query_id || p.query_label;
+  const auto kept = [&](uint32_t entry) {
+    return !masks || is_negative(p, entry >> p.bucket_shift, first + (entry & mask));
+  };
+  for (int64_t i = 0; i <= rows; ++i) s.begin[i] = 0;
+  for (int64_t i = 0; i < count; ++i)
+    if (kept(from[i])) ++s.begin[(from[i] & mask) + 1];
+  for (int64_t i = 0; i < rows; ++i) s.begin[i + 1] += s.begin[i];
+  for (int64_t i = 0; i < count; ++i)
+    if (kept(from[i])) s.entries[s.begin[from[i] & mask]++] = from[i];
+  for (int64_t i = rows; i > 0; --i) s.begin[i] = s.begin[i - 1];
+  s.begin[0] = 0;
+}
+
+template <typename T, Pass kPass, Want kWant>
+void own_pass(const DifferenceParams<T>& p, DifferenceScratch<T> s, int64_t part,
+              DifferenceSums<T>& sums) {
+  const int64_t pairs = p.B * p.ldA, width = p.B * p.ldD;
+  T* const totals[] = {s.sum_inverse, s.sum_along, s.d_query};
+  DifferenceScratch<T> block;  // of the same memory, with the sums of a block of entries
+  carve(p, p.scratch + part * p.scratch_bytes, block);
+  block.running_max = s.running_max, block.running_sum = s.running_sum;
+  block.d_anchor = s.d_anchor, block.sum_f = s.sum_f;
+  const auto start = [&] {
+    clear(pairs, block.sum_inverse);
+    clear(pairs, block.sum_along);
+    clear(width, block.d_query);
+  };
+  const auto finish = [&] {
+    add_to(pairs, block.sum_inverse, totals[0]);
+    add_to(pairs, block.sum_along, totals[1]);
+    if (p.need_query) add_to(width, block.d_query, totals[2]);
+  };
+  constexpr bool kSums = kWant != Want::kLoss;
+  if (kSums) start();
+  int64_t bucket = 0, waiting = 0;
+  while (p.bucket_begin[bucket] < p.part_begin[part]) ++bucket;
+  for (; bucket < p.buckets && p.bucket_begin[bucket] < p.part_begin[part + 1]; ++bucket) {
+    if (p.bucket_begin[bucket] == p.bucket_begin[bucket + 1]) continue;
+    sort_bucket(p, block, bucket);
+    const int64_t size = int64_t(1) << p.bucket_shift, first = bucket << p.bucket_shift;
+    int64_t rows = 0;
+    for (int64_t local = 0; local < size; ++local) {
+      const int64_t entries = block.begin[local + 1] - block.begin[local];
+      if (entries > 0) block.tile_row[rows++] = local;
+      waiting += entries;
+      if (rows == 0 || (rows < p.tile && local + 1 < size)) continue;
+      own_tile<T, kPass, kWant>(p, block, first, rows, sums);
+      rows = 0;
+      if (!kSums || waiting < 32 * p.B) continue;
+      finish();
+      start();
+      waiting = 0;
+    }
+  }
+  if (kSums) finish();
+}
+
+// --------------------------------------------------------------------------------------- one part
+// of all
+
+template <typename T, Pass kPass, Want kWant>
+void difference_part(const DifferenceParams<T>& p, int64_t part) {
+  DifferenceScratch<T> s;
+  carve(p, p.scratch + part * p.scratch_bytes, s);
+  const int64_t pairs = p.B * p.ldA;
+  s.sum_inverse = p.sum_inverse ? p.sum_inverse + part * pairs : nullptr;
+  s.sum_along = p.sum_along ? p.sum_along + part * pairs : nullptr;
+  s.d_query = p.d_query ? p.d_query + part * p.B * p.ldD : nullptr;
+  s.d_anchor = p.d_anchor ? p.d_anchor + part * p.A * p.ldD : nullptr;
+  s.sum_f = p.sum_f ? p.sum_f + part * p.ldA : nullptr;
+  s.running_max = p.running_max ? p.running_max + part * pairs : nullptr;
+  s.running_sum = p.running_sum ? p.running_sum + part * pairs : nullptr;
+  DifferenceSums<T> sums;
+  if (p.entries)
+    own_pass<T, kPass, kWant>(p, s, part, sums);
+  else
+    shared_pass<T, kPass, kWant>(p, s, part, sums);
+  sums.fold();
+  p.scalars[part * 2] += sums.loss;
+  p.scalars[part * 2 + 1] += sums.sum_g;
+}
+
+template <typename T>
+void difference(const DifferenceParams<T>& p, int64_t part) {
+  switch (p.pass) {
+    case Pass::kNce:
+      if (p.want == Want::kLoss) return difference_part<T, Pass::kNce, Want::kLoss>(p, part);
+      if (p.want == Want::kQuery) return difference_part<T, Pass::kNce, Want::kQuery>(p, part);
+      return difference_part<T, Pass::kNce, Want::kKeys>(p, part);
+    case Pass::kLogSumExp:
+      return difference_part<T, Pass::kLogSumExp, Want::kLoss>(p, part);
+    case Pass::kSoftmax:
+      if (p.want == Want::kKeys) return difference_part<T, Pass::kSoftmax, Want::kKeys>(p, part);
+      return difference_part<T, Pass::kSoftmax, Want::kQuery>(p, part);
+  }
+}
+
+template <typename T>
+size_t difference_scratch(const DifferenceParams<T>& p) {
+  DifferenceScratch<T> s;
+  return carve(p, static_cast<std::byte*>(nullptr), s);
+}
