@@ -1,13 +1,18 @@
-"""Command line of the benchmarks: python -m bench {relation_nce,module_step} --help."""
+"""Command line of the benchmarks: python -m bench COMMAND --help."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from bench import module_step, relation_nce
+from bench import difference_nce, instance_nce, module_step, relation_nce
 
-COMMANDS = {"relation_nce": relation_nce, "module_step": module_step}
+COMMANDS = {
+    "relation_nce": relation_nce,
+    "instance_nce": instance_nce,
+    "difference_nce": difference_nce,
+    "module_step": module_step,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

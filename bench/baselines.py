@@ -16,18 +16,15 @@ the fastest of the ways that were tried:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from bench.problem import Problem
+from bench.steps import OPERATOR, Step, as_step, in_pieces
 
-Step = Callable[[], torch.Tensor]
-
-OPERATOR = "crrcd_ext"
 # name -> (how the keys are gone through, compiled). "checkpoint" recomputes a chunk in the backward
 # pass; "backward" runs each chunk's backward at once, which a loss that is a sum over keys permits.
 BASELINES: dict[str, tuple[str, bool]] = {
@@ -38,7 +35,6 @@ BASELINES: dict[str, tuple[str, bool]] = {
     "chunks + backward": ("backward", False),
     "compiled chunks + backward": ("backward", True),
 }
-CHUNKS = (64, 128, 256, 512, 1024)
 
 
 def negatives_loss(
@@ -100,66 +96,50 @@ def baseline_step(problem: Problem, name: str, dtype: str, chunk: int = 512) -> 
             cast_anchor=not compiled,
         )
 
-    def whole() -> torch.Tensor:
-        with _autocast(dtype):
-            loss = positives_loss(problem) + loss_of(pieces[0])
-        loss.backward()
-        return loss.detach()
+    autocast = partial(_autocast, dtype)
+    if style != "backward":
 
-    def checkpointed() -> torch.Tensor:
-        with _autocast(dtype):
-            loss = positives_loss(problem)
-            for piece in pieces:
-                part = checkpoint(loss_of, piece, use_reentrant=False, preserve_rng_state=False)
-                loss = loss + part
-        loss.backward()
-        return loss.detach()
+        def finish(negatives: torch.Tensor) -> torch.Tensor:
+            return positives_loss(problem) + negatives
+
+        return as_step(problem, in_pieces(style, pieces, loss_of, torch.add, finish), autocast)
 
     def at_once() -> torch.Tensor:
-        with _autocast(dtype):
+        problem.clear_gradients()
+        with autocast():
             loss = positives_loss(problem)
         loss.backward()
         total = loss.detach()
         for piece in pieces:
-            with _autocast(dtype):
+            with autocast():
                 loss = loss_of(piece)
             loss.backward()
             total = total + loss.detach()
         return total
 
-    body = {"whole": whole, "checkpoint": checkpointed, "backward": at_once}[style]
-
-    def step() -> torch.Tensor:
-        problem.clear_gradients()
-        return body()
-
-    return step
+    return at_once
 
 
 def operator_step(problem: Problem, dtype: str, backend: str = "cpu") -> Step:
     """A step of crrcd_ext.functional.relation_nce, under the same autocast as the baselines."""
     from crrcd_ext import functional
 
-    def step() -> torch.Tensor:
-        problem.clear_gradients()
-        with _autocast(dtype):
-            loss = functional.relation_nce(
-                problem.query,
-                problem.positive,
-                problem.anchor,
-                problem.bank,
-                problem.weight,
-                problem.bias,
-                scale=problem.scale,
-                offset=problem.offset,
-                index=problem.index,
-                key_weight=problem.key_weight,
-                backend=backend,
-            )
-        loss.backward()
-        return loss.detach()
+    def loss() -> torch.Tensor:
+        return functional.relation_nce(
+            problem.query,
+            problem.positive,
+            problem.anchor,
+            problem.bank,
+            problem.weight,
+            problem.bias,
+            scale=problem.scale,
+            offset=problem.offset,
+            index=problem.index,
+            key_weight=problem.key_weight,
+            backend=backend,
+        )
 
-    return step
+    return as_step(problem, loss, partial(_autocast, dtype))
 
 
 def make_step(

@@ -7,8 +7,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
+from torch.nn.functional import embedding_bag
 
 
 @dataclass
@@ -66,6 +68,32 @@ def interleave(
     return timings
 
 
+class Meter(Protocol):
+    """Something that can be timed and does `amount` of the work that a limit counts."""
+
+    amount: float
+
+    def __call__(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A rate measured in the run that bounds a step's time, and what it is called."""
+
+    key: str
+    label: str
+    rate_field: str
+    unit: str
+    digits: int
+    needed_field: str
+
+
+MM = Limit("mm", "torch.mm", "mm_gflops", "GFLOP/s", 0, "nominal_operations")
+ROWS = Limit("rows", "row sums", "rows_gb_s", "GB/s", 1, "row_bytes")
+ROW_COPIES = Limit("row_copies", "row copies", "row_copies_gb_s", "GB/s", 1, "row_bytes")
+EXP = Limit("exp", "torch.exp", "exp_g_s", "G/s", 1, "exponentials")
+
+
 class MatrixProduct:
     """torch.mm of two square matrices: the rate that the nominal rate is compared with."""
 
@@ -76,19 +104,70 @@ class MatrixProduct:
             torch.randn(size, size, generator=generator).to(kind) for _ in range(2)
         )
         self.out = torch.empty(size, size, dtype=kind)
-        self.operations = 2.0 * size**3
+        self.amount = 2.0 * size**3
 
     def __call__(self) -> None:
         torch.mm(self.left, self.right, out=self.out)
 
 
 class Copy:
-    """Copy of a tensor too large for any cache; `bytes` counts what is read and what is written."""
+    """Copy of a tensor too large for any cache; `amount` counts bytes read and bytes written."""
 
     def __init__(self, megabytes: int = 256) -> None:
         self.source = torch.ones(megabytes * 2**20 // 4)
         self.target = torch.zeros_like(self.source)
-        self.bytes = 2.0 * self.source.nbytes
+        self.amount = 2.0 * self.source.nbytes
 
     def __call__(self) -> None:
         self.target.copy_(self.source)
+
+
+class RowSums:
+    """Reads the rows of a bank that an index names, in its order, and keeps only sums of 256.
+
+    torch.nn.functional.embedding_bag: nothing of any size is written, so that its rate is that of
+    reading rows. `amount` counts bytes read.
+    """
+
+    def __init__(self, bank: torch.Tensor, index: torch.Tensor, length: int = 256) -> None:
+        self.bank = bank
+        self.index = index.reshape(-1)
+        self.starts = torch.arange(0, len(self.index), length)
+        self.amount = float(len(self.index) * bank.shape[1] * bank.element_size())
+
+    def __call__(self) -> None:
+        embedding_bag(self.index, self.bank, self.starts, mode="sum")
+
+
+class RowCopies:
+    """torch.index_select of the same rows, 2048 at a time into one buffer that stays in cache.
+
+    What a gather by PyTorch's own means reaches; `amount` counts bytes read alone.
+    """
+
+    def __init__(self, bank: torch.Tensor, index: torch.Tensor, length: int = 2048) -> None:
+        self.bank = bank
+        self.pieces = index.reshape(-1).split(length)
+        self.buffer = torch.empty(length, bank.shape[1], dtype=bank.dtype)
+        self.amount = float(index.numel() * bank.shape[1] * bank.element_size())
+
+    def __call__(self) -> None:
+        for piece in self.pieces:
+            torch.index_select(self.bank, 0, piece, out=self.buffer[: len(piece)])
+
+
+class Exponentials:
+    """torch.exp of float32 numbers that stay in cache; `amount` counts numbers.
+
+    Whatever the loss, each of its logits takes one exponential at least.
+    """
+
+    def __init__(self, length: int = 2**17, times: int = 32) -> None:
+        self.source = torch.linspace(-8, 8, length)
+        self.out = torch.empty_like(self.source)
+        self.times = times
+        self.amount = float(length * times)
+
+    def __call__(self) -> None:
+        for _ in range(self.times):
+            torch.exp(self.source, out=self.out)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from bench.baselines import BASELINES, OPERATOR, make_step
-from bench.problem import Shape, make_problem
+if TYPE_CHECKING:
+    from bench.suite import Case
 
 
 def _status(field: str) -> int:
@@ -42,30 +43,26 @@ def peak_extra_bytes(step: Callable[[], object]) -> int:
     return _status("VmHWM") - before
 
 
-def measure_here(shape: Shape, name: str, dtype: str, grads: str, backend: str, chunk: int) -> int:
+def measure_here(case: Case, name: str, backend: str, chunk: int) -> int:
     """Body of the fresh process: warm up without touching what is measured, then measure."""
-    compiled = name != OPERATOR and BASELINES[name][1]
-    if not compiled:
+    if not case.compiled(name):
         # Libraries load code and thread pools at their first call; a small problem brings them in.
-        small = replace(shape, anchors=2, queries=3, keys=8, rows=16)
-        make_step(make_problem(small, grads), name, dtype, backend, 8)()
-    problem = make_problem(shape, grads)
-    step = make_step(problem, name, dtype, backend, chunk)
-    if compiled:
+        tiny = case.tiny()
+        tiny.make_step(tiny.make_problem(), name, backend, 8)()
+    problem = case.make_problem()
+    step = case.make_step(problem, name, backend, chunk)
+    if case.compiled(name):
         step()  # the compilation itself is not to be counted
         problem.clear_gradients()
     return peak_extra_bytes(step)
 
 
-def peak_extra_memory(
-    shape: Shape, name: str, dtype: str, grads: str, backend: str = "cpu", chunk: int = 512
-) -> int:
+def peak_extra_memory(case: Case, name: str, backend: str = "cpu", chunk: int = 512) -> int:
     """Bytes of memory that one step of `name` needs beyond its inputs, from a fresh process."""
     request = {
-        "shape": shape.as_dict(),
+        "command": case.command,
+        "case": case.as_dict(),
         "name": name,
-        "dtype": dtype,
-        "grads": grads,
         "backend": backend,
         "chunk": chunk,
         "threads": torch.get_num_threads(),
@@ -81,14 +78,15 @@ def peak_extra_memory(
     )
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise RuntimeError(f"measuring the memory of {name} at {shape} failed: {last[0]}")
+        raise RuntimeError(f"measuring the memory of {name} at {case} failed: {last[0]}")
     return int(done.stdout.strip().splitlines()[-1])
 
 
 def _main() -> None:
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request.pop("threads"))
-    print(measure_here(Shape(**request.pop("shape")), **request))
+    command = importlib.import_module(f"bench.{request.pop('command')}")
+    print(measure_here(command.Case.from_dict(request.pop("case")), **request))
 
 
 if __name__ == "__main__":

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from itertools import product
-from pathlib import Path
 
 import torch
 
-from bench import machine
+from bench import report, suite
 from bench.measure import interleave
 from bench.table import markdown_table, milliseconds, terminal_table
 
@@ -132,29 +129,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[64], help="B")
     parser.add_argument("--negatives", nargs="+", type=int, default=[4096, 16384], help="K")
     parser.add_argument("--samples", type=int, default=50_000, help="rows of the bank")
-    parser.add_argument("--backend", default="cpu", help="backend of the operator")
-    parser.add_argument("--repeats", type=int, default=30, help="rounds, in each of which both run")
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=60.0,
-        help="seconds of a case after which no new round is begun",
-    )
-    parser.add_argument("--threads", type=int, help="threads (default: torch's)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/bench"), help="folder of the results"
-    )
+    suite.add_run_arguments(parser, repeats=30)
 
 
 def main(options: argparse.Namespace) -> int:
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    options.output.mkdir(parents=True, exist_ok=True)
-    about = machine.describe()
-    print("\n".join(machine.headline(about)))
+    about = suite.begin(options)
     cases = []
     for anchors, batch, negatives in product(options.anchors, options.batch, options.negatives):
-        print(f"anchors={anchors or 'all'} batch={batch} negatives={negatives}", file=sys.stderr)
+        suite.say(f"anchors={anchors or 'all'} batch={batch} negatives={negatives}")
         case = run_case(
             anchors,
             batch,
@@ -166,10 +148,7 @@ def main(options: argparse.Namespace) -> int:
         )
         cases.append(case)
     print("\n" + terminal_table(HEADER, rows(cases)) + "\n\n" + NOTES)
-    paths = [options.output / "module_step.json", options.output / "module_step.md"]
-    paths[0].write_text(json.dumps({"about": about, "cases": cases}, indent=1) + "\n")
-    lines = "\n".join(f"- {line}" for line in machine.headline(about))
-    text = [f"# module_step\n\n{lines}", NOTES, markdown_table(HEADER, rows(cases))]
-    paths[1].write_text("\n\n".join(text) + "\n")
+    parts = [NOTES, markdown_table(HEADER, rows(cases))]
+    paths = report.write_files("module_step", options.output, about, {"cases": cases}, parts)
     print("\nwritten: " + ", ".join(str(path) for path in paths))
     return 0

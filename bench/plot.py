@@ -1,12 +1,12 @@
-"""Time and memory over the number of negatives, one picture per dtype and set of gradients."""
+"""Time and memory over the number of negatives, one picture per set of options."""
 
 from __future__ import annotations
 
-from itertools import groupby
 from pathlib import Path
 
-from bench.baselines import OPERATOR
-from bench.problem import Shape
+from bench.report import Benchmark
+from bench.steps import OPERATOR
+from bench.suite import Case
 
 # Okabe and Ito's colours, distinguishable without colour vision; black stays for the operator.
 STYLES = {
@@ -62,20 +62,21 @@ def _panel(axes, cases: list[dict], field: str, factor: float, label: str) -> No
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_over_keys(cases: list[dict], about: dict, output: Path) -> list[Path]:
-    """relation_nce-DTYPE-GRADS.png for every group of cases that differ in K only."""
+def draw_over_keys(
+    benchmark: Benchmark, results: list[dict], about: dict, output: Path
+) -> list[Path]:
+    """A picture for every group of cases that differ in K only, and have more than one."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    def group(case: dict) -> tuple:
-        sizes = {name: size for name, size in case["shape"].items() if name != "keys"}
-        return case["dtype"], case["grads"], tuple(sizes.items())
-
+    groups: dict[Case, list[dict]] = {}
+    for result in results:
+        case = benchmark.case.from_dict(result)
+        groups.setdefault(case.with_keys(0), []).append(result)
     written: list[Path] = []
-    for (dtype, grads, sizes), members in groupby(sorted(cases, key=group), key=group):
-        members = list(members)
+    for case, members in groups.items():
         if len(members) < 2:
             continue
         with_memory = any("peak_bytes" in r for c in members for r in c["variants"].values())
@@ -84,18 +85,7 @@ def draw_over_keys(cases: list[dict], about: dict, output: Path) -> list[Path]:
         _panel(axes[0][0], members, "median_s", 1e3, "milliseconds, forward and backward")
         if with_memory:
             _panel(axes[0][1], members, "peak_bytes", 1e-6, "peak extra memory, MB")
-        shape = Shape(**dict(sizes), keys=0)
-        which = (
-            "all gradients" if grads == "all" else "stop-gradient keys (the query's gradient only)"
-        )
-        figure.suptitle(
-            f"relation_nce, {dtype}, {which}\n"
-            f"A={shape.anchors} B={shape.queries} H={shape.hidden} R={shape.relation}",
-            x=0.02,
-            y=0.98,
-            ha="left",
-            fontsize=12,
-        )
+        figure.suptitle(case.heading, x=0.02, y=0.98, ha="left", fontsize=12)
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(
             handles,
@@ -116,11 +106,10 @@ def draw_over_keys(cases: list[dict], about: dict, output: Path) -> list[Path]:
         )
         rows = -(-len(labels) // (4 if with_memory else 2))
         figure.tight_layout(rect=(0, 0.05 + 0.045 * rows, 1, 0.99))
-        name = f"relation_nce-{dtype}-{grads}"
-        path = output / f"{name}.png"
+        path = output / f"{case.stem}.png"
         place = 2
         while path in written:  # several other sizes in one run: number the pictures
-            path = output / f"{name}-{place}.png"
+            path = output / f"{case.stem}-{place}.png"
             place += 1
         figure.savefig(path, dpi=140)
         plt.close(figure)

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.baselines import BASELINES, OPERATOR, make_step
+from bench.baselines import BASELINES, make_step
 from bench.measure import Copy, MatrixProduct, Timing, interleave
 from bench.memory import peak_extra_memory
 from bench.problem import GRADIENTS, Shape, make_problem
-from bench.relation_nce import best_baseline, run_case
+from bench.relation_nce import Case as RelationCase
+from bench.steps import OPERATOR
+from bench.suite import best_baseline, run_case
 from bench.table import markdown_table, terminal_table
 
 SMALL = Shape(anchors=5, queries=7, keys=37, hidden=24, relation=16, bank_dim=20, rows=50)
@@ -87,21 +89,23 @@ def test_disagreeing_variants_are_not_compared(monkeypatch):
     with pytest.raises(
         RuntimeError, match=r"eager and crrcd_ext disagree .* gradients differ by 5"
     ):
-        run_case(SMALL, "float32", "all", [OPERATOR, "eager"], backend="reference", memory=False)
+        case = RelationCase(SMALL, "float32", "all")
+        run_case(case, [OPERATOR, "eager"], backend="reference", memory=False)
 
 
 def test_peak_memory_sees_what_is_allocated():
     shape = replace(SMALL, anchors=16, keys=4096, hidden=64, relation=64)
     tensor = 4 * shape.anchors * shape.keys * shape.relation  # one of [A, K, R]: 16.8 MB
-    eager = peak_extra_memory(shape, "eager", "float32", "all")
-    chunked = peak_extra_memory(shape, "chunks + checkpoint", "float32", "all", chunk=256)
+    case = RelationCase(shape, "float32", "all")
+    eager = peak_extra_memory(case, "eager")
+    chunked = peak_extra_memory(case, "chunks + checkpoint", chunk=256)
     assert 2 * tensor < eager < 12 * tensor
     assert chunked < tensor
 
 
 def test_command_line_writes_table_json_and_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("bench.relation_nce.MatrixProduct", partial(MatrixProduct, size=64))
-    monkeypatch.setattr("bench.relation_nce.Copy", partial(Copy, megabytes=1))
+    monkeypatch.setattr("bench.suite.Copy", partial(Copy, megabytes=1))
     arguments = (
         "relation_nce --backend reference --keys 16 32 --anchors 4 --queries 4 --hidden 8 "
         "--relation 8 --bank-dim 8 --rows 40 --repeats 3 --dtype float32 --grads all query "
