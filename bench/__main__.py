@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import difference_nce, instance_nce, module_step, relation_nce
+from bench import difference_nce, instance_nce, losses, module_step, relation_nce
 
 COMMANDS = {
     "relation_nce": relation_nce,
     "instance_nce": instance_nce,
     "difference_nce": difference_nce,
     "module_step": module_step,
+    "losses": losses,
 }
 
 

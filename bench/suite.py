@@ -199,7 +199,7 @@ def run_case(
         if case.needed_bytes(name) > 0.7 * machine.available_bytes():
             results[name]["skipped"] = f"needs about {case.needed_bytes(name) / 1e9:.0f} GB"
             continue
-        if name != OPERATOR and patience.expected(case, name) > patience.seconds:
+        if not name.startswith(OPERATOR) and patience.expected(case, name) > patience.seconds:
             results[name]["skipped"] = f"takes about {patience.expected(case, name):.0f} s"
             continue
         chunk = 512
@@ -292,9 +292,9 @@ def add_run_arguments(
 
 
 def add_variant_arguments(
-    parser: argparse.ArgumentParser, variants: Iterable[str], memory_keys: list[int] | None = None
+    parser: argparse.ArgumentParser, variants: Iterable[str], *, operator: bool = True
 ) -> None:
-    """What the commands take that compare variants."""
+    """What the commands take that compare variants; `operator`: chunked ones and one's memory."""
     variants = list(variants)
     parser.add_argument(
         "--variants",
@@ -304,6 +304,10 @@ def add_variant_arguments(
         metavar="NAME",
         help="which to run, of: " + ", ".join(variants),
     )
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    parser.set_defaults(chunks=list(CHUNKS))
+    if not operator:
+        return
     parser.add_argument(
         "--chunks",
         type=int,
@@ -311,12 +315,11 @@ def add_variant_arguments(
         default=list(CHUNKS),
         help="chunk lengths that are tried for the chunked baselines; one is not tried but taken",
     )
-    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument(
         "--memory-keys",
         type=int,
         nargs="*",
-        default=memory_keys or [16384, 1_000_000],
+        default=[16384, 1_000_000],
         help="numbers of keys at which the operator's memory alone is measured",
     )
 
