@@ -17,6 +17,13 @@ STYLES = {
     "compiled chunks + checkpoint": ("#009E73", "--", "D"),
     "chunks + backward": ("#CC79A7", "-", "v"),
     "compiled chunks + backward": ("#CC79A7", "--", "v"),
+    "public way": ("#E69F00", "-", "X"),
+    "compiled public way": ("#E69F00", "--", "X"),
+    "vectors": ("#56B4E9", "-", "P"),
+    "crrcd_ext module": ("#666666", "-", "o"),
+    "crrcd_ext operator": ("#666666", "--", "o"),
+    "lightly": ("#009E73", "-", "D"),
+    "pytorch-metric-learning": ("#CC79A7", "-", "v"),
 }
 
 
