@@ -245,28 +245,38 @@ def compat_step(problem: Problem, shape: Shape, job: str, backend: str) -> Step:
 
 
 def module_step(problem: Problem, shape: Shape, job: str, backend: str) -> Step:
-    """The module of this package: "crd" and "crcd" with candidates of its own sampler."""
+    """A loss module of this package; "crd" and "crcd" draw their negatives themselves."""
     import crrcd_ext
 
-    kind = crrcd_ext.CRCDLoss if job == "crcd" else crrcd_ext.CRDLoss
     options = {
         "embedding_dim": shape.dim,
         "temperature": TEMPERATURE,
-        "momentum": MOMENTUM,
         "standardize": False,
         "backend": backend,
     }
     if job == "infonce":
         options |= {"negatives": "all", "capacity": shape.keys, "objective": "infonce"}
     else:
-        options |= {"negatives": shape.keys, "direction": "both", "keys": "bank"}
+        options |= {"negatives": shape.keys, "negative_sampling": "per_sample"}
+        options |= {"momentum": MOMENTUM, "direction": "both", "keys": "bank"}
+    kind = crrcd_ext.CRCDLoss if job == "crcd" else crrcd_ext.CRDLoss
     criterion = kind(shape.student_dim, shape.teacher_dim, shape.rows or shape.keys, **options)
     criterion.student_head.linear, criterion.teacher_head.linear = problem.heads
-    criterion.teacher_bank.rows = problem.memories[-1]
-    if job != "infonce":
+    bank = criterion.teacher_bank
+    others = torch.arange(shape.keys) + len(problem.ids)
+    if job == "infonce":
+        bank.update_(others, problem.memories[0])
+    else:
         criterion.student_bank.rows = problem.memories[0]
-    inputs = (problem.student, problem.teacher, problem.ids)
-    return as_step(problem, lambda: criterion(*inputs))
+    bank.rows = problem.memories[-1]
+
+    def loss() -> torch.Tensor:
+        if job == "infonce":
+            bank.pushed.fill_(shape.keys)
+            bank.ids[: len(problem.ids)] = others[: len(problem.ids)]
+        return criterion(problem.student, problem.teacher, problem.ids)
+
+    return as_step(problem, loss)
 
 
 def functional_step(problem: Problem, backend: str) -> Step:
