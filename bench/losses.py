@@ -397,10 +397,10 @@ difference from every anchor formed), exp, division by the first batch's constan
 infonce: student embeddings against the teacher's own and K rows of a queue, which the teacher's
 embeddings then enter. crrcd_ext is CRDLoss with capacity=K, "crrcd_ext operator" heads and
 functional.instance_nce; eager: a product of matrices and cross_entropy, the queue changed after the
-backward pass; lightly: NTXentLoss with memory_bank_size=(K, D), which copies its bank; pytorch-
-metric-learning: NTXentLoss in CrossBatchMemory with an enqueue_mask, whose negatives are the queue
-after the batch has entered it, a sample's own row left out (its gradients are held against that
-formula).
+backward pass; lightly: NTXentLoss with memory_bank_size=(K, D), which copies its bank;
+pytorch-metric-learning: NTXentLoss in CrossBatchMemory with an enqueue_mask, whose negatives are
+the queue after the batch has entered it, a sample's own row left out (its gradients are held
+against that formula).
 x operator: median over rounds of this variant's time over crrcd_ext's in the same round. x
 torch.mm: 4 B K D operations a side (CRCD: 4 B K D + 2 A B K D, A = B) over the rate of torch.mm on
 2048 x 2048 float32 matrices. x torch.exp: one exponential a logit over the rate of torch.exp on
