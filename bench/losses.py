@@ -256,11 +256,13 @@ def module_step(problem: Problem, shape: Shape, job: str, backend: str) -> Step:
     }
     if job == "infonce":
         options |= {"negatives": "all", "capacity": shape.keys, "objective": "infonce"}
+        options |= {"direction": "student"}
     else:
         options |= {"negatives": shape.keys, "negative_sampling": "per_sample"}
         options |= {"momentum": MOMENTUM, "direction": "both", "keys": "bank"}
     kind = crrcd_ext.CRCDLoss if job == "crcd" else crrcd_ext.CRDLoss
-    criterion = kind(shape.student_dim, shape.teacher_dim, shape.rows or shape.keys, **options)
+    samples = None if job == "infonce" else shape.rows
+    criterion = kind(shape.student_dim, shape.teacher_dim, samples, **options)
     criterion.student_head.linear, criterion.teacher_head.linear = problem.heads
     bank = criterion.teacher_bank
     others = torch.arange(shape.keys) + len(problem.ids)
