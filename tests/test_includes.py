@@ -57,6 +57,7 @@ ALLOWED = {
     "_backend": {"_schema"},
     "functional": {"_schema", "reference", "autograd", "_check", "_backend"},
     "modules": {"functional", "reference", "modules"},
+    "compat": {"functional", "modules"},
     "__init__": {"functional", "_backend", "modules"},
     "__main__": {"_backend"},
 }

@@ -1,0 +1,1 @@
+"""Losses under the names, arguments and checkpoints of public training code."""
