@@ -242,6 +242,7 @@ OPT_ERRORS = {
     "temperature": ({"nce_t": 0.0}, "opt.nce_t: expected a positive number, got 0.0"),
     "nan": ({"nce_t": math.nan}, "opt.nce_t: expected a positive number, got nan"),
     "text": ({"nce_t": "0.1"}, "opt.nce_t: expected a positive number, got '0.1'"),
+    "truth": ({"nce_m": True}, r"opt.nce_m: expected a number in \[0, 1\], got True"),
     "momentum": ({"nce_m": 1.5}, r"opt.nce_m: expected a number in \[0, 1\], got 1.5"),
 }
 

@@ -91,7 +91,7 @@ class ContrastMemory(nn.Module):
         self, feat_dim: int, n_data: int, nce_k: int, nce_t: float, nce_m: float, unit_rows: bool
     ) -> None:
         super().__init__()
-        params = [float(nce_k), nce_t, -1.0, -1.0, nce_m]
+        params = [float(nce_k), float(nce_t), -1.0, -1.0, float(nce_m)]
         self.register_buffer("params", torch.tensor(params))
         bound = 1 / math.sqrt(feat_dim / 3)
         for name in ("memory_v1", "memory_v2"):
@@ -191,8 +191,9 @@ class _Loss(nn.Module):
         super().__init__()
         sizes = {name: self._size(opt, name) for name in ("s_dim", "t_dim", "n_data", "nce_k")}
         s_dim, t_dim, n_data, nce_k = sizes.values()
-        nce_t = self._number(opt, "nce_t", "a positive number", lambda x: 0 < x < math.inf)
-        nce_m = self._number(opt, "nce_m", "a number in [0, 1]", lambda x: 0 <= x <= 1)
+        nce_t = self._field(opt, "nce_t", "a positive number")
+        _checks.positive_number(self._where, "opt.nce_t", nce_t)
+        nce_m = self._momentum(opt)
         kind = self._embed_type(opt)
         if kind == "nofc" and s_dim != t_dim:
             expected = f"opt.s_dim = {s_dim} for embed_type 'nofc', which has no layer"
@@ -332,12 +333,13 @@ class _Loss(nn.Module):
         _checks.positive_int(self._where, f"opt.{name}", value)
         return value
 
-    def _number(self, opt: Any, name: str, expected: str, allowed: Callable) -> float:
-        value = self._field(opt, name, expected)
+    def _momentum(self, opt: Any) -> float:
+        expected = "a number in [0, 1]"
+        value = self._field(opt, "nce_m", expected)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not allowed(value):
-            _checks.fail(ValueError, self._where, f"opt.{name}", expected, repr(value))
-        return float(value)
+        if not number or not 0 <= value <= 1:
+            _checks.fail(ValueError, self._where, "opt.nce_m", expected, repr(value))
+        return value
 
     def _check_batch(
         self, f_s: Tensor, f_t: Tensor, idx: Tensor, contrast_idx: Tensor | None
