@@ -268,7 +268,7 @@ class _Loss(nn.Module):
         raise NotImplementedError
 
     def _cosine(self, query: Tensor, rows: Tensor, anchor: Tensor) -> Tensor:
-        """What the operator compares, [..., B, k], from [B, D], [B, k, D] and [A, D]."""
+        """Cosines [B, k], for CRCD [B, A, k], from query [B, D], rows [B, k, D], anchor [A, D]."""
         raise NotImplementedError
 
     def _result(self, loss: Tensor) -> Tensor:
