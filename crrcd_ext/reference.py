@@ -70,6 +70,15 @@ def key_ids(position: Tensor, key_id) -> Tensor:
     return position if key_id is None else key_id[position]
 
 
+def directions(x: Tensor, anchor: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """unit(x - anchor_a + eps) and whether it has a direction: x [..., M, D] and anchor [A, D] give
+    [A, ..., M, D] and bool [A, ..., M]."""
+    wide = wide_dtype(x.dtype)
+    seen_from = anchor.to(wide)[(slice(None), *[None] * (x.dim() - 1))]
+    difference = x.to(wide) - seen_from + eps
+    return unit(difference).to(x.dtype), difference.square().sum(-1) > TINY
+
+
 def products(query: Tensor, rows: Tensor, shared: bool) -> Tensor:
     """<query_b, row_n>: [..., B, D] with [..., K, D], or [..., B, K, D] when not shared."""
     return query @ rows.mT if shared else torch.einsum("...bd,...bkd->...bk", query, rows)
@@ -139,13 +148,10 @@ def difference_nce(
     wide = wide_dtype(query.dtype)
     position = torch.arange(len(bank), device=bank.device) if index is None else index
     shared = position.dim() == 1
-    rows = bank[position].to(query.dtype).to(wide)  # [K, D] or [B, K, D]
-    seen_from = anchor.to(wide)[:, None]
-    u = query.to(wide) - seen_from + eps  # [A, B, D]
-    v = positive.to(wide) - seen_from + eps
-    w = rows - (seen_from if shared else seen_from[:, None]) + eps  # [A, K, D] or [A, B, K, D]
-    alive_u, alive_v, alive_w = (x.square().sum(-1) > TINY for x in (u, v, w))
-    u, v, w = (unit(x).to(query.dtype) for x in (u, v, w))
+    rows = bank[position].to(query.dtype)  # [K, D] or [B, K, D]
+    u, alive_u = directions(query, anchor, eps)  # [A, B, D]
+    v, alive_v = directions(positive, anchor, eps)
+    w, alive_w = directions(rows, anchor, eps)  # [A, K, D] or [A, B, K, D]
     s = scale * products(u, w, shared).to(wide) - offset
     s_positive = scale * (u * v).sum(-1).to(wide) - offset
 

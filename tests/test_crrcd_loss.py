@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from helpers.cases import BACKENDS
-from helpers.crrcd_formula import Step
+from helpers.loss_formula import check
 
 from crrcd_ext import CRRCDLoss
 
@@ -41,36 +41,6 @@ def batch(dtype=torch.float64, seed=1, size=B, duplicate=True):
     if duplicate and size > 3:
         index[-1] = index[1]
     return student.to(dtype), teacher.to(dtype), index
-
-
-def gradients(loss, criterion, student):
-    named = {n: p for n, p in criterion.named_parameters() if p.requires_grad}
-    wanted = [student, *named.values()]
-    found = torch.autograd.grad(loss, wanted, allow_unused=True)
-    return dict(zip(["student", *named], found, strict=True))
-
-
-def check(criterion, student, teacher, index, labels=None, tolerance=1e-9):
-    """Loss, all gradients, banks and log Zbar of one training step."""
-    student = student.requires_grad_()
-    twin = copy.deepcopy(criterion)
-    expected = Step(twin, student, teacher, index, labels)
-    wanted = gradients(expected.loss, twin, student)
-    loss = criterion(student, teacher, index)
-    torch.testing.assert_close(loss, expected.loss, rtol=tolerance, atol=tolerance)
-    for name, got in gradients(loss, criterion, student).items():
-        want = wanted[name]
-        if want is None or got is None:
-            absent = torch.zeros(())
-            assert float((absent if want is None else want).abs().max()) < 1e-12, name
-            assert float((absent if got is None else got).abs().max()) < 1e-12, name
-            continue
-        error = (got - want).norm() / want.norm().clamp_min(1e-6)
-        assert error < tolerance * 10, (name, float(error))
-    for side, bank in (("student", criterion.teacher_bank), ("teacher", criterion.student_bank)):
-        if bank is not None:
-            torch.testing.assert_close(bank.rows, expected.rows[side], rtol=1e-9, atol=1e-9)
-    return expected
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -31,13 +31,14 @@ def positive_number(where: str, argument: str, value: object) -> None:
         fail(ValueError, where, argument, "a positive number", repr(value))
 
 
-def negatives(where: str, value: object, rows: int) -> None:
+def negatives(where: str, value: object, source: str, rows: int) -> None:
+    """A number of at most `rows`, which is the argument `source`, or "all"."""
     if value == "all":
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         fail(ValueError, where, "negatives", "a positive integer or 'all'", repr(value))
     if value > rows:
-        expected = f"at most num_samples = {rows}, or 'all' for the whole bank"
+        expected = f"at most {source} = {rows}, or 'all' for the whole bank"
         fail(ValueError, where, "negatives", expected, value)
 
 
@@ -76,18 +77,33 @@ def may_read(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def in_range(where: str, argument: str, index: Tensor, bound: int) -> None:
-    """All of `index` in [0, bound); asserted on the device where the host must not wait."""
+def in_range(where: str, argument: str, index: Tensor, bound: int | None) -> None:
+    """All of `index` in [0, bound); asserted on the device where the host must not wait.
+
+    Without a bound anything from 0 on.
+    """
     if index.numel() == 0:
         return
+    expected = "values of 0 or more" if bound is None else f"values in [0, {bound})"
     if may_read(index):
         low, high = (int(v) for v in index.aminmax())
-        if low < 0 or high >= bound:
-            fail(IndexError, where, argument, f"values in [0, {bound})", low if low < 0 else high)
+        if low < 0 or (bound is not None and high >= bound):
+            fail(IndexError, where, argument, expected, low if low < 0 else high)
     elif index.device.type != "meta":
-        inside = ((index >= 0) & (index < bound)).all()
-        message = f"crrcd_ext.{where}: {argument}: expected values in [0, {bound})"
-        torch._assert_async(inside, message)
+        inside = index >= 0 if bound is None else (index >= 0) & (index < bound)
+        message = f"crrcd_ext.{where}: {argument}: expected {expected}"
+        torch._assert_async(inside.all(), message)
+
+
+def at_least(where: str, argument: str, what: str, count: Tensor, least: int) -> None:
+    """All of `count` 1 and `least` or more; asserted on the device where the host must not wait."""
+    least = max(1, least)
+    if may_read(count):
+        if count.numel() and int(count.min()) < least:
+            fail(ValueError, where, argument, f"at least {least} {what}", int(count.min()))
+    elif count.device.type != "meta":
+        message = f"crrcd_ext.{where}: {argument}: expected at least {least} {what}"
+        torch._assert_async((count >= least).all(), message)
 
 
 def finite(where: str, argument: str, x: Tensor, hint: str) -> None:

@@ -71,6 +71,64 @@ def of_relation(
     return Cosines((query * positive).sum(-1), pairs, _rows(bank, index), width, negative)
 
 
+def of_difference(
+    query,
+    positive,
+    anchor,
+    bank,
+    index=None,
+    anchor_id=None,
+    query_id=None,
+    key_id=None,
+    query_label=None,
+    key_label=None,
+    self_pairs=False,
+    backend=None,
+) -> Cosines:
+    """For :func:`crrcd_ext.functional.difference_nce`."""
+    query, positive, anchor = _wide(query, positive, anchor)
+    rows = _rows(bank, index)
+    shared = rows.dim() == 1
+    (u, alive_u), (v, alive_v) = (reference.directions(x, anchor, 0.0) for x in (query, positive))
+    pairs = reference.kept_pairs(anchor, u, anchor_id, query_id, self_pairs) & alive_u & alive_v
+
+    def negative(rows):
+        w, alive = reference.directions(bank[rows].to(query.dtype), anchor, 0.0)
+        keep = reference.kept_negatives(len(query), rows, query_id, key_id, query_label, key_label)
+        keep = keep & pairs[:, :, None] & (alive[:, None] if shared else alive)
+        if anchor_id is not None:
+            keep = keep & (anchor_id[:, None, None] != reference.key_ids(rows, key_id))
+        return reference.products(u, w, shared), keep
+
+    width = anchor.numel() * (1 if shared else len(query))
+    return Cosines((u * v).sum(-1), pairs, rows, width, negative)
+
+
+def of_instance(
+    query,
+    positive,
+    bank,
+    index=None,
+    query_id=None,
+    key_id=None,
+    query_label=None,
+    key_label=None,
+    backend=None,
+) -> Cosines:
+    """For :func:`crrcd_ext.functional.instance_nce`."""
+    query, positive = _wide(query, positive)
+    rows = _rows(bank, index)
+    shared = rows.dim() == 1
+
+    def negative(rows):
+        keep = reference.kept_negatives(len(query), rows, query_id, key_id, query_label, key_label)
+        return reference.products(query, bank[rows].to(query.dtype), shared), keep
+
+    width = max(query.shape) if shared else query.numel()
+    pairs = torch.ones(len(query), dtype=torch.bool, device=query.device)
+    return Cosines((query * positive).sum(-1), pairs, rows, width, negative)
+
+
 def _wide(first: Tensor, *others: Tensor | None) -> tuple:
     dtype = torch.promote_types(first.dtype, torch.float32)
     return tuple(x if x is None else x.to(dtype) for x in (first, *others))

@@ -22,16 +22,17 @@ class CRRCDLoss(ContrastiveLoss):
     Shi, Zeng, arXiv 2409.02555)::
 
         v^t_ab = F^t(e^t_a, e^t_b)        v^ts_ab = F^ts(e^t_a, e^s_b)
-        l_ab   = softplus(-(<v^ts_ab, v^t_ab>/tau - beta)) + sum_n softplus(<v^ts_ab, F^t(e^t_a,
-        m_n)>/tau - beta) L      = mean of l_ab over the pairs a != b,          beta = log K + log
-        Zbar
+        l_ab   = softplus(-(<v^ts_ab, v^t_ab>/tau - beta))
+                 + sum_n softplus(<v^ts_ab, F^t(e^t_a, m_n)>/tau - beta)
+        L      = mean of l_ab over the pairs a != b,          beta = log K + log Zbar
 
     Nothing of size anchors x negatives is stored, and the bank is updated at the end of the same
     pass.
 
     Args:
         student_dim, teacher_dim: Ds, Dt, widths of the features.
-        num_samples: N, size of the data set; ids are 0 ... N - 1.
+        num_samples: N, size of the data set; ids are 0 ... N - 1. With ``capacity`` it may be None:
+            any id of 0 or more.
         negatives: K, bank rows drawn anew for each step (with replacement), or "all" for the whole
             bank.
         embedding_dim, hidden_dim, relation_dim: D, H, R.
@@ -49,6 +50,10 @@ class CRRCDLoss(ContrastiveLoss):
         normalizer: "first_batch" (Zbar = mean exp(<u, v>/tau) over the first training batch, CRD's
             constant, kept in the state_dict), "none" (beta = 0), or a number, Zbar. "infonce" does
             not depend on it.
+        distinct: draw negatives without replacement (see :meth:`MemoryBank.sample`).
+        capacity: C, for a queue of the newest C embeddings instead of one row for each sample
+            (:class:`MemoryQueue`); ``momentum`` does not apply, ``negatives`` counts up to C, and
+            keys="bank" is refused. A step with an empty queue has no negatives and gives no Zbar.
         objective: "nce" or "infonce" (cross-entropy of the positive among 1 + K).
         head: "linear" or "identity" (embedding_dim is ignored then).
         standardize: standardise features in front of the heads: the student's by the batch (running
@@ -81,7 +86,7 @@ class CRRCDLoss(ContrastiveLoss):
         self,
         student_dim: int,
         teacher_dim: int,
-        num_samples: int,
+        num_samples: int | None,
         *,
         negatives: int | str = 16384,
         embedding_dim: int = 128,
@@ -92,6 +97,8 @@ class CRRCDLoss(ContrastiveLoss):
         direction: str = "student",
         keys: str = "stop_gradient",
         anchors: int | None = 8,
+        distinct: bool = False,
+        capacity: int | None = None,
         normalizer: str | float = "first_batch",
         objective: str = "nce",
         head: str = "linear",
@@ -119,6 +126,8 @@ class CRRCDLoss(ContrastiveLoss):
             direction=direction,
             keys=keys,
             anchors=anchors,
+            distinct=distinct,
+            capacity=capacity,
             normalizer=normalizer,
             objective=objective,
             head=head,

@@ -31,6 +31,10 @@ def fill(criterion, loader_or_index, features, labels, encoder, statistics: bool
         size = criterion.num_samples if features is None else count
         here = labels.device if isinstance(labels, Tensor) else device
         labels = _checks.integers(where, "labels", labels, size, here).to(device)
+    if labels is not None and criterion.exclude_same_label:
+        if features is not None:
+            labels = criterion.labels.index_copy(0, parts[0][0].to(device), labels)
+        criterion._check_labels(where, labels)
 
     standardize = criterion.teacher_head.standardize
     if statistics and standardize is not None:
@@ -41,16 +45,14 @@ def fill(criterion, loader_or_index, features, labels, encoder, statistics: bool
                 buffer.copy_(value)
         standardize.set_(gathered.mean, gathered.variance)
     if labels is not None and criterion.exclude_same_label:
-        if features is None:
-            criterion.labels.copy_(labels)
-        else:
-            criterion.labels[parts[0][0].to(device)] = labels
-        criterion.labelled = True
+        criterion._set_labels(labels)
     if criterion.teacher_bank is None:
         return 0
     for index, piece in _pieces(parts, device):
         rows = piece if criterion.keys == "live" else criterion.teacher_head(piece)
         criterion.teacher_bank.fill(index, rows)
+    if criterion.capacity is not None:
+        return min(count, criterion.capacity)
     return torch.cat([index for index, _ in parts]).unique().numel()
 
 
