@@ -166,11 +166,11 @@ class CRRCDLoss(ContrastiveLoss):
         sides = []
         if self.teacher_bank is not None:
             keys = {**anchors, **self._keys(0, step), **self._weights(f_t)}
-            keys |= {"query": v_ts, "positive": v_t if v_own is None else v_own}
+            keys.update(query=v_ts, positive=v_t if v_own is None else v_own)
             sides.append(Side(0, self.teacher_bank, {**keys, "anchor": teacher_anchor}))
         if self.student_bank is not None:
             keys = {**anchors, **self._keys(1, step), **self._weights(f_ts)}
-            keys |= {"query": v_t, "positive": v_ts}
+            keys.update(query=v_t, positive=v_ts)
             sides.append(Side(1, self.student_bank, {**keys, "anchor": cross_anchor}))
         return sides
 

@@ -254,7 +254,7 @@ class ContrastiveStep(Critic):
         if self.exclusion == "draw":
             options["exclude"] = index
             if self.class_table is not None:
-                options |= {"labels": label, "classes": self.class_table}
+                options.update(labels=label, classes=self.class_table)
         elif self.negative_sampling == "per_sample":
             options["queries"] = len(index)
         return bank.draw(self.negatives, **options)

@@ -115,20 +115,24 @@ class Contrastive:
 
 
 @dataclass
-class CRD(Contrastive):
-    pass
-
-
-@dataclass
-class CRCD(Contrastive):
+class CRRCD(Contrastive):
+    hidden_dim: int = 128
+    relation_dim: int = 128
     anchors: int = 8
     self_pairs: bool = False
 
 
 @dataclass
-class CRRCD(CRCD):
-    hidden_dim: int = 128
-    relation_dim: int = 128
+class CRD(Contrastive):
+    negative_sampling: Literal["shared", "per_sample"] = "shared"
+    exclusion: Literal["mask", "draw"] = "mask"
+    distinct: bool = False
+
+
+@dataclass
+class CRCD(CRD):
+    anchors: int = 8
+    self_pairs: bool = False
 
 
 @dataclass
