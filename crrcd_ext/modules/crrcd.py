@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from crrcd_ext import functional
 from crrcd_ext.modules import _checks, cosines
-from crrcd_ext.modules.base import ContrastiveLoss, Side, Step
+from crrcd_ext.modules.base import ContrastiveLoss
 from crrcd_ext.modules.relation import FeatureRelation
+from crrcd_ext.modules.step import Side, Step
 
 
 class CRRCDLoss(ContrastiveLoss):
