@@ -314,6 +314,8 @@ def test_losses_command(small_meters, tmp_path, capsys):
     assert of_infonce["nominal_operations"] == 4 * 4 * 16 * 8
     counts = [case["exponentials"] for case in (of_crd, of_crcd, of_infonce)]
     assert counts == [2 * 4 * 8, 2 * 4 * 4 * 8, 4 * 16]
+    # Both sides gather the positive and the negatives of every query; the queue is read once.
+    assert (of_crd["row_bytes"], of_infonce["row_bytes"]) == (2 * 4 * 9 * 8 * 4, 16 * 8 * 4)
     for name in ("losses-crd-40", "losses-crcd-40", "losses-infonce"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
