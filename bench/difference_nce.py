@@ -222,15 +222,15 @@ class Case(embeddings.Case):
 NOTES = """\
 One step: forward and backward to query and positive; anchors and bank have no gradient. x operator:
 median over rounds of this variant's time over the operator's in the same round. The other x are
-fractions of limits measured in the same rounds. x torch.mm: (4 B K D + 2 A K D)/time, or
-(4 B K D + 2 A B K D)/time where each query has its own, the products of the form by scalar
-products, over the rate of torch.mm on 2048 x 2048 float32 matrices. x torch.exp: A B K
-exponentials/time over the rate of torch.exp on numbers that stay in cache. x row sums: bytes of the
-rows that the index names/time over the rate at which torch.nn.functional.embedding_bag sums the
-same rows in the same order, which only reads.
-peak MB: highest resident memory of one step above that before it, gradients included, from a fresh
-process. differs: largest relative L2 distance of a gradient from the operator's. public way: every
-relation of every query, [A, B, K, D], as in the public code of CRCD; vectors: [A, K, D] for shared
+fractions of limits measured in the same rounds. x torch.mm: (4 B K D + 2 A K D)/time, or (4 B K D +
+2 A B K D)/time where each query has its own, the products of the form by scalar products, over the
+rate of torch.mm on 2048 x 2048 float32 matrices. x torch.exp: A B K exponentials/time over the rate
+of torch.exp on numbers that stay in cache; above 1: the exponentials are made faster than torch.exp
+makes them. x row sums: bytes of the rows that the index names/time over the rate at which
+torch.nn.functional.embedding_bag sums the same rows in the same order, which only reads. peak MB:
+highest resident memory of one step above that before it, gradients included, from a fresh process.
+differs: largest relative L2 distance of a gradient from the operator's. public way: every relation
+of every query, [A, B, K, D], as in the public code of CRCD; vectors: [A, K, D] for shared
 negatives; eager, compiled or in chunks: matrices of scalar products, no difference formed."""
 
 BENCHMARK = Benchmark(
