@@ -13,7 +13,7 @@ constexpr int64_t kStepsToFlush = 64;  // (1 + q) at most doubles a step, so tha
 
 template <typename T>
 struct InstanceScratch {
-  T* rows;     // [kKeyTile or kChunk, ldD] gathered rows, converted to T
+  T* rows;     // [kKeyTile, rows of a tile or kChunk, ldD] rows, converted to T
   T* z;        // [kKeyTile, ldZ] or [kChunk]: <q, m>, then what the gradients are summed with
   T* keep;     // the same: 1 for a negative, 0 for a masked one
   T* live;     // [Bp] 1 for a query, 0 for padding (shared)
@@ -26,26 +26,43 @@ CRRCD_INLINE int64_t z_stride(const InstanceParams<T>& p) {
   return odd_lines<T>(p.Bp < kQueryBlock ? p.Bp : kQueryBlock);
 }
 
+CRRCD_INLINE int64_t storage_bytes(Storage storage) {
+  return storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2;
+}
+
+// Rows of the bank can be multiplied where they lie: they are of type T and end with a vector.
+template <typename T>
+CRRCD_INLINE bool in_place(const InstanceParams<T>& p) {
+  return p.bank.storage == (sizeof(T) == 8 ? Storage::kFloat64 : Storage::kFloat32) && p.D == p.Dp;
+}
+
+template <typename T>
+CRRCD_INLINE int64_t tile_rows(const InstanceParams<T>& p) {
+  return int64_t(1) << p.tile_shift;
+}
+
 template <typename T>
 size_t carve(const InstanceParams<T>& p, std::byte* base, InstanceScratch<T>& s) {
   Carver c{base};
   const bool shared = p.order == Order::kShared;
-  const int64_t rows = shared ? kKeyTile : kChunk, width = shared ? z_stride(p) : 1;
-  s.rows = c.take<T>(rows * p.ldD);
-  s.z = c.take<T>(rows * width);
-  s.keep = c.take<T>(rows * width);
+  const int64_t count = shared ? kKeyTile : kChunk, width = shared ? z_stride(p) : 1;
+  const int64_t tile = p.order == Order::kBucketed ? tile_rows(p) : 0;
+  s.rows = c.take<T>(shared || !in_place(p) ? (tile > count ? tile : count) * p.ldD : 0);
+  s.z = c.take<T>(count * width);
+  s.keep = c.take<T>(count * width);
   s.live = c.take<T>(shared ? p.Bp : 0);
   s.tile = c.take<T>(shared ? 3 * kQueryBlock : 0);
   s.partial = c.take<T>(shared ? 0 : kChunk * Simd<T>::kLanes);
   return c.used;
 }
 
-CRRCD_INLINE int64_t storage_bytes(Storage storage) {
-  return storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2;
-}
-
-CRRCD_INLINE void prefetch(const char* row, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
+// Fetches a row of the bank into the second level of the cache; the first one is too small for what
+// is wanted that early.
+template <typename T>
+CRRCD_INLINE void prefetch(const InstanceParams<T>& p, int64_t row) {
+  const int64_t element = storage_bytes(p.bank.storage), bytes = p.D * element;
+  const char* start = static_cast<const char*>(p.bank.data) + row * p.bank.row_stride * element;
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(start + at, 0, 2);
 }
 
 // ------------------------------------------------------------------------------------ objective
@@ -235,22 +252,22 @@ void shared_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_
   const int64_t tiles = (p.K + kKeyTile - 1) / kKeyTile, ld = z_stride(p);
   const int64_t end = tiles * (part + 1) / p.parts * kKeyTile;
   const int64_t stop = end < p.K ? end : p.K;
-  const int64_t bytes = storage_bytes(p.bank.storage);
+  constexpr int64_t kStrip = 16;
   for (int64_t b = 0; b < p.Bp; ++b) s.live[b] = b < p.B ? T(1) : T(0);
   for (int64_t first = tiles * part / p.parts * kKeyTile; first < stop; first += kKeyTile) {
     const int64_t m = stop - first < kKeyTile ? stop - first : kKeyTile;
-    constexpr int64_t kAhead = 16;
-    for (int64_t n = 0; n < m; ++n) {
-      if (p.bank.index && first + n + kAhead < stop)
-        prefetch(static_cast<const char*>(p.bank.data) +
-                     p.bank.index[first + n + kAhead] * p.bank.row_stride * bytes,
-                 p.D * bytes);
-      load_row<T>(p.bank, first + n, p.D, p.Dp, s.rows + n * p.ldD);
-    }
+    for (int64_t n = 0; n < m; ++n) load_row<T>(p.bank, first + n, p.D, p.Dp, s.rows + n * p.ldD);
     for (int64_t b0 = 0; b0 < p.Bp; b0 += kQueryBlock) {
       const int64_t width = p.Bp - b0 < kQueryBlock ? p.Bp - b0 : kQueryBlock;
       const int64_t count = p.B - b0 < width ? p.B - b0 : width;
-      dense_gemm<T>(m, width, p.D, s.rows, p.ldD, p.query_t + b0, p.ldB, s.z, ld, true);
+      for (int64_t n = 0; n < m; n += kStrip) {
+        const int64_t strip = m - n < kStrip ? m - n : kStrip;
+        dense_gemm<T>(strip, width, p.D, s.rows + n * p.ldD, p.ldD, p.query_t + b0, p.ldB,
+                      s.z + n * ld, ld, true);
+        // the next tile's rows come while this one is multiplied
+        for (int64_t k = first + kKeyTile + n; b0 == 0 && k < first + kKeyTile + n + strip; ++k)
+          if (k < stop) prefetch(p, p.bank.index ? p.bank.index[k] : k);
+      }
       if (has_masks(p) && fill_keep(p, s, first, m, b0, width, ld))
         shared_logits<T, kPass, true>(p, s, m, b0, width, ld, part, sums);
       else
@@ -268,9 +285,12 @@ void shared_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_
 // ---------------------------------------------------------------------- each query's own negatives
 
 // Entries of one query.
+template <typename T>
 struct Chunk {
   int64_t b = 0, n = 0;
   int64_t row[kChunk];
+  const T* tile = nullptr;  // rows of the bank from tile_first on, converted already; or null
+  int64_t tile_first = 0;
 };
 
 // Columns of a row are walked in panels of 8, 4, 2 or 1 vectors, which stay in registers.
@@ -292,16 +312,17 @@ struct Chunk {
     }                                                      \
   }
 
-// partial[i] (+)= products of q with row i, lane by lane. Prefetches rows [0, n) of `ahead`.
+// partial[i] (+)= products of q with row i, lane by lane.
 template <typename T, int kVectors>
-__attribute__((noinline)) void dot_panel(int64_t n, const T* const* row, int64_t at, const T* q,
-                                         T* partial, const char* const* ahead, int64_t bytes) {
+__attribute__((noinline)) void dot_panel(const InstanceParams<T>& p, const Chunk<T>& chunk,
+                                         const Chunk<T>* next, const T* const* row, int64_t at,
+                                         const T* q, T* partial) {
   using V = typename Simd<T>::V;
   constexpr int kLanes = Simd<T>::kLanes;
   V query[kVectors];
   for (int j = 0; j < kVectors; ++j) query[j] = load(q + at + j * kLanes);
-  for (int64_t i = 0; i < n; ++i) {
-    if (ahead && at == 0) prefetch(ahead[i], bytes);
+  for (int64_t i = 0; i < chunk.n; ++i) {
+    if (next && at == 0 && i < next->n) prefetch(p, next->row[i]);
     const T* m = row[i] + at;
     V sum = at ? load(partial + i * kLanes) : V{};
     for (int j = 0; j < kVectors; ++j) sum += query[j] * load(m + j * kLanes);
@@ -398,32 +419,26 @@ void own_softmax(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_
 }
 
 template <typename T, Pass kPass>
-void process_chunk(const InstanceParams<T>& p, const InstanceScratch<T>& s, const Chunk& chunk,
-                   const Chunk* next, int64_t part, NceSums<T>& sums) {
+void process_chunk(const InstanceParams<T>& p, const InstanceScratch<T>& s, const Chunk<T>& chunk,
+                   const Chunk<T>* next, int64_t part, NceSums<T>& sums) {
   constexpr int kLanes = Simd<T>::kLanes;
   const int64_t n = chunk.n, b = chunk.b;
   const T* query = p.query + b * p.ldD;
-  const int64_t element = storage_bytes(p.bank.storage), bytes = p.D * element;
-  const char* data = static_cast<const char*>(p.bank.data);
   const T* row[kChunk];
-  const char* ahead[kChunk];
-  if (next)
-    for (int64_t i = 0; i < n; ++i)  // a shorter chunk: some rows twice
-      ahead[i] = data + next->row[i < next->n ? i : 0] * p.bank.row_stride * element;
-  if (element == sizeof(T) && p.D == p.Dp) {
-    for (int64_t i = 0; i < n; ++i)
-      row[i] = reinterpret_cast<const T*>(data) + chunk.row[i] * p.bank.row_stride;
-  } else {
-    for (int64_t i = 0; i < n; ++i) {
-      T* copy = s.rows + i * p.ldD;
-      load_row<T>(p.bank, chunk.row[i], p.D, p.Dp, copy);
-      row[i] = copy;
+  for (int64_t i = 0; i < n; ++i) {
+    if (in_place(p)) {
+      row[i] = static_cast<const T*>(p.bank.data) + chunk.row[i] * p.bank.row_stride;
+    } else if (chunk.tile) {
+      row[i] = chunk.tile + (chunk.row[i] - chunk.tile_first) * p.ldD;
+    } else {
+      load_row<T>(p.bank, chunk.row[i], p.D, p.Dp, s.rows + i * p.ldD);
+      row[i] = s.rows + i * p.ldD;
     }
   }
-#define CRRCD_DOT(NV) dot_panel<T, NV>(n, row, at, query, s.partial, next ? ahead : nullptr, bytes)
+#define CRRCD_DOT(NV) dot_panel<T, NV>(p, chunk, next, row, at, query, s.partial)
   CRRCD_PANELS(CRRCD_DOT)
 #undef CRRCD_DOT
-  for (int64_t i = 0; i < n; ++i) s.z[i] = horizontal_sum<T>(load(s.partial + i * kLanes));
+  horizontal_sums<T>(n, s.partial, s.z);
 
   bool masked = n % kLanes != 0;
   for (int64_t i = 0; i < n; ++i) s.keep[i] = 1;
@@ -463,7 +478,7 @@ void direct_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_
   const int64_t entries = p.B * p.K;
   int64_t at = entries * part / p.parts;
   const int64_t stop = entries * (part + 1) / p.parts;
-  const auto fill = [&](Chunk& chunk) {
+  const auto fill = [&](Chunk<T>& chunk) {
     const int64_t b = at / p.K, k = at % p.K;
     int64_t n = stop - at < kChunk ? stop - at : kChunk;
     n = p.K - k < n ? p.K - k : n;
@@ -472,10 +487,10 @@ void direct_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_
     chunk.b = b, chunk.n = n;
     at += n;
   };
-  Chunk chunks[2];
+  Chunk<T> chunks[2];
   if (at < stop) fill(chunks[0]);
   for (int64_t i = 0; chunks[i % 2].n > 0; ++i) {
-    Chunk& next = chunks[(i + 1) % 2];
+    Chunk<T>& next = chunks[(i + 1) % 2];
     next.n = 0;
     if (at < stop) fill(next);
     process_chunk<T, kPass>(p, s, chunks[i % 2], next.n > 0 ? &next : nullptr, part, sums);
@@ -487,21 +502,38 @@ template <typename T, Pass kPass>
 void bucketed_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t part,
                    NceSums<T>& sums) {
   const int64_t stop = p.part_begin[part + 1];
-  const uint32_t mask = (uint32_t(1) << p.tile_shift) - 1;
+  const int64_t rows = tile_rows(p);
+  const auto mask = static_cast<uint32_t>(rows - 1);
   int64_t at = p.part_begin[part], tile = 0;
   for (int64_t above = p.tiles; tile + 1 < above;) {  // the last tile that begins at or before `at`
     const int64_t middle = (tile + above) / 2;
     (p.tile_begin[middle] <= at ? tile : above) = middle;
   }
-  Chunk chunk;
+  Chunk<T> chunk;
   for (; at < stop; ++tile) {
+    const int64_t begin = at, first = tile * rows;
     const int64_t end = p.tile_begin[tile + 1] < stop ? p.tile_begin[tile + 1] : stop;
+    const int64_t left = p.N - first;
+    chunk.tile = nullptr;
+    if (!in_place(p) && end - begin >= rows) {
+      for (int64_t n = 0; n < rows && n < left; ++n)
+        load_row<T>(p.bank, first + n, p.D, p.Dp, s.rows + n * p.ldD);
+      chunk.tile = s.rows, chunk.tile_first = first;
+    }
+    // the rows of the next tile come in step with the entries of this one
+    int64_t fetched = 0;
+    const int64_t ahead = end == stop ? 0 : left - rows < rows ? left - rows : rows;
     while (at < end) {
       const uint32_t b = p.entries[at] >> p.tile_shift;
+      int64_t run = 1;
+      while (at + run < end && run < 2 * kChunk && p.entries[at + run] >> p.tile_shift == b) ++run;
+      // what is left of a run is cut into halves rather than into a chunk and a bit
       chunk.b = b;
-      chunk.n = 0;
-      for (; at < end && chunk.n < kChunk && p.entries[at] >> p.tile_shift == b; ++at)
-        chunk.row[chunk.n++] = (tile << p.tile_shift) + (p.entries[at] & mask);
+      chunk.n = run <= kChunk ? run : run < 2 * kChunk ? (run + 1) / 2 : kChunk;
+      for (int64_t i = 0; i < chunk.n; ++i) chunk.row[i] = first + (p.entries[at + i] & mask);
+      at += chunk.n;
+      for (const int64_t due = ahead * (at - begin) / (end - begin); fetched < due; ++fetched)
+        prefetch(p, first + rows + fetched);
       process_chunk<T, kPass>(p, s, chunk, nullptr, part, sums);
     }
   }

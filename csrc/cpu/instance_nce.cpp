@@ -122,7 +122,7 @@ class InstanceNce {
  private:
   void set_up() {
     const int64_t lanes = kernels.vector_bytes / static_cast<int64_t>(sizeof(T));
-    p.B = x.B, p.K = x.K, p.D = x.D;
+    p.B = x.B, p.K = x.K, p.D = x.D, p.N = x.N;
     p.Bp = round_up(x.B, lanes), p.Dp = round_up(x.D, lanes);
     p.ldB = leading_dimension(p.Bp, sizeof(T)), p.ldD = leading_dimension(p.Dp, sizeof(T));
     p.need_query = x.needs(kQuery);
@@ -165,6 +165,11 @@ class InstanceNce {
       d_bank = at::zeros({shared ? x.K : x.N, p.Dp}, query.options());
       (shared ? p.d_rows : p.d_bank) = mutable_pointer<T>(d_bank);
     }
+    if (p.order == Order::kBucketed) {
+      tiling = choose_tiling(x.B, x.N, p.Dp * static_cast<int64_t>(sizeof(T)), p.parts);
+      p.tiles = tiling.tiles;
+      p.tile_shift = tiling.shift;
+    }
     p.scratch_bytes = (kernels.*Functions<T>::scratch)(p);
     memory = scratch(p.parts * static_cast<int64_t>(p.scratch_bytes));
     p.scratch = static_cast<std::byte*>(memory.mutable_data_ptr());
@@ -186,7 +191,6 @@ class InstanceNce {
     }
     if (x.B == 0 || x.K == 0) return;
     if (p.order != Order::kBucketed) return dispatch();
-    const Tiling tiling = choose_tiling(x.B, x.N, x.D * bank.element_size(), p.parts);
     const int64_t columns = std::max<int64_t>(kEntriesAtOnce / x.B, 1);
     for (int64_t first = 0; first < x.K; first += columns) {
       const SortedEntries sorted =
@@ -195,8 +199,6 @@ class InstanceNce {
       p.entries = static_cast<const uint32_t*>(sorted.entries.const_data_ptr());
       p.tile_begin = sorted.tile_begin.data();
       p.part_begin = sorted.part_begin.data();
-      p.tiles = tiling.tiles;
-      p.tile_shift = tiling.shift;
       dispatch();
     }
   }
@@ -238,6 +240,7 @@ class InstanceNce {
   const at::ScalarType dtype;
   InstanceParams<T> p;
   OwnIndex own;
+  Tiling tiling;
   at::Tensor query, positive, bank, query_padded, query_t, memory, scalars, d_query_parts, d_bank;
   at::Tensor running_max, running_sum, running_slope;
 };

@@ -9,7 +9,7 @@
 namespace crrcd {
 
 Tiling choose_tiling(int64_t queries, int64_t rows, int64_t row_bytes, int64_t parts) {
-  constexpr int64_t kTileBytes = 128 * 1024;
+  constexpr int64_t kTileBytes = 64 * 1024;
   const int64_t fitting = std::max<int64_t>(kTileBytes / std::max<int64_t>(row_bytes, 1), 1);
   const int64_t most = std::min(fitting, std::max<int64_t>(rows / (4 * parts), 1));
   Tiling tiling;

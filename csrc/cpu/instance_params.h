@@ -19,7 +19,7 @@ enum class Order : int {
 // Matrices are row major, zero between true and padded size. Strides are in elements.
 template <typename T>
 struct InstanceParams {
-  int64_t B = 0, K = 0, D = 0;
+  int64_t B = 0, K = 0, D = 0, N = 0;
   int64_t Bp = 0, Dp = 0;    // padded to the vector width
   int64_t ldB = 0, ldD = 0;  // row strides
   int64_t parts = 1;         // ranges of tiles (shared) or entries
