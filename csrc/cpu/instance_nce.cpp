@@ -37,7 +37,7 @@ Order choose_order(int64_t entries, int64_t rows, int64_t row_bytes) {
   constexpr int64_t kCached = 512 * 1024;
   const int forced = forced_order;
   if (forced >= 0) return static_cast<Order>(forced);
-  return entries >= 2 * rows && rows * row_bytes > kCached ? Order::kBucketed : Order::kDirect;
+  return 2 * entries >= 3 * rows && rows * row_bytes > kCached ? Order::kBucketed : Order::kDirect;
 }
 
 struct Arguments {

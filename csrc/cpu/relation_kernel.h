@@ -167,15 +167,17 @@ CRRCD_INLINE T dot(int64_t n, const T* a, const T* b) {
   return horizontal_sum<T>(sum);
 }
 
-// Without branches, so that the compiler makes vectors of it.
+// Masks instead of branches, so that the compiler makes vectors of it.
 CRRCD_INLINE float half_to_float(uint16_t bits) {
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
   const uint32_t magnitude = bits & 0x7fff;
-  const uint32_t bias = magnitude >= 0x7c00 ? 224u << 23 : 112u << 23;  // infinity, NaN
+  const uint32_t special = 0u - (magnitude >= 0x7c00);  // infinity, NaN
+  const uint32_t tiny = 0u - (magnitude < 0x0400);      // subnormal
+  const uint32_t normal = (magnitude << 13) + (112u << 23) + (special & 112u << 23);
   const float small = static_cast<float>(static_cast<int32_t>(magnitude)) * 5.9604644775390625e-8f;
   uint32_t subnormal;
   __builtin_memcpy(&subnormal, &small, 4);
-  const uint32_t out = (magnitude < 0x0400 ? subnormal : (magnitude << 13) + bias) | sign;
+  const uint32_t out = (subnormal & tiny) | (normal & ~tiny) | sign;
   float value;
   __builtin_memcpy(&value, &out, 4);
   return value;
