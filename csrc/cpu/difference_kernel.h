@@ -1,10 +1,11 @@
 // difference_nce: logits, loss and every gradient of the normalised difference.
 // Included once per instruction set, inside that set's namespace: no include guard.
 //
-// With u_ab = q_b - a_a + eps and w_an = m_n - a_a + eps,
-//     <u, w> = <q, m> - <a, m> - <u, a>        <a, m> = (|m|^2 + |a|^2 - |w|^2) / 2
-// so that one matrix product and the squared distances |w|^2 give all logits of a tile, and with
-// g = (d loss / d cosine) / pairs and c_abn = g / (|u| |w|)
+// With u_ab = q_b - a_a + eps and w_an = m_n - a_a + eps the law of cosines
+//     2 <u, w> = |u|^2 + |w|^2 - |q - m|^2
+// makes all logits of a tile from squared distances, which are sums of squares of differences and
+// lose no digits where q, m and a are close to each other. With g = (d loss / d cosine) / pairs and
+// c_abn = g / (|u| |w|)
 //     d u_ab = sum_n c w_an - e u_ab        e_ab = sum_n g cosine / |u|^2
 //     d w_an = sum_b c u_ab - f w_an        f_an = sum_b g cosine / |w|^2
 // of which only W_bn = sum_a c, C_ab = sum_n c, Y_an = sum_b c, e and f are summed here: what they
@@ -26,12 +27,12 @@ struct DifferenceScratch {
   T* row;             // [ldD] one key as it came
   T* row_square;      // [tile] |m|^2
   T* inverse;         // [A, ldT] shared, [tile, ldA] own: |w|^2, then 1 / |w|
-  T* along;           // the same shape: <a, m> / |w|
+  T* half_norm;       // the same shape: |w| / 2
   T* drop;            // the same shape: 0, or kLeftOut for a pair (anchor, key) that is left out
   uint32_t* exact;    // the same shape, a bit each: |w| is small, exact differences
   T* y;               // the same shape: Y, then f - Y
   T* f;               // the same shape
-  T* product;         // [B, ldT] <q, m>, shared
+  T* distance;        // [B, ldT] |q - m|^2, shared
   T* bias;            // [B, ldT] as drop for pairs (query, key), shared
   T* weight;          // [B, ldT] W, shared
   T* logit;           // [tile] one anchor's and query's, shared
@@ -70,12 +71,12 @@ size_t carve(const DifferenceParams<T>& p, std::byte* base, DifferenceScratch<T>
   s.row = c.take<T>(p.ldD);
   s.row_square = c.take<T>(p.tile);
   s.inverse = c.take<T>(cells);
-  s.along = c.take<T>(cells);
+  s.half_norm = c.take<T>(cells);
   s.drop = c.take<T>(cells);
   s.exact = c.take<uint32_t>(cells / Simd<T>::kLanes);
   s.y = c.take<T>(keys ? cells : 0);
   s.f = c.take<T>(keys ? cells : 0);
-  s.product = c.take<T>(shared);
+  s.distance = c.take<T>(shared);
   s.bias = c.take<T>(shared);
   s.weight = c.take<T>(shared);
   s.logit = c.take<T>(p.tile);
@@ -145,7 +146,7 @@ void difference_pairs(const DifferenceParams<T>& p, int64_t part) {
   for (int64_t b = begin; b < end; ++b)
     for (int64_t a = 0; a < p.A; ++a) {
       const T* anchor = p.anchor + a * p.ldD;
-      V uu{}, vv{}, uv{}, ua{};
+      V uu{}, vv{}, uv{};
       for (int64_t d = 0; d < p.Dp; d += Simd<T>::kLanes) {
         const V seen_from = load(anchor + d), eps = load(p.eps + d);
         const V u = load(p.query + b * p.ldD + d) - seen_from + eps;
@@ -153,13 +154,12 @@ void difference_pairs(const DifferenceParams<T>& p, int64_t part) {
         uu += u * u;
         vv += v * v;
         uv += u * v;
-        ua += u * load(p.anchor_seen + a * p.ldD + d);
       }
       const T square = horizontal_sum<T>(uu);
       const T inverse = inverse_norm_of(square);
       const T inverse_positive = inverse_norm_of(horizontal_sum<T>(vv));
       const int64_t at = b * p.ldA + a;
-      p.constant[at] = -horizontal_sum<T>(ua);
+      p.half_square[at] = square * T(0.5);
       p.inverse[at] = inverse;
       p.inverse_positive[at] = inverse_positive;
       p.cosine[at] = horizontal_sum<T>(uv) * inverse * inverse_positive;
@@ -336,7 +336,8 @@ CRRCD_INLINE void distance_block(int64_t depth, const T* x, int64_t ld_x, const 
   using V = typename Simd<T>::V;
   constexpr int kLanes = Simd<T>::kLanes;
   constexpr int64_t kBlock = 32;  // two short sums round less than one long one
-  for (int64_t first = 0; first < depth; first += kBlock) {
+  int64_t first = 0;
+  do {
     const int64_t stop = first + kBlock < depth ? first + kBlock : depth;
     V sum[kRows][kVectors] = {};
     for (int64_t d = first; d < stop; ++d)
@@ -352,7 +353,8 @@ CRRCD_INLINE void distance_block(int64_t depth, const T* x, int64_t ld_x, const 
         T* cell = out + i * ld_out + j * kLanes;
         store(cell, first == 0 ? sum[i][j] : load(cell) + sum[i][j]);
       }
-  }
+    first += kBlock;
+  } while (first < depth);
 }
 
 template <typename T, int kVectors>
@@ -377,8 +379,8 @@ void squared_distances(int64_t rows, int64_t columns, int64_t depth, const T* x,
     distance_panel<T, 1>(rows, depth, x, ld_x, y + j, ld_y, out + j, ld_out);
 }
 
-// From squared distances in s.inverse: 1/|w| and <a, m>/|w|, 0 for those that need exact
-// differences, whose bits are set in s.exact. Returns whether there are any.
+// From squared distances in s.inverse: 1/|w| and |w|/2, 0 for those that need exact differences,
+// whose bits are set in s.exact. Returns whether there are any.
 template <typename T>
 bool inverse_norms(const DifferenceScratch<T>& s, int64_t rows, int64_t columns, int64_t ld,
                    const T* row_square, const T* column_square) {
@@ -393,7 +395,7 @@ bool inverse_norms(const DifferenceScratch<T>& s, int64_t rows, int64_t columns,
       const V near = sum * T(kNearDifference) + T(2 * kZeroNormSquared) - square;
       const V inverse = near > 0 ? V{} : T(1) / square_root<T>(square);
       store(s.inverse + at, inverse);
-      store(s.along + at, (sum - square) * T(0.5) * inverse);
+      store(s.half_norm + at, square * T(0.5) * inverse);
       const uint32_t bits = positive_bits(near);
       s.exact[at / kLanes] = bits;
       any |= bits;
@@ -409,7 +411,7 @@ CRRCD_INLINE bool is_exact(const DifferenceScratch<T>& s, int64_t at) {
 template <typename T>
 void leave_out(const DifferenceScratch<T>& s, int64_t at) {
   constexpr int kLanes = Simd<T>::kLanes;
-  s.inverse[at] = s.along[at] = 0;
+  s.inverse[at] = s.half_norm[at] = 0;
   s.drop[at] = T(kLeftOut);
   s.exact[at / kLanes] &= ~(uint32_t(1) << at % kLanes);
 }
@@ -469,28 +471,28 @@ __attribute__((noinline)) void shared_anchors(const DifferenceParams<T>& p,
   const int64_t ld_t = tile_stride(p);
   const int steps = static_cast<int>(width / kLanes);
   const T* inverse_rows = s.inverse + a * ld_t;
-  const T* along_rows = s.along + a * ld_t;
+  const T* half_rows = s.half_norm + a * ld_t;
   const T* drop_rows = s.drop + a * ld_t;
   V q[kAnchors] = {}, above{}, sum_g{};
   int factors = 0;
   for (int64_t b = 0; b < p.B; ++b) {
     const int64_t pair = b * p.ldA + a;
-    const T* x_row = s.product + b * ld_t;
+    const T* distance_row = s.distance + b * ld_t;
     T* weight_row = s.weight + b * ld_t;
-    V constant[kAnchors], slope[kAnchors], weight[kAnchors], offset[kAnchors];
+    V half_square[kAnchors], slope[kAnchors], weight[kAnchors], offset[kAnchors];
     V sum_inverse[kAnchors] = {}, sum_along[kAnchors] = {};
     for (int j = 0; j < kAnchors; ++j) {
-      constant[j] = splat(p.constant[pair + j]);
+      half_square[j] = splat(p.half_square[pair + j]);
       slope[j] = splat(p.slope[pair + j]);
       weight[j] = splat(p.weight[pair + j]);
       offset[j] = splat(p.gram_offset[pair + j]);
     }
     for (int64_t n = 0; n < width; n += kLanes) {
-      const V x = load(x_row + n);
+      const V half_distance = load(distance_row + n) * T(0.5);
       V total = kWant == Want::kLoss || a == 0 ? V{} : load(weight_row + n);
       for (int j = 0; j < kAnchors; ++j) {
         const V inverse = load(inverse_rows + j * ld_t + n);
-        const V along = (x + constant[j]) * inverse - load(along_rows + j * ld_t + n);
+        const V along = (half_square[j] - half_distance) * inverse + load(half_rows + j * ld_t + n);
         V shift = offset[j];
         if (kMasked) shift += load(s.bias + b * ld_t + n) + load(drop_rows + j * ld_t + n);
         const V g = logit_slope<T, kPass>(along * slope[j] + shift, q[j], above);
@@ -539,9 +541,9 @@ __attribute__((noinline)) void shared_log_sum_exp(const DifferenceParams<T>& p,
       const T* drop = s.drop + a * ld_t;
       V top = splat(T(kLeftOut));
       for (int64_t n = 0; n < width; n += kLanes) {
-        const V along =
-            (load(s.product + b * ld_t + n) + p.constant[pair]) * load(s.inverse + a * ld_t + n) -
-            load(s.along + a * ld_t + n);
+        const V along = (p.half_square[pair] - load(s.distance + b * ld_t + n) * T(0.5)) *
+                            load(s.inverse + a * ld_t + n) +
+                        load(s.half_norm + a * ld_t + n);
         V logit = along * p.slope[pair] + p.gram_offset[pair];
         if (kMasked) logit += load(s.bias + b * ld_t + n) + load(drop + n);
         store(s.logit + n, logit);
@@ -573,7 +575,7 @@ bool load_shared_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& 
     s.row_square[n] = 0;
   }
   transpose<T>(width, p.D, s.rows, p.ldD, s.rows_t, ld_t);
-  dense_gemm<T>(p.B, width, p.D, p.query_seen, p.ldD, s.rows_t, ld_t, s.product, ld_t, true);
+  squared_distances<T>(p.B, width, p.D, p.query_seen, p.ldD, s.rows_t, ld_t, s.distance, ld_t);
   squared_distances<T>(p.A, width, p.D, p.anchor_seen, p.ldD, s.rows_t, ld_t, s.inverse, ld_t);
   exact = inverse_norms(s, p.A, width, ld_t, p.anchor_square, s.row_square);
 
@@ -696,11 +698,21 @@ void shared_pass(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, in
 // ---------------------------------------------------------------------------- each query's own
 // negatives
 
+template <typename T>
+CRRCD_INLINE T squared_distance(int64_t n, const T* x, const T* y) {
+  typename Simd<T>::V sum{};
+  for (int64_t i = 0; i < n; i += Simd<T>::kLanes) {
+    const auto difference = load(x + i) - load(y + i);
+    sum += difference * difference;
+  }
+  return horizontal_sum<T>(sum);
+}
+
 // Row u of the tile against query b and anchors begin .. end. Returns sum_a c as a vector.
 template <typename T, Pass kPass, Want kWant, bool kMasked>
 CRRCD_INLINE typename Simd<T>::V own_entry(const DifferenceParams<T>& p,
                                            const DifferenceScratch<T>& s, int64_t u, int64_t b,
-                                           int64_t begin, int64_t end, T product,
+                                           int64_t begin, int64_t end, T half_distance,
                                            typename Simd<T>::V& q, typename Simd<T>::V& above,
                                            typename Simd<T>::V& sum_g) {
   using V = typename Simd<T>::V;
@@ -708,7 +720,8 @@ CRRCD_INLINE typename Simd<T>::V own_entry(const DifferenceParams<T>& p,
   V total{};
   for (int64_t a = begin; a < end; a += Simd<T>::kLanes) {
     const V inverse = load(s.inverse + row + a);
-    const V along = (product + load(p.constant + pair + a)) * inverse - load(s.along + row + a);
+    const V along =
+        (load(p.half_square + pair + a) - half_distance) * inverse + load(s.half_norm + row + a);
     V logit = along * load(p.slope + pair + a) + load(p.gram_offset + pair + a);
     if (kMasked) logit += load(s.drop + row + a);
     if (kPass == Pass::kLogSumExp) {
@@ -775,7 +788,7 @@ __attribute__((noinline)) void own_entries(const DifferenceParams<T>& p,
     const T* m = s.rows + u * p.ldD;
     for (int64_t i = s.begin[local]; i < s.begin[local + 1]; ++i) {
       const int64_t b = s.entries[i] >> p.bucket_shift;
-      const T product = dot(p.Dp, p.query_seen + b * p.ldD, m);
+      const T half_distance = T(0.5) * squared_distance(p.Dp, p.query_seen + b * p.ldD, m);
       V total{};
       for (int64_t begin = 0; begin < p.Ap; begin += kWidth) {
         const int64_t end = begin + kWidth < p.Ap ? begin + kWidth : p.Ap;
@@ -786,8 +799,8 @@ __attribute__((noinline)) void own_entries(const DifferenceParams<T>& p,
           factors = 0;
         }
         factors += steps;
-        total +=
-            own_entry<T, kPass, kWant, kMasked>(p, s, u, b, begin, end, product, q, above, sum_g);
+        total += own_entry<T, kPass, kWant, kMasked>(p, s, u, b, begin, end, half_distance, q,
+                                                     above, sum_g);
       }
       if (kWant != Want::kLoss) {
         const T weight = horizontal_sum<T>(total);

@@ -193,12 +193,12 @@ class DifferenceNce {
 
   // What depends on an anchor, a query and its positive alone.
   void compare_pairs() {
-    constant = zeros({x.B, p.ldA});
+    half_square = zeros({x.B, p.ldA});
     inverse = zeros({x.B, p.ldA});
     inverse_positive = zeros({x.B, p.ldA});
     cosine = zeros({x.B, p.ldA});
     near = at::zeros({x.B, p.ldA}, at::TensorOptions().dtype(at::kByte));
-    p.constant = mutable_pointer<T>(constant);
+    p.half_square = mutable_pointer<T>(half_square);
     p.inverse = mutable_pointer<T>(inverse);
     p.inverse_positive = mutable_pointer<T>(inverse_positive);
     p.cosine = mutable_pointer<T>(cosine);
@@ -354,7 +354,7 @@ class DifferenceNce {
   std::vector<int32_t> near_anchor;
   at::Tensor bank, query, positive, anchor, origin, eps, query_seen, anchor_seen, anchor_seen_t;
   at::Tensor query_square, anchor_square;
-  at::Tensor constant, inverse, inverse_positive, cosine, near, pair, counts;
+  at::Tensor half_square, inverse, inverse_positive, cosine, near, pair, counts;
   at::Tensor slope, weight, offsets, gram_offsets;
   at::Tensor scalars, sum_inverse, sum_along, d_query, d_anchor, sum_f, d_bank, d_rows;
 };

@@ -9,8 +9,8 @@
 
 namespace crrcd {
 
-// Where the square of a difference is below this share of the squares of what is subtracted, the
-// products of Gram's form have lost digits and the difference itself is taken.
+// Where the square of a difference is below this share of the squares of what is subtracted, sums
+// over what is subtracted have lost digits and the difference itself is taken.
 constexpr double kNearDifference = 0.01;
 
 // What a pass computes beyond the loss.
@@ -50,8 +50,8 @@ struct DifferenceParams {
   const T* positive = nullptr;  // [B, ldD]
   const T* anchor = nullptr;    // [A, ldD]
   const T* eps = nullptr;       // [ldD]: eps up to D
-  // Differences do not know where the origin is. Taken in the anchors' middle, products of what is
-  // left are as small as they can be, and cancel as little; eps is in it for queries and keys.
+  // Differences do not know where the origin is. In the anchors' middle the vectors are short, and
+  // sums over them cancel as little as they can; eps is in it for queries and keys.
   const T* origin = nullptr;         // [ldD]: the middle - eps
   const T* query_seen = nullptr;     // [B, ldD]: query - origin
   const T* anchor_seen = nullptr;    // [A, ldD]: anchor - middle
@@ -60,11 +60,11 @@ struct DifferenceParams {
   const T* anchor_square = nullptr;  // [ldA]
 
   // written by difference_pairs, for u = query - anchor + eps and v = positive - anchor + eps
-  T* constant = nullptr;          // -<u, anchor_seen>
+  T* half_square = nullptr;       // |u|^2 / 2
   T* inverse = nullptr;           // 1 / |u|, 0 where it vanishes
   T* inverse_positive = nullptr;  // 1 / |v|
   T* cosine = nullptr;            // <u, v> / (|u| |v|)
-  uint8_t* near = nullptr;        // 1 where |u| is so small that products of u would cancel
+  uint8_t* near = nullptr;        // 1 where |u| is so small that sums would cancel
 
   const T* slope = nullptr;        // scale / (|u| log 2)
   const T* weight = nullptr;       // scale / (|u| pairs), 0 for a pair that does not count

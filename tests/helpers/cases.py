@@ -141,6 +141,37 @@ def make_instance(
     return case
 
 
+def make_difference(
+    A: int = 5,
+    B: int = 6,
+    K: int = 11,
+    D: int = 8,
+    N: int = 13,
+    *,
+    seed: int = 0,
+    index: str | None = "own",
+    ids: bool = False,
+    labels: bool = False,
+    scale: float = 10.0,
+    offset: float = 1.5,
+    objective: str = "nce",
+    self_pairs: bool = False,
+    eps: float = 0.0,
+) -> dict:
+    """Keyword arguments of functional.difference_nce: as :func:`make_instance`'s, with anchors."""
+    options = {"seed": seed, "index": index, "labels": labels, "objective": objective}
+    case = make_instance(B, K, D, N, ids=ids, scale=scale, offset=offset, **options)
+    g = torch.Generator().manual_seed(seed + 1000)
+    case |= {
+        "anchor": unit_rows(torch.randn((A, D), generator=g, dtype=torch.float64)),
+        "self_pairs": self_pairs,
+        "eps": eps,
+    }
+    if ids:
+        case["anchor_id"] = torch.randint(4, (A,), generator=g)
+    return case
+
+
 def cast(case: dict, dtype: torch.dtype, *, also_bank: bool = True) -> dict:
     """The case with its operands rounded to ``dtype``; scale and offset stay as they are."""
     kept = ("scale", "offset") if also_bank else ("scale", "offset", "bank")
@@ -155,7 +186,9 @@ def run(case: dict, backend: str, *, wanted=DIFFERENTIABLE, factor: float = 0.7)
 
     A factor other than 1 shows a backward that forgets the incoming gradient.
     """
-    operator = functional.relation_nce if "weight" in case else functional.instance_nce
+    operator = functional.instance_nce
+    if "anchor" in case:
+        operator = functional.relation_nce if "weight" in case else functional.difference_nce
     leaves = {
         k: case[k].detach().clone(memory_format=torch.preserve_format).requires_grad_()
         for k in wanted
