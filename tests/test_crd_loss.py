@@ -179,7 +179,14 @@ def test_diagnostics_look_at_the_embeddings():
 
 
 def test_collapsed_embeddings_warn():
-    criterion = make(torch.float32, direction="student", standardize=False, embedding_dim=128)
+    criterion = make(
+        torch.float32,
+        direction="student",
+        standardize=False,
+        temperature=50.0,
+        negative_sampling="per_sample",
+        exclusion="draw",
+    )
     with torch.no_grad():
         criterion.student_head.linear.weight.zero_()
         criterion.student_head.linear.bias.fill_(1.0)

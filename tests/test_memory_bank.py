@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from helpers.cases import BACKENDS, unit_rows
+from helpers.sampling import chi_square_is_plausible
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -22,14 +23,6 @@ ROUNDING = {
     torch.bfloat16: 2.0**-8,
     torch.float16: 2.0**-10,
 }
-
-
-def chi_square_is_plausible(counts: torch.Tensor) -> bool:
-    """Within 4.5 standard deviations of what equal probabilities give, on either side."""
-    expected = counts.sum() / counts.numel()
-    statistic = float(((counts - expected) ** 2 / expected).sum())
-    degrees = counts.numel() - 1
-    return abs(statistic - degrees) < 4.5 * math.sqrt(2 * degrees)
 
 
 @pytest.mark.parametrize("dtype", STORAGE)

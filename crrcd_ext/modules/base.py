@@ -152,11 +152,11 @@ class ContrastiveLoss(ContrastiveStep):
             refuse("exclusion", "'mask' for negative_sampling='shared'")
         if self.capacity is not None:
             if self.keys == "bank":
-                refuse("keys", "no 'bank' with capacity: a queue holds no row for every sample")
+                refuse("keys", "'stop_gradient' or 'live' with capacity, a queue of some samples")
             if self.exclusion == "draw":
                 refuse("exclusion", "'mask' with capacity")
             if self.distinct:
-                refuse("distinct", "False with capacity: a queue may be nearly empty")
+                refuse("distinct", "False with capacity, since a queue may be nearly empty")
         if self.num_samples is None and (self.exclude_same_label or labels_given):
             refuse("num_samples", "a positive integer for labels")
         if self.exclusion == "draw":
@@ -292,8 +292,6 @@ class ContrastiveLoss(ContrastiveStep):
             "temperature": self.temperature,
             "direction": self.direction,
             "keys": self.keys,
-            "negative_sampling": self.negative_sampling,
-            "exclusion": self.exclusion,
             "distinct": self.distinct,
             "capacity": self.capacity,
             "normalizer": self.normalizer,

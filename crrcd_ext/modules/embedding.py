@@ -42,3 +42,7 @@ class EmbeddingLoss(ContrastiveLoss):
                 keys["positive"] = positive if own_rows is None else own_rows
                 sides.append(Side(slot, bank, keys))
         return sides
+
+    def _shown(self) -> dict[str, Any]:
+        sampling = {"negative_sampling": self.negative_sampling, "exclusion": self.exclusion}
+        return {**super()._shown(), **sampling}
