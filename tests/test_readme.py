@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from crrcd_ext import CRRCDLoss
+from crrcd_ext import CRCDLoss, CRDLoss, CRRCDLoss
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -40,13 +40,26 @@ def test_options_are_the_constructors_with_their_defaults():
         names, defaults = names.split(", "), defaults.split(", ")
         defaults = defaults * len(names) if len(defaults) == 1 else defaults
         told |= {n.strip("`"): d.strip("`") for n, d in zip(names, defaults, strict=True)}
-    parameters = inspect.signature(CRRCDLoss).parameters.values()
-    actual = {
+    assert told == defaults_of(CRRCDLoss)
+
+
+def test_options_of_the_ancestors_are_those_but_for_what_is_told():
+    row = re.compile(r"^\| `(\w+)` \| `(.+?)` \| `(.+?)` \|", re.MULTILINE)
+    told = row.findall(section("Options of CRDLoss and CRCDLoss"))
+    absent = {"hidden_dim", "relation_dim"}
+    for loss, place in ((CRDLoss, 1), (CRCDLoss, 2)):
+        common = {k: v for k, v in defaults_of(CRRCDLoss).items() if k not in absent}
+        if loss is CRDLoss:
+            common = {k: v for k, v in common.items() if k not in ("anchors", "self_pairs")}
+        assert common | {entry[0]: entry[place] for entry in told} == defaults_of(loss)
+
+
+def defaults_of(loss: type) -> dict[str, str]:
+    return {
         p.name: str(p.default) if not isinstance(p.default, str) else f'"{p.default}"'
-        for p in parameters
+        for p in inspect.signature(loss).parameters.values()
         if p.default is not inspect.Parameter.empty
     }
-    assert told == actual
 
 
 @pytest.mark.parametrize("folder", ["crrcd_ext", "csrc", "setup.py", "tests/conftest.py"])
