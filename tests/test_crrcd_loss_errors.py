@@ -1,4 +1,4 @@
-"""CRRCDLoss: bad input is one clear error or a defined result, and nothing has changed."""
+"""The losses: bad input is one clear error or a defined result, and nothing has changed."""
 
 from __future__ import annotations
 
@@ -7,23 +7,9 @@ import math
 
 import pytest
 import torch
+from helpers.losses import DS, DT, KINDS, B, N, make
 
 from crrcd_ext import CRRCDLoss
-
-DS, DT, N, K, B = 6, 10, 40, 17, 8
-
-
-def make(**options):
-    torch.manual_seed(0)
-    options = {
-        "negatives": K,
-        "embedding_dim": 8,
-        "hidden_dim": 8,
-        "relation_dim": 8,
-        "anchors": 4,
-        **options,
-    }
-    return CRRCDLoss(DS, DT, N, **options)
 
 
 def batch():
@@ -148,19 +134,20 @@ CALLS = {
 
 
 @pytest.mark.parametrize("case", CALLS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("started", [False, True])
-def test_bad_calls_change_nothing(case, started):
+def test_bad_calls_change_nothing(case, started, kind):
     change, error, text = CALLS[case]
-    criterion = make(direction="both", keys="bank")
+    criterion = make(kind=kind, direction="both", keys="bank")
     if started:
         criterion(**batch())
     before = copy.deepcopy(criterion.state_dict())
-    with pytest.raises(error, match="crrcd_ext.CRRCDLoss: " + text):
+    with pytest.raises(error, match=f"crrcd_ext.{criterion.NAME}: {text}"):
         criterion(**{**batch(), **change})
     assert all(torch.equal(v, before[k]) for k, v in criterion.state_dict().items())
     assert criterion._normalized == started
     # And the next good step is that of a module which never saw the bad one.
-    twin = make(direction="both", keys="bank")
+    twin = make(kind=kind, direction="both", keys="bank")
     if started:
         twin(**batch())
     assert torch.equal(criterion(**batch()), twin(**batch()))
@@ -187,9 +174,10 @@ def test_large_finite_features_are_finite():
 @pytest.mark.parametrize("keys", ["stop_gradient", "live", "bank"])
 @pytest.mark.parametrize("side", ["student_features", "teacher_features"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("started", [False, True])
-def test_skip_gives_zero_and_leaves_everything_alone(keys, side, value, started):
-    options = {"direction": "both", "keys": keys, "nonfinite": "skip"}
+def test_skip_gives_zero_and_leaves_everything_alone(keys, side, value, started, kind):
+    options = {"kind": kind, "direction": "both", "keys": keys, "nonfinite": "skip"}
     criterion, twin = make(**options), make(**options)
     if started:
         criterion(**batch())
@@ -380,12 +368,13 @@ FILLS = {
 }
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", FILLS)
-def test_bad_fill_changes_nothing(case):
+def test_bad_fill_changes_nothing(case, kind):
     arguments, error, text = FILLS[case]
-    criterion = make(exclude_same_label=True)
+    criterion = make(kind=kind, exclude_same_label=True)
     before = copy.deepcopy(criterion.state_dict())
-    with pytest.raises(error, match="crrcd_ext.CRRCDLoss.fill: " + text):
+    with pytest.raises(error, match=f"crrcd_ext.{criterion.NAME}.fill: {text}"):
         criterion.fill(**arguments(torch.randn(N, DT)))
     assert all(torch.equal(v, before[k]) for k, v in criterion.state_dict().items())
     assert not criterion.teacher_head.standardize.fixed

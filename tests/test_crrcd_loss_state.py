@@ -1,4 +1,4 @@
-"""CRRCDLoss as a module: resume, copies, casts, autocast, torch.compile, parameter groups, fill."""
+"""The losses as modules: resume, copies, casts, autocast, torch.compile, parameter groups, fill."""
 
 from __future__ import annotations
 
@@ -9,31 +9,12 @@ import pickle
 import pytest
 import torch
 from helpers.cases import BACKENDS
+from helpers.losses import DS, DT, KINDS, B, K, N, batch, make, same_state
 from torch import nn
 
 from crrcd_ext import CRRCDLoss
 
-DS, DT, N, K, B = 6, 10, 40, 17, 8
 KEYS = ["stop_gradient", "live", "bank"]
-
-
-def make(seed=0, **options):
-    torch.manual_seed(seed)
-    options = {
-        "negatives": K,
-        "embedding_dim": 8,
-        "hidden_dim": 8,
-        "relation_dim": 8,
-        "anchors": 4,
-        **options,
-    }
-    return CRRCDLoss(DS, DT, N, **options)
-
-
-def batch(step, dtype=torch.float32):
-    g = torch.Generator().manual_seed(100 + step)
-    student, teacher = torch.randn(B, DS, generator=g), torch.randn(B, DT, generator=g)
-    return student.to(dtype), teacher.to(dtype), torch.randint(N, (B,), generator=g)
 
 
 class Run:
@@ -63,11 +44,6 @@ class Run:
         return torch.stack(losses)
 
 
-def same_state(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -78,9 +54,11 @@ def same_state(a, b):
     ],
     ids=lambda o: " ".join(o),
 )
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_resume_is_bit_for_bit(backend, options):
-    run = Run(backend=backend, **options)
+def test_resume_is_bit_for_bit(backend, kind, options):
+    options = {**options, "kind": kind, "backend": backend}
+    run = Run(**options)
     if run.criterion.keys != "bank":
         features = torch.randn(N, DT, generator=torch.Generator().manual_seed(0))
         run.criterion.fill(torch.arange(N), features)
@@ -90,7 +68,7 @@ def test_resume_is_bit_for_bit(backend, options):
     expected = run.steps(5, 9)
 
     file.seek(0)
-    other = Run(seed=1, backend=backend, **options)
+    other = Run(seed=1, **options)
     for part, state in zip(other.parts(), torch.load(file, weights_only=True), strict=True):
         part.load_state_dict(state)
     assert torch.equal(other.steps(5, 9), expected)
@@ -155,9 +133,10 @@ def test_a_bank_of_another_size_is_refused_before_anything_is_loaded(change):
     assert not outer["loss"]._normalized
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["deepcopy", "pickle", "torch.save"])
-def test_copies_go_on_as_the_original(method):
-    run = Run(direction="both", keys="bank")
+def test_copies_go_on_as_the_original(method, kind):
+    run = Run(kind=kind, direction="both", keys="bank")
     run.steps(0, 2)
     if method == "deepcopy":
         twin = copy.deepcopy(run.criterion)
@@ -180,9 +159,10 @@ def test_copies_go_on_as_the_original(method):
 
 
 @pytest.mark.parametrize("bank_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_casting_keeps_banks_statistics_and_normaliser(backend, bank_dtype):
-    criterion = make(backend=backend, bank_dtype=bank_dtype, direction="both")
+def test_casting_keeps_banks_statistics_and_normaliser(backend, kind, bank_dtype):
+    criterion = make(kind=kind, backend=backend, bank_dtype=bank_dtype, direction="both")
     criterion(*batch(0))
     kept = {name: b.clone() for name, b in criterion.named_buffers()}
     for dtype in (torch.float64, torch.bfloat16):
@@ -193,10 +173,11 @@ def test_casting_keeps_banks_statistics_and_normaliser(backend, bank_dtype):
     assert criterion.teacher_bank.rows.dtype == bank_dtype
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("keys", KEYS)
-def test_a_bfloat16_module_trains(backend, keys):
-    criterion = make(backend=backend, keys=keys, direction="both")
+def test_a_bfloat16_module_trains(backend, keys, kind):
+    criterion = make(kind=kind, backend=backend, keys=keys, direction="both")
     reference = copy.deepcopy(criterion)
     criterion.bfloat16()
     student, teacher, index = batch(0, torch.bfloat16)
@@ -205,7 +186,7 @@ def test_a_bfloat16_module_trains(backend, keys):
     assert loss.dtype == torch.float32 and student.grad.dtype == torch.bfloat16
     exact = reference(student.detach().float(), teacher.float(), index)
     assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=0.05)
-    assert all(p.grad.dtype == torch.bfloat16 for p in criterion.cross_relation.parameters())
+    assert all(p.grad.dtype == torch.bfloat16 for p in criterion.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("student_dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -221,11 +202,12 @@ def test_features_of_another_floating_type_are_taken(student_dtype):
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("direction", ["student", "both"])
 @pytest.mark.parametrize("keys", KEYS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_bfloat16(backend, keys, direction):
-    criterion = make(backend=backend, keys=keys, direction=direction)
+def test_autocast_bfloat16(backend, keys, direction, kind):
+    criterion = make(kind=kind, backend=backend, keys=keys, direction=direction)
     exact = copy.deepcopy(criterion)
     body = nn.Linear(DS, DS)
     student, teacher, index = batch(0)
@@ -283,14 +265,28 @@ COMPILED = {
 }
 
 
+OWN_NEGATIVES = {
+    "direction": "both",
+    "negative_sampling": "per_sample",
+    "exclusion": "draw",
+    "exclude_same_label": True,
+    "labels": torch.arange(N) % 4,
+}
+
+
 @pytest.mark.parametrize(
-    "backend, options",
+    "backend, kind, options",
     # Tracing takes seconds, and the module is the same around the reference: once there.
-    [("reference", "live"), *((b, o) for b in BACKENDS if b != "reference" for o in COMPILED)],
+    [
+        ("reference", "crrcd", "live"),
+        *((b, "crrcd", o) for b in BACKENDS if b != "reference" for o in COMPILED),
+        *((BACKENDS[-1], kind, "own") for kind in ("crcd", "crd")),
+    ],
 )
-def test_compiles_as_one_graph(backend, options):
+def test_compiles_as_one_graph(backend, kind, options):
     torch._dynamo.reset()
-    criterion = make(backend=backend, **COMPILED[options])
+    chosen = OWN_NEGATIVES if options == "own" else COMPILED[options]
+    criterion = make(kind=kind, backend=backend, **chosen)
     compare_with_eager(criterion, 2, "aot_eager", {"rtol": 1e-5, "atol": 1e-6})
 
 
@@ -334,12 +330,15 @@ def test_compiled_skip():
     assert all(torch.equal(v, before[k]) for k, v in after.items())
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("keys", KEYS)
 @pytest.mark.parametrize("nonfinite", ["error", "skip"])
-def test_a_step_never_reads_the_device(keys, nonfinite):
+def test_a_step_never_reads_the_device(keys, nonfinite, kind):
     """Meta tensors have no values: whatever asks for one raises."""
     with torch.device("meta"):
-        criterion = make(keys=keys, direction="both", nonfinite=nonfinite, normalizer=2.0)
+        criterion = make(
+            kind=kind, keys=keys, direction="both", nonfinite=nonfinite, normalizer=2.0
+        )
         student = torch.randn(B, DS, requires_grad=True)
         index = torch.zeros(B, dtype=torch.int64)
         criterion(student, torch.randn(B, DT), index).backward()
