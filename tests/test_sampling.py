@@ -46,9 +46,10 @@ def test_own_row_is_skipped_and_the_others_are_uniform():
 def test_other_classes_are_uniform(distinct):
     bank, table = MemoryBank(N, 1), ClassTable(LABELS)
     index = torch.arange(N)
-    # Two more queries: one said to be of a class that its own row is not of, one of no class.
-    index, label = torch.cat([index, at(3)[None], at(6)[None]]), torch.cat([LABELS, LABELS[:2] - 2])
-    assert label[-2:].tolist() == [0, -2]
+    # More queries: two said to be of a class that their own row is not of, whose places are below
+    # and above its own, and one of no class.
+    index = torch.cat([index, torch.tensor([3, 1, 6])])
+    label = torch.cat([LABELS, torch.tensor([0, 7, -2])])
     counts = torch.zeros(len(index), N, dtype=torch.float64)
     k = 4 if distinct else 40
     for _ in range(20000 // k):

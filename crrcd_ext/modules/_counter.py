@@ -127,8 +127,8 @@ def permuted_index(
         else:
             second = _shifted(second, first, key, b)
     image = first * b + second
-    # Cells past the rectangle, where it is smaller than what a row computes, are no cells.
-    inside = (image < bound) & (cell < a * b)
+    # Positions past the rectangle, where a row has them, come after enough that lie inside.
+    inside = image < bound
     rank = inside.cumsum(1)
     target = torch.where(inside, rank - 1, cell.shape[1] - 1 - (cell - rank))
     return torch.empty_like(image).scatter_(1, target, image)[:, :count]
