@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from helpers.cases import BACKENDS
-from helpers.crrcd_formula import relate
+from helpers.loss_formula import relate
 
 from crrcd_ext import FeatureRelation
 
