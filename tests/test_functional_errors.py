@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers.cases import BACKENDS, COMPILED, cast, make, make_instance
+from helpers.cases import BACKENDS, COMPILED, cast, make, make_difference, make_instance
 
 from crrcd_ext import functional
 
@@ -324,6 +324,106 @@ def test_instance_nce(backend, changes, error, message):
     before = bank.clone()
     with pytest.raises(error, match=text(f"crrcd_ext.instance_nce: {message}")):
         functional.instance_nce(**case, backend=backend)
+    assert torch.equal(bank, before)
+
+
+DIFFERENCE = [  # what is changed, error, the message after "crrcd_ext.difference_nce: "
+    (
+        {"query": torch.ones(A, B, D)},
+        ValueError,
+        "query: expected shape [B, D] = [*, *], got [5, 6, 4]",
+    ),
+    (
+        {"positive": torch.ones(B + 1, D)},
+        ValueError,
+        "positive: expected shape [B, D] = [6, 4], got [7, 4]",
+    ),
+    (
+        {"anchor": torch.ones(A, D + 1)},
+        ValueError,
+        "anchor: expected shape [A, D] = [*, 4], got [5, 5]",
+    ),
+    (
+        {"bank": torch.ones(N, D + 1)},
+        ValueError,
+        "bank: expected shape [N, D] = [*, 4], got [13, 5]",
+    ),
+    (
+        {"index": torch.ones(B + 1, K, dtype=torch.int64)},
+        ValueError,
+        "index: expected shape [B, K] = [6, *], got [7, 11]",
+    ),
+    (
+        {"index": torch.ones(B, K, 1, dtype=torch.int64)},
+        ValueError,
+        "index: expected shape [K] = [*], got [6, 11, 1]",
+    ),
+    ({"index": torch.ones(B, 2)}, TypeError, "index: expected dtype int64, got float32"),
+    (
+        {"index": torch.tensor([0, 3, N, 1])},
+        IndexError,
+        "index: expected rows of the bank in [0, 13), got 13 at position 2",
+    ),
+    (
+        {"index": torch.tensor([[0, 3]] * (B - 1) + [[1, -1]])},
+        IndexError,
+        "index: expected rows of the bank in [0, 13), got -1 at position [5, 1]",
+    ),
+    (
+        {"anchor_id": torch.arange(B), "query_id": torch.arange(B)},
+        ValueError,
+        "anchor_id: expected shape [A] = [5], got [6]",
+    ),
+    (
+        {"anchor_id": torch.arange(A)},
+        ValueError,
+        "query_id: expected an int64 tensor beside anchor_id, got None",
+    ),
+    (
+        {"key_label": torch.arange(N)},
+        ValueError,
+        "query_label: expected an int64 tensor beside key_label, got None",
+    ),
+    ({"eps": -1e-6}, ValueError, "eps: expected a number of 0 or more, got -1e-06"),
+    ({"eps": float("inf")}, ValueError, "eps: expected a number of 0 or more, got inf"),
+    ({"eps": float("nan")}, ValueError, "eps: expected a number of 0 or more, got nan"),
+    ({"eps": True}, ValueError, "eps: expected a number of 0 or more, got True"),
+    ({"eps": "0"}, ValueError, "eps: expected a number of 0 or more, got '0'"),
+    (
+        {"positive": None},
+        ValueError,
+        "query_id: expected positions in the bank where positive is None, got None",
+    ),
+    (
+        {"positive": None, "query_id": torch.arange(B), "key_id": torch.arange(N)},
+        ValueError,
+        "query_id: expected positions in the bank where positive is None, "
+        "got ids that key_id gives to other rows",
+    ),
+    (
+        {"positive": None, "query_id": torch.arange(B) + N - 2},
+        IndexError,
+        "query_id: expected rows of the bank in [0, 13), got 13 at position 2",
+    ),
+    ({"positive": [1.0]}, TypeError, "positive: expected a tensor, got list"),
+    (
+        {"objective": "softmax"},
+        ValueError,
+        "objective: expected one of nce, infonce, got 'softmax'",
+    ),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("changes, error, message", DIFFERENCE, ids=[m for _, _, m in DIFFERENCE])
+def test_difference_nce(backend, changes, error, message):
+    case = cast(make_difference(A, B, K, D, N), torch.float32)
+    case["update"] = update()
+    case |= changes
+    bank = case["bank"]
+    before = bank.clone()
+    with pytest.raises(error, match=text(f"crrcd_ext.difference_nce: {message}")):
+        functional.difference_nce(**case, backend=backend)
     assert torch.equal(bank, before)
 
 
