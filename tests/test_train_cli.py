@@ -188,10 +188,28 @@ def test_damaged_checkpoints_are_one_line(
 
 
 def test_a_mistake_prints_no_traceback(tmp_path: Path) -> None:
-    process = start(["distill", "--set", "run.method=crcd", "--output", str(tmp_path)])
+    process = start(["distill", "--set", "optim.lr=-1", "--output", str(tmp_path)])
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 2 and printed == ""
     assert errors.startswith("crrcd-train: error: ") and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "setting", "text"),
+    [
+        ("distill", "teacher.checkpoint=", "method crcd needs a teacher"),
+        ("distill", "teacher.checkpoint={tmp}/none.pt", "none.pt is missing"),
+        ("study", "teacher.checkpoint={tmp}/none.pt", "none.pt is missing"),
+    ],
+)
+def test_a_missing_teacher_is_told_before_a_download(
+    command: str, setting: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    data = tmp_path / "data"
+    arguments = ["run.method=crcd", f"data.root={data}", setting.format(tmp=tmp_path)]
+    assert main([command, "--set", *arguments, "--output", str(tmp_path / "run")]) == 2
+    _one_line(capsys, text)
+    assert not data.exists()
 
 
 def _one_line(capsys: pytest.CaptureFixture, *texts: str) -> None:

@@ -104,7 +104,7 @@ def _train(options: argparse.Namespace, command: str) -> int:
     config = settings.load(options.config or options.file, overrides)
     output = Path(options.output)
     # Imported late: what is wrong with the settings is said before PyTorch is loaded.
-    from . import data, interrupt, runs, study
+    from . import data, interrupt, methods, runs, study
     from .errors import writable_folder
     from .progress import Bar, say
 
@@ -124,6 +124,8 @@ def _train(options: argparse.Namespace, command: str) -> int:
         torch.set_num_threads(config.run.threads)
     if options.fresh:
         runs.clear(output)
+    if options.command == "distill" and methods.uses_teacher(config.run.method):
+        runs.teacher_checkpoint(config)  # said before a data set is downloaded
     images = data.load(config.data, say)
     train = runs.train_teacher if options.command == "teacher" else runs.train_student
     label = "teacher" if options.command == "teacher" else config.run.method

@@ -75,6 +75,24 @@ def prepare_teacher_table(config: Config, images: data.Images, say: Say = print)
     _teacher_for(config, images, parts, methods.pick_device(config.run.device), say)
 
 
+def teacher_checkpoint(config: Config) -> Path:
+    """The teacher's checkpoint that the settings name.
+
+    Raises:
+        UserError: none is named, or there is no such file.
+    """
+    if not config.teacher.checkpoint:
+        raise UserError(
+            f"method {config.run.method} needs a teacher: train one with 'crrcd-train teacher' and "
+            "give --set teacher.checkpoint=FOLDER/checkpoint.pt"
+        )
+    path = Path(config.teacher.checkpoint)
+    path = path / checkpoint.FILE if path.is_dir() else path
+    if not checkpoint.exists(path):
+        raise UserError(f"no usable checkpoint: {path} is missing")
+    return path
+
+
 def load_model(
     folder: Path, images: data.Images, device: torch.device, say: Say = print
 ) -> tuple[models.Classifier, Config, str]:
@@ -233,13 +251,7 @@ def _teacher_for(
     device: torch.device,
     say: Say,
 ) -> tuple[models.Classifier, tuple[Tensor, Tensor] | None]:
-    if not config.teacher.checkpoint:
-        raise UserError(
-            f"method {config.run.method} needs a teacher: train one with 'crrcd-train teacher' and "
-            "give --set teacher.checkpoint=FOLDER/checkpoint.pt"
-        )
-    path = Path(config.teacher.checkpoint)
-    path = path / checkpoint.FILE if path.is_dir() else path
+    path = teacher_checkpoint(config)
     modified = path.stat().st_mtime if path.exists() else 0.0
     teacher, digest = _load_teacher(path, modified, images.train.shape[1], len(images.classes))
     teacher = teacher.to(device)

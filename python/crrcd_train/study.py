@@ -99,8 +99,10 @@ def run(config: Config, output: Path, *, fresh: bool = False, command: str = "")
 def _complete(config: Config, output: Path, todo: list[Job], pending: list[Job]) -> None:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    images = data.load(config.data, say)
     needs_teacher = any(methods.uses_teacher(job.config.run.method) for job in todo)
+    if needs_teacher and config.teacher.checkpoint:
+        runs.teacher_checkpoint(config)  # said before a data set is downloaded
+    images = data.load(config.data, say)
     if needs_teacher and not config.teacher.checkpoint:
         result = runs.train_teacher(
             with_values(config, {"run.seed": 0}),
