@@ -42,8 +42,8 @@ LOG_EPS = 1e-7
 DIFFERENCE_EPS = 1e-6
 """Added to every component of a difference by the public CRCD code."""
 EMBED_TYPES = ("linear", "nonlinear", "nofc")
-_PIECE = 1 << 22
-"""Elements that the mean of the first batch makes at a time: 32 MB."""
+_PIECE = 1 << 19
+"""Elements that the mean of the first batch makes at a time: 4 MB."""
 
 
 class Embed(nn.Module):

@@ -20,6 +20,14 @@ constexpr int kSharedAnchors = 4;  // that share one walk over the keys of a til
 constexpr int kSharedAnchors = 2;
 #endif
 
+// Each query's own negatives among some neighbouring rows of the bank, sorted by row.
+struct Bucket {
+  uint32_t* entries;  // [most] query << bucket_shift | row within the bucket
+  int64_t* begin;     // [rows of a bucket + 1] where the entries of a row are
+  int64_t* row;       // [rows of a bucket] those that have entries, as positions in the bank
+  int64_t first = 0, rows = 0;
+};
+
 template <typename T>
 struct DifferenceScratch {
   T* rows;            // [tile, ldD] keys of the tile seen from the origin
@@ -39,9 +47,7 @@ struct DifferenceScratch {
   T* d_rows;          // [tile, ldD]
   T* exact_u;         // [lanes, ldD]
   T* exact_w;         // [lanes, ldD]
-  uint32_t* entries;  // [most] of a bucket, sorted by row, own
-  int64_t* begin;     // [rows of a bucket + 1] where the entries of a row are, own
-  int64_t* tile_row;  // [tile] rows of a tile, within the bucket, own
+  Bucket bucket[2];  // the one that is worked off and the next, own
   // Sums of the call and, where entries add to them one by one, of a block of entries: two short
   // sums round less than one long one.
   T* sum_inverse;  // [B, ldA]
@@ -83,9 +89,11 @@ size_t carve(const DifferenceParams<T>& p, std::byte* base, DifferenceScratch<T>
   s.d_rows = c.take<T>(keys ? p.tile * p.ldD : 0);
   s.exact_u = c.take<T>(Simd<T>::kLanes * p.ldD);
   s.exact_w = c.take<T>(Simd<T>::kLanes * p.ldD);
-  s.entries = c.take<uint32_t>(own ? p.most : 0);
-  s.begin = c.take<int64_t>(own ? (int64_t(1) << p.bucket_shift) + 1 : 0);
-  s.tile_row = c.take<int64_t>(own ? p.tile : 0);
+  for (Bucket& bucket : s.bucket) {
+    bucket.entries = c.take<uint32_t>(own ? p.most : 0);
+    bucket.begin = c.take<int64_t>(own ? (int64_t(1) << p.bucket_shift) + 1 : 0);
+    bucket.row = c.take<int64_t>(own ? int64_t(1) << p.bucket_shift : 0);
+  }
   s.sum_inverse = c.take<T>(own ? p.B * p.ldA : 0);
   s.sum_along = c.take<T>(own ? p.B * p.ldA : 0);
   s.d_query = c.take<T>(own ? p.B * p.ldD : 0);
@@ -773,21 +781,33 @@ __attribute__((noinline)) void own_exact(const DifferenceParams<T>& p,
   }
 }
 
-// Entries in their order: [s.begin[row], s.begin[row + 1]) for every row of the tile.
+// Rows of the bank that meet the anchors together, with their entries; the next tile's rows are
+// fetched meanwhile.
+struct OwnTile {
+  const Bucket& bucket;
+  const int64_t* row;
+  int64_t rows;
+  const int64_t* next;
+  int64_t next_rows;
+};
+
 template <typename T, Pass kPass, Want kWant, bool kMasked>
 __attribute__((noinline)) void own_entries(const DifferenceParams<T>& p,
-                                           const DifferenceScratch<T>& s, int64_t bucket_row,
-                                           int64_t rows, bool exact, DifferenceSums<T>& sums) {
+                                           const DifferenceScratch<T>& s, const OwnTile& tile,
+                                           bool exact, DifferenceSums<T>& sums) {
+  const Bucket& bucket = tile.bucket;
   using V = typename Simd<T>::V;
   constexpr int64_t kWidth = DifferenceSums<T>::kFactors * Simd<T>::kLanes;
   ExactQueue<T> queue;
   V q{}, above{}, sum_g{};
   int factors = 0;
-  for (int64_t u = 0; u < rows; ++u) {
-    const int64_t local = s.tile_row[u];
+  for (int64_t u = 0; u < tile.rows; ++u) {
+    for (int64_t i = u * tile.next_rows / tile.rows; i < (u + 1) * tile.next_rows / tile.rows; ++i)
+      prefetch_row(p.bank, tile.next[i], p.D);
+    const int64_t local = tile.row[u] - bucket.first;
     const T* m = s.rows + u * p.ldD;
-    for (int64_t i = s.begin[local]; i < s.begin[local + 1]; ++i) {
-      const int64_t b = s.entries[i] >> p.bucket_shift;
+    for (int64_t i = bucket.begin[local]; i < bucket.begin[local + 1]; ++i) {
+      const int64_t b = bucket.entries[i] >> p.bucket_shift;
       const T half_distance = T(0.5) * squared_distance(p.Dp, p.query_seen + b * p.ldD, m);
       V total{};
       for (int64_t begin = 0; begin < p.Ap; begin += kWidth) {
@@ -809,24 +829,29 @@ __attribute__((noinline)) void own_entries(const DifferenceParams<T>& p,
           add_multiple(p.Dp, weight, p.query_seen + b * p.ldD, s.d_rows + u * p.ldD);
       }
       if (exact || p.near_begin)
-        own_exact<T, kPass, kWant>(p, s, queue, bucket_row + local, u, b, kMasked, exact, sums);
+        own_exact<T, kPass, kWant>(p, s, queue, tile.row[u], u, b, kMasked, exact, sums);
     }
   }
   if (queue.count > 0) work_off<T, kPass, kWant>(p, s, queue, sums);
   sums.add(q, factors, above, sum_g);
 }
 
-// Rows of the bank in s.tile_row: loaded, compared with all anchors, worked off.
+// Rows loaded, compared with all anchors, worked off.
 template <typename T, Pass kPass, Want kWant>
-void own_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64_t bucket_row,
-              int64_t rows, DifferenceSums<T>& sums) {
+void own_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, const OwnTile& tile,
+              DifferenceSums<T>& sums) {
+  const int64_t rows = tile.rows;
   BankView bank = p.bank;
   bank.index = nullptr;
   for (int64_t u = 0; u < rows; ++u) {
-    load_row<T>(bank, bucket_row + s.tile_row[u], p.D, p.ldD, s.rows + u * p.ldD);
+    load_row<T>(bank, tile.row[u], p.D, p.ldD, s.rows + u * p.ldD);
     see_from_origin(p, s, u);
   }
-  squared_distances<T>(rows, p.Ap, p.D, s.rows, p.ldD, p.anchor_seen_t, p.ldA, s.inverse, p.ldA);
+  // whole blocks of rows: what is computed of the last ones is not looked at
+  const int64_t blocks = (rows + kDenseRows - 1) / kDenseRows;
+  for (int64_t u = rows; u < blocks * kDenseRows; ++u) clear(p.ldD, s.rows + u * p.ldD);
+  squared_distances<T>(blocks * kDenseRows, p.Ap, p.D, s.rows, p.ldD, p.anchor_seen_t, p.ldA,
+                       s.inverse, p.ldA);
   const bool exact = inverse_norms(s, rows, p.Ap, p.ldA, s.row_square, p.anchor_square);
   bool masked = false;
   const auto prepare = [&] {
@@ -841,7 +866,7 @@ void own_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64
         if (is_exact(s, u * p.ldA + a)) s.drop[u * p.ldA + a] = T(kLeftOut);
   }
   for (int64_t u = 0; p.anchor_id && u < rows; ++u) {
-    const int64_t id = key_name(p, bucket_row + s.tile_row[u]);
+    const int64_t id = key_name(p, tile.row[u]);
     if (!contains(p.A, p.anchor_id, id)) continue;
     prepare();
     for (int64_t a = 0; a < p.A; ++a)
@@ -854,9 +879,9 @@ void own_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64
       clear(p.ldD, s.d_rows + u * p.ldD);
     }
   if (masked)
-    own_entries<T, kPass, kWant, true>(p, s, bucket_row, rows, exact, sums);
+    own_entries<T, kPass, kWant, true>(p, s, tile, exact, sums);
   else
-    own_entries<T, kPass, kWant, false>(p, s, bucket_row, rows, exact, sums);
+    own_entries<T, kPass, kWant, false>(p, s, tile, exact, sums);
   if (kWant != Want::kKeys) return;
   combine(s, rows, p.Ap, p.ldA);
   dense_gemm<T, Product::kFull, true>(p.A, p.Dp, rows, s.y, p.ldA, s.rows, p.ldD, s.d_anchor, p.ldD,
@@ -871,29 +896,35 @@ void own_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64
     add_multiple(p.Dp, -total, s.rows + u * p.ldD, s.d_rows + u * p.ldD);
     if (p.d_bank)
       for (int64_t d = 0; d < p.D; ++d)
-        p.d_bank[(bucket_row + s.tile_row[u]) * p.D + d] = s.d_rows[u * p.ldD + d];
+        p.d_bank[(tile.row[u]) * p.D + d] = s.d_rows[u * p.ldD + d];
   }
 }
 
-// The negatives of a bucket sorted by row, without those that are masked: s.entries, s.begin.
+// Sorts the negatives of a bucket by row, without those that are masked.
 template <typename T>
-void sort_bucket(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64_t bucket) {
-  const int64_t rows = int64_t(1) << p.bucket_shift, first = bucket << p.bucket_shift;
-  const uint32_t* from = p.entries + p.bucket_begin[bucket];
-  const int64_t count = p.bucket_begin[bucket + 1] - p.bucket_begin[bucket];
+void sort_bucket(const DifferenceParams<T>& p, int64_t index, Bucket& bucket) {
+  const int64_t rows = int64_t(1) << p.bucket_shift;
+  const uint32_t* from = p.entries + p.bucket_begin[index];
+  const int64_t count = p.bucket_begin[index + 1] - p.bucket_begin[index];
   const uint32_t mask = static_cast<uint32_t>(rows - 1);
   const bool masks = p.query_id || p.query_label;
+  bucket.first = index << p.bucket_shift;
   const auto kept = [&](uint32_t entry) {
-    return !masks || is_negative(p, entry >> p.bucket_shift, first + (entry & mask));
+    return !masks || is_negative(p, entry >> p.bucket_shift, bucket.first + (entry & mask));
   };
-  for (int64_t i = 0; i <= rows; ++i) s.begin[i] = 0;
+  int64_t* begin = bucket.begin;
+  for (int64_t i = 0; i <= rows; ++i) begin[i] = 0;
   for (int64_t i = 0; i < count; ++i)
-    if (kept(from[i])) ++s.begin[(from[i] & mask) + 1];
-  for (int64_t i = 0; i < rows; ++i) s.begin[i + 1] += s.begin[i];
+    if (kept(from[i])) ++begin[(from[i] & mask) + 1];
+  bucket.rows = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    if (begin[i + 1] > 0) bucket.row[bucket.rows++] = bucket.first + i;
+    begin[i + 1] += begin[i];
+  }
   for (int64_t i = 0; i < count; ++i)
-    if (kept(from[i])) s.entries[s.begin[from[i] & mask]++] = from[i];
-  for (int64_t i = rows; i > 0; --i) s.begin[i] = s.begin[i - 1];
-  s.begin[0] = 0;
+    if (kept(from[i])) bucket.entries[begin[from[i] & mask]++] = from[i];
+  for (int64_t i = rows; i > 0; --i) begin[i] = begin[i - 1];
+  begin[0] = 0;
 }
 
 template <typename T, Pass kPass, Want kWant>
@@ -917,20 +948,32 @@ void own_pass(const DifferenceParams<T>& p, DifferenceScratch<T> s, int64_t part
   };
   constexpr bool kSums = kWant != Want::kLoss;
   if (kSums) start();
-  int64_t bucket = 0, waiting = 0;
-  while (p.bucket_begin[bucket] < p.part_begin[part]) ++bucket;
-  for (; bucket < p.buckets && p.bucket_begin[bucket] < p.part_begin[part + 1]; ++bucket) {
-    if (p.bucket_begin[bucket] == p.bucket_begin[bucket + 1]) continue;
-    sort_bucket(p, block, bucket);
-    const int64_t size = int64_t(1) << p.bucket_shift, first = bucket << p.bucket_shift;
-    int64_t rows = 0;
-    for (int64_t local = 0; local < size; ++local) {
-      const int64_t entries = block.begin[local + 1] - block.begin[local];
-      if (entries > 0) block.tile_row[rows++] = local;
-      waiting += entries;
-      if (rows == 0 || (rows < p.tile && local + 1 < size)) continue;
-      own_tile<T, kPass, kWant>(p, block, first, rows, sums);
-      rows = 0;
+  int64_t index = 0, waiting = 0;
+  while (p.bucket_begin[index] < p.part_begin[part]) ++index;
+  // The next bucket of this part that has negatives left, sorted; one without rows at the end.
+  const auto sort_next = [&](Bucket& bucket) {
+    bucket.rows = 0;
+    for (; bucket.rows == 0 && p.bucket_begin[index] < p.part_begin[part + 1]; ++index)
+      if (p.bucket_begin[index] < p.bucket_begin[index + 1]) sort_bucket(p, index, bucket);
+  };
+  sort_next(block.bucket[0]);
+  for (int64_t turn = 0; block.bucket[turn % 2].rows > 0; ++turn) {
+    const Bucket& bucket = block.bucket[turn % 2];
+    Bucket& next = block.bucket[(turn + 1) % 2];
+    for (int64_t first = 0; first < bucket.rows; first += p.tile) {
+      const int64_t left = bucket.rows - first;
+      OwnTile tile{bucket, bucket.row + first, left < p.tile ? left : p.tile};
+      if (left > p.tile) {
+        tile.next = tile.row + p.tile;
+        tile.next_rows = left - p.tile < p.tile ? left - p.tile : p.tile;
+      } else {
+        sort_next(next);
+        tile.next = next.row;
+        tile.next_rows = next.rows < p.tile ? next.rows : p.tile;
+      }
+      own_tile<T, kPass, kWant>(p, block, tile, sums);
+      waiting += bucket.begin[tile.row[tile.rows - 1] - bucket.first + 1] -
+                 bucket.begin[tile.row[0] - bucket.first];
       if (!kSums || waiting < 32 * p.B) continue;
       finish();
       start();

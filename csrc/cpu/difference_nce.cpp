@@ -59,12 +59,12 @@ struct Functions<double> {
   static constexpr auto finish = &Kernels::difference_finish_f64;
 };
 
-// Rows of the bank that are sorted together: few enough buckets for a counting sort, and enough of
-// them for all parts.
+// Rows of the bank that are sorted together: enough for several tiles, and enough buckets for all
+// parts to get the same share.
 Tiling choose_buckets(int64_t queries, int64_t rows, int64_t parts) {
   Tiling buckets;
   const auto count = [&] { return rows >> buckets.shift; };
-  while ((count() > 1024 ? buckets.shift < 11 : buckets.shift < 6 && count() > 16 * parts) &&
+  while (buckets.shift < 11 && count() > 64 * parts &&
          queries <= (int64_t(1) << (30 - buckets.shift)))
     ++buckets.shift;
   buckets.tiles = (rows + (int64_t(1) << buckets.shift) - 1) >> buckets.shift;

@@ -26,10 +26,6 @@ CRRCD_INLINE int64_t z_stride(const InstanceParams<T>& p) {
   return odd_lines<T>(p.Bp < kQueryBlock ? p.Bp : kQueryBlock);
 }
 
-CRRCD_INLINE int64_t storage_bytes(Storage storage) {
-  return storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2;
-}
-
 // Rows of the bank can be multiplied where they lie: they are of type T and end with a vector.
 template <typename T>
 CRRCD_INLINE bool in_place(const InstanceParams<T>& p) {
@@ -54,15 +50,6 @@ size_t carve(const InstanceParams<T>& p, std::byte* base, InstanceScratch<T>& s)
   s.tile = c.take<T>(shared ? 3 * kQueryBlock : 0);
   s.partial = c.take<T>(shared ? 0 : kChunk * Simd<T>::kLanes);
   return c.used;
-}
-
-// Fetches a row of the bank into the second level of the cache; the first one is too small for what
-// is wanted that early.
-template <typename T>
-CRRCD_INLINE void prefetch(const InstanceParams<T>& p, int64_t row) {
-  const int64_t element = storage_bytes(p.bank.storage), bytes = p.D * element;
-  const char* start = static_cast<const char*>(p.bank.data) + row * p.bank.row_stride * element;
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(start + at, 0, 2);
 }
 
 // ------------------------------------------------------------------------------------ objective
@@ -266,7 +253,7 @@ void shared_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_
                       s.z + n * ld, ld, true);
         // the next tile's rows come while this one is multiplied
         for (int64_t k = first + kKeyTile + n; b0 == 0 && k < first + kKeyTile + n + strip; ++k)
-          if (k < stop) prefetch(p, p.bank.index ? p.bank.index[k] : k);
+          if (k < stop) prefetch_row(p.bank, p.bank.index ? p.bank.index[k] : k, p.D);
       }
       if (has_masks(p) && fill_keep(p, s, first, m, b0, width, ld))
         shared_logits<T, kPass, true>(p, s, m, b0, width, ld, part, sums);
@@ -322,7 +309,7 @@ __attribute__((noinline)) void dot_panel(const InstanceParams<T>& p, const Chunk
   V query[kVectors];
   for (int j = 0; j < kVectors; ++j) query[j] = load(q + at + j * kLanes);
   for (int64_t i = 0; i < chunk.n; ++i) {
-    if (next && at == 0 && i < next->n) prefetch(p, next->row[i]);
+    if (next && at == 0 && i < next->n) prefetch_row(p.bank, next->row[i], p.D);
     const T* m = row[i] + at;
     V sum = at ? load(partial + i * kLanes) : V{};
     for (int j = 0; j < kVectors; ++j) sum += query[j] * load(m + j * kLanes);
@@ -533,7 +520,7 @@ void bucketed_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int6
       for (int64_t i = 0; i < chunk.n; ++i) chunk.row[i] = first + (p.entries[at + i] & mask);
       at += chunk.n;
       for (const int64_t due = ahead * (at - begin) / (end - begin); fetched < due; ++fetched)
-        prefetch(p, first + rows + fetched);
+        prefetch_row(p.bank, first + rows + fetched, p.D);
       process_chunk<T, kPass>(p, s, chunk, nullptr, part, sums);
     }
   }

@@ -217,6 +217,18 @@ void load_row(const BankView& bank, int64_t k, int64_t width, int64_t padded, T*
   for (int64_t i = width; i < padded; ++i) out[i] = 0;
 }
 
+CRRCD_INLINE int64_t storage_bytes(Storage storage) {
+  return storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2;
+}
+
+// Fetches a row of the bank into the second level of the cache; the first one is too small for what
+// is wanted that early.
+CRRCD_INLINE void prefetch_row(const BankView& bank, int64_t row, int64_t width) {
+  const int64_t element = storage_bytes(bank.storage), bytes = width * element;
+  const char* start = static_cast<const char*>(bank.data) + row * bank.row_stride * element;
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(start + at, 0, 2);
+}
+
 template <typename T>
 void gather_rows(const NceParams<T>& p, int64_t first, int64_t m, T* out, int64_t ld,
                  int64_t padded) {
