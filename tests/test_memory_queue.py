@@ -120,14 +120,35 @@ def test_every_step_of_a_filling_queue_is_the_formula(backend, kind, options):
     ).double()
     criterion.fill(torch.arange(N), torch.randn(N, DT))  # the statistics
     for bank in criterion._banks:
-        bank.ids.fill_(-1)
-        bank.pushed.zero_()
+        bank.clear()
     for step in range(4):  # empty, partly filled, filled
         check(criterion, *batch(step, torch.float64), labels, formula=FORMULA[kind])
     ids = torch.cat([batch(step)[2] for step in range(4)])
     for bank in criterion._banks:
         assert int(bank.pushed) == 4 * B
         assert bank.ids.tolist() == [int(ids[p + C if p + C < 4 * B else p]) for p in range(C)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_queue_known_to_be_full_is_read_as_it_lies(kind):
+    criterion = make(kind=kind, capacity=C, negatives="all", direction="both", normalizer=2.0)
+    for step in range(2):
+        criterion(*batch(step))
+    assert not criterion.teacher_bank.full and criterion._last.drawn[0] is not None
+    criterion(*batch(2))  # 24 pushed into 21 rows
+    known, unknown = (
+        copy.deepcopy(criterion),
+        make(kind=kind, capacity=C, negatives="all", direction="both", normalizer=2.0),
+    )
+    unknown.load_state_dict(criterion.state_dict())
+    for bank in unknown._banks:
+        assert bank.full
+        bank._full = False  # as under torch.compile
+    losses = [loss(*batch(3)) for loss in (known, unknown)]
+    assert known._last.drawn[0] is None and unknown._last.drawn[0].tolist() == list(range(C))
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    known.teacher_bank.clear()
+    assert not known.teacher_bank.full and known.teacher_bank.is_empty()
 
 
 @pytest.mark.parametrize("kind", ["crcd", "crd"])

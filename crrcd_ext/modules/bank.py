@@ -168,6 +168,11 @@ class MemoryBank(KeepsBufferDtype):
         """Whether, as far as the host knows, there may be a row to draw."""
         return True
 
+    @property
+    def full(self) -> bool:
+        """Whether, as far as the host knows, every row may be drawn."""
+        return True
+
     def is_empty(self) -> Tensor | None:
         """Whether there is no row to draw, bool []; None where that cannot be."""
         return None

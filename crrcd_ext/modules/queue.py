@@ -48,8 +48,11 @@ class MemoryQueue(MemoryBank):
         )
         self.register_buffer("ids", torch.full((capacity,), -1, dtype=torch.int64))
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
-        # What the host knows without asking: whether a row may have been written.
+        # What the host knows without asking: whether a row may have been written, how many have
+        # been at least, and whether these are all.
         self._started = False
+        self._written = 0
+        self._full = False
 
     def update_(self, index: Tensor, value: Tensor) -> None:
         """Push ``value`` [B, D], the embeddings of the samples ``index`` (int64 [B]).
@@ -67,6 +70,13 @@ class MemoryQueue(MemoryBank):
     def fill(self, index: Tensor, values: Tensor) -> None:
         """Push ``values``: for a queue the same as :meth:`update_`."""
         self.update_(index, values)
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Forget every row: none is drawn until the next update."""
+        self.ids.fill_(-1)
+        self.pushed.zero_()
+        self._started, self._written, self._full = False, 0, False
 
     def draw(self, k: int | None, *, queries: int | None = None) -> Tensor:
         """What the next :meth:`sample` returns: int64 [k] or [queries, k], uniform with replacement
@@ -92,16 +102,24 @@ class MemoryQueue(MemoryBank):
     def started(self) -> bool:
         return self._started
 
-    def is_empty(self) -> Tensor:
-        return self.pushed == 0
+    @property
+    def full(self) -> bool:
+        return self._full
+
+    def is_empty(self) -> Tensor | None:
+        return None if self.full else self.pushed == 0
 
     def masks(self, index, query_label, labels):
+        empty = self.is_empty()
+        if empty is None and query_label is None:
+            return self.ids, None, None
         if query_label is None:
             # Two classes, of the queries and of the rows: nothing is masked by them yet.
             query_label, key_label = torch.zeros_like(index), torch.ones_like(self.ids)
         else:
             key_label = labels[self.ids.clamp(min=0)]
-        empty = self.is_empty()
+        if empty is None:
+            return self.ids, query_label, key_label
         return (
             self.ids,
             query_label.masked_fill(empty, _NOBODY),
@@ -122,6 +140,13 @@ class MemoryQueue(MemoryBank):
         self.ids.index_copy_(0, places, ids)
         self.pushed.add_(count)
         self._started = self._started or len(index) > 0
+        # torch.compile would start anew for every other number.
+        if not torch.compiler.is_compiling() and happened is None:
+            self._count(count)
+
+    def _count(self, written: int) -> None:
+        self._written = min(self._written + written, self.num_rows)
+        self._full = self._written == self.num_rows
 
     def _places(self, count: int) -> Tensor:
         """The rows that the next ``count`` embeddings go to, those of the last C of them."""
@@ -133,4 +158,6 @@ class MemoryQueue(MemoryBank):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         pushed = state_dict.get(prefix + "pushed")
         if pushed is not None:
-            self._started = bool(pushed > 0)
+            self._written = 0
+            self._count(int(pushed))
+            self._started = self._written > 0

@@ -247,7 +247,7 @@ class ContrastiveStep(Critic):
         if bank is None:
             return None
         if self.negatives == "all":
-            return None if self.capacity is None else bank.draw(None)
+            return None if bank.full else bank.draw(None)
         if self.negative_sampling == "shared" and not self.distinct:
             return bank.draw(self.negatives)
         options: dict[str, Any] = {"distinct": True} if self.distinct else {}

@@ -30,23 +30,23 @@ struct Bucket {
 
 template <typename T>
 struct DifferenceScratch {
-  T* rows;            // [tile, ldD] keys of the tile seen from the origin
-  T* rows_t;          // [Dp, ldT], shared
-  T* row;             // [ldD] one key as it came
-  T* row_square;      // [tile] |m|^2
-  T* inverse;         // [A, ldT] shared, [tile, ldA] own: |w|^2, then 1 / |w|
-  T* half_norm;       // the same shape: |w| / 2
-  T* drop;            // the same shape: 0, or kLeftOut for a pair (anchor, key) that is left out
-  uint32_t* exact;    // the same shape, a bit each: |w| is small, exact differences
-  T* y;               // the same shape: Y, then f - Y
-  T* f;               // the same shape
-  T* distance;        // [B, ldT] |q - m|^2, shared
-  T* bias;            // [B, ldT] as drop for pairs (query, key), shared
-  T* weight;          // [B, ldT] W, shared
-  T* logit;           // [tile] one anchor's and query's, shared
-  T* d_rows;          // [tile, ldD]
-  T* exact_u;         // [lanes, ldD]
-  T* exact_w;         // [lanes, ldD]
+  T* rows;           // [tile, ldD] keys of the tile seen from the origin
+  T* rows_t;         // [Dp, ldT], shared
+  T* row;            // [ldD] one key as it came
+  T* row_square;     // [tile] |m|^2
+  T* inverse;        // [A, ldT] shared, [tile, ldA] own: |w|^2, then 1 / |w|
+  T* half_norm;      // the same shape: |w| / 2
+  T* drop;           // the same shape: 0, or kLeftOut for a pair (anchor, key) that is left out
+  uint32_t* exact;   // the same shape, a bit each: |w| is small, exact differences
+  T* y;              // the same shape: Y, then f - Y
+  T* f;              // the same shape
+  T* distance;       // [B, ldT] |q - m|^2, shared
+  T* bias;           // [B, ldT] as drop for pairs (query, key), shared
+  T* weight;         // [B, ldT] W, shared
+  T* logit;          // [tile] one anchor's and query's, shared
+  T* d_rows;         // [tile, ldD]
+  T* exact_u;        // [lanes, ldD]
+  T* exact_w;        // [lanes, ldD]
   Bucket bucket[2];  // the one that is worked off and the next, own
   // Sums of the call and, where entries add to them one by one, of a block of entries: two short
   // sums round less than one long one.
@@ -895,8 +895,7 @@ void own_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, const
     }
     add_multiple(p.Dp, -total, s.rows + u * p.ldD, s.d_rows + u * p.ldD);
     if (p.d_bank)
-      for (int64_t d = 0; d < p.D; ++d)
-        p.d_bank[(tile.row[u]) * p.D + d] = s.d_rows[u * p.ldD + d];
+      for (int64_t d = 0; d < p.D; ++d) p.d_bank[(tile.row[u]) * p.D + d] = s.d_rows[u * p.ldD + d];
   }
 }
 

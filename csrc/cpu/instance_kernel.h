@@ -9,16 +9,19 @@
 constexpr int64_t kKeyTile = 128;      // rows of a tile of shared negatives
 constexpr int64_t kQueryBlock = 256;   // queries that meet a tile at a time
 constexpr int64_t kChunk = 64;         // entries of one query that are worked off together
+constexpr int64_t kFilterWords = 64;   // of 64 bits, one a hash
 constexpr int64_t kStepsToFlush = 64;  // (1 + q) at most doubles a step, so that q stays finite
 
 template <typename T>
 struct InstanceScratch {
-  T* rows;     // [kKeyTile, rows of a tile or kChunk, ldD] rows, converted to T
-  T* z;        // [kKeyTile, ldZ] or [kChunk]: <q, m>, then what the gradients are summed with
-  T* keep;     // the same: 1 for a negative, 0 for a masked one
-  T* live;     // [Bp] 1 for a query, 0 for padding (shared)
-  T* tile;     // [3, kQueryBlock] sums and rescaling of one tile (shared InfoNCE)
-  T* partial;  // [kChunk, lanes] products of a row's vectors (own)
+  T* rows;           // [kKeyTile, rows of a tile or kChunk, ldD] rows, converted to T
+  T* z;              // [kKeyTile, ldZ] or [kChunk]: <q, m>, then what the gradients are summed with
+  T* keep;           // the same: 1 for a negative, 0 for a masked one
+  T* live;           // [Bp] 1 for a query, 0 for padding (shared)
+  T* tile;           // [3, kQueryBlock] sums and rescaling of one tile (shared InfoNCE)
+  T* partial;        // [kChunk, lanes] products of a row's vectors (own)
+  uint64_t* ids;     // [kFilterWords] which query ids and labels may occur (shared)
+  uint64_t* labels;  // the same
 };
 
 template <typename T>
@@ -32,6 +35,12 @@ CRRCD_INLINE bool in_place(const InstanceParams<T>& p) {
   return p.bank.storage == (sizeof(T) == 8 ? Storage::kFloat64 : Storage::kFloat32) && p.D == p.Dp;
 }
 
+// A tile of shared rows can be multiplied where it lies.
+template <typename T>
+CRRCD_INLINE bool rows_in_place(const InstanceParams<T>& p) {
+  return in_place(p) && !p.bank.index;
+}
+
 template <typename T>
 CRRCD_INLINE int64_t tile_rows(const InstanceParams<T>& p) {
   return int64_t(1) << p.tile_shift;
@@ -43,12 +52,15 @@ size_t carve(const InstanceParams<T>& p, std::byte* base, InstanceScratch<T>& s)
   const bool shared = p.order == Order::kShared;
   const int64_t count = shared ? kKeyTile : kChunk, width = shared ? z_stride(p) : 1;
   const int64_t tile = p.order == Order::kBucketed ? tile_rows(p) : 0;
-  s.rows = c.take<T>(shared || !in_place(p) ? (tile > count ? tile : count) * p.ldD : 0);
+  s.rows = c.take<T>(
+      (shared ? !rows_in_place(p) : !in_place(p)) ? (tile > count ? tile : count) * p.ldD : 0);
   s.z = c.take<T>(count * width);
   s.keep = c.take<T>(count * width);
   s.live = c.take<T>(shared ? p.Bp : 0);
   s.tile = c.take<T>(shared ? 3 * kQueryBlock : 0);
   s.partial = c.take<T>(shared ? 0 : kChunk * Simd<T>::kLanes);
+  s.ids = c.take<uint64_t>(shared && p.query_id ? kFilterWords : 0);
+  s.labels = c.take<uint64_t>(shared && p.query_label ? kFilterWords : 0);
   return c.used;
 }
 
@@ -116,6 +128,23 @@ CRRCD_INLINE void scale_row(int64_t n, T factor, T* row) {
 
 // --------------------------------------------------------------------------- shared negatives
 
+CRRCD_INLINE uint64_t filter_bit(int64_t value) {
+  return static_cast<uint64_t>(value) * 0x9E3779B97F4A7C15u >> (64 - 12);
+}
+
+CRRCD_INLINE void fill_filter(int64_t count, const int64_t* values, uint64_t* filter) {
+  for (int64_t i = 0; i < kFilterWords; ++i) filter[i] = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t bit = filter_bit(values[i]);
+    filter[bit / 64] |= uint64_t(1) << bit % 64;
+  }
+}
+
+CRRCD_INLINE bool may_contain(const uint64_t* filter, int64_t value) {
+  const uint64_t bit = filter_bit(value);
+  return filter[bit / 64] >> bit % 64 & 1;
+}
+
 // Masks of a tile against queries [b0, b0 + width); whether there are any.
 template <typename T>
 bool fill_keep(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t first, int64_t m,
@@ -124,18 +153,13 @@ bool fill_keep(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t 
   bool any = false;
   for (int64_t n = 0; n < m; ++n) {
     const int64_t row = p.bank.index ? p.bank.index[first + n] : first + n;
-    T* keep = s.keep + n * ld;
-    for (int64_t b = 0; b < width; ++b) keep[b] = 1;
-    bool hit = false;
-    if (p.query_id) {
-      const int64_t id = p.key_id ? p.key_id[row] : row;
-      for (int64_t b = 0; b < count; ++b) hit |= p.query_id[b0 + b] == id;
-    }
-    if (p.query_label)
-      for (int64_t b = 0; b < count; ++b) hit |= p.query_label[b0 + b] == p.key_label[row];
-    if (hit)
-      for (int64_t b = 0; b < count; ++b) keep[b] = dropped(p, b0 + b, row) ? T(0) : T(1);
-    any |= hit;
+    if (!(p.query_id && may_contain(s.ids, p.key_id ? p.key_id[row] : row)) &&
+        !(p.query_label && may_contain(s.labels, p.key_label[row])))
+      continue;
+    for (int64_t i = 0; !any && i < m; ++i)
+      for (int64_t b = 0; b < width; ++b) s.keep[i * ld + b] = 1;
+    any = true;
+    for (int64_t b = 0; b < count; ++b) s.keep[n * ld + b] = dropped(p, b0 + b, row) ? T(0) : T(1);
   }
   return any;
 }
@@ -163,7 +187,7 @@ void shared_nce(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t
   }
 }
 
-// Running maximum and sums; leaves e = exp(logit - maximum) in s.z.
+// Running maximum and sums; leaves e = 2^(logit - maximum) in s.z.
 template <typename T, bool kMasked>
 void shared_log_sum_exp(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t m,
                         int64_t b0, int64_t width, int64_t ld, int64_t part) {
@@ -171,19 +195,20 @@ void shared_log_sum_exp(const InstanceParams<T>& p, const InstanceScratch<T>& s,
   T* tile_factor = s.tile;
   T* tile_sum = s.tile + kQueryBlock;
   T* tile_slope = s.tile + 2 * kQueryBlock;
+  const T scale = p.scale_log2, offset = p.offset_log2;
   for (int64_t b = 0; b < width; b += Simd<T>::kLanes) {
     T* running_max = p.running_max + part * p.ldB + b0 + b;
     const V before = load(running_max);
     V top = before;
     for (int64_t n = 0; n < m; ++n) {
-      V logit = load(s.z + n * ld + b) * p.scale - p.offset;
+      V logit = load(s.z + n * ld + b) * scale - offset;
       if (kMasked) logit = load(s.keep + n * ld + b) > 0 ? logit : top;
       top = logit > top ? logit : top;
     }
     V sum{}, slope{};
     for (int64_t n = 0; n < m; ++n) {
       V z = load(s.z + n * ld + b);
-      V e = exp_nonpositive(z * p.scale - p.offset - top);
+      V e = exp2_nonpositive(z * scale - offset - top);
       if (kMasked) {
         const V keep = load(s.keep + n * ld + b);
         e = keep > 0 ? e : V{};
@@ -194,7 +219,7 @@ void shared_log_sum_exp(const InstanceParams<T>& p, const InstanceScratch<T>& s,
       store(s.z + n * ld + b, e);
     }
     store(running_max, top);
-    store(tile_factor + b, exp_nonpositive(before - top));
+    store(tile_factor + b, exp2_nonpositive(before - top));
     store(tile_sum + b, sum);
     store(tile_slope + b, slope);
   }
@@ -240,16 +265,23 @@ void shared_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_
   const int64_t end = tiles * (part + 1) / p.parts * kKeyTile;
   const int64_t stop = end < p.K ? end : p.K;
   constexpr int64_t kStrip = 16;
+  const int64_t ld_rows = rows_in_place(p) ? p.bank.row_stride : p.ldD;
   for (int64_t b = 0; b < p.Bp; ++b) s.live[b] = b < p.B ? T(1) : T(0);
+  if (p.query_id) fill_filter(p.B, p.query_id, s.ids);
+  if (p.query_label) fill_filter(p.B, p.query_label, s.labels);
   for (int64_t first = tiles * part / p.parts * kKeyTile; first < stop; first += kKeyTile) {
     const int64_t m = stop - first < kKeyTile ? stop - first : kKeyTile;
-    for (int64_t n = 0; n < m; ++n) load_row<T>(p.bank, first + n, p.D, p.Dp, s.rows + n * p.ldD);
+    const T* rows = s.rows;
+    if (rows_in_place(p))
+      rows = static_cast<const T*>(p.bank.data) + first * p.bank.row_stride;
+    else
+      for (int64_t n = 0; n < m; ++n) load_row<T>(p.bank, first + n, p.D, p.Dp, s.rows + n * p.ldD);
     for (int64_t b0 = 0; b0 < p.Bp; b0 += kQueryBlock) {
       const int64_t width = p.Bp - b0 < kQueryBlock ? p.Bp - b0 : kQueryBlock;
       const int64_t count = p.B - b0 < width ? p.B - b0 : width;
       for (int64_t n = 0; n < m; n += kStrip) {
         const int64_t strip = m - n < kStrip ? m - n : kStrip;
-        dense_gemm<T>(strip, width, p.D, s.rows + n * p.ldD, p.ldD, p.query_t + b0, p.ldB,
+        dense_gemm<T>(strip, width, p.D, rows + n * ld_rows, ld_rows, p.query_t + b0, p.ldB,
                       s.z + n * ld, ld, true);
         // the next tile's rows come while this one is multiplied
         for (int64_t k = first + kKeyTile + n; b0 == 0 && k < first + kKeyTile + n + strip; ++k)
@@ -260,7 +292,7 @@ void shared_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_
       else
         shared_logits<T, kPass, false>(p, s, m, b0, width, ld, part, sums);
       if (p.need_query && kPass != Pass::kSoftmax)
-        dense_gemm<T, Product::kFull, true>(count, p.Dp, m, s.z, ld, s.rows, p.ldD,
+        dense_gemm<T, Product::kFull, true>(count, p.Dp, m, s.z, ld, rows, ld_rows,
                                             p.d_query + (part * p.B + b0) * p.ldD, p.ldD, false);
       if (p.d_rows && kPass != Pass::kLogSumExp)
         dense_gemm<T>(m, p.Dp, count, s.z, ld, p.query + b0 * p.ldD, p.ldD, p.d_rows + first * p.Dp,
@@ -362,11 +394,12 @@ void own_log_sum_exp(const InstanceParams<T>& p, const InstanceScratch<T>& s, in
   using V = typename Simd<T>::V;
   constexpr int kLanes = Simd<T>::kLanes;
   T* running_max = p.running_max + part * p.ldB + b;
+  const T scale = p.scale_log2, offset = p.offset_log2;
   const int64_t at = part * p.B + b;
   const T before = *running_max;
   V tops = splat(before);
   for (int64_t i = 0; i < n; i += kLanes) {
-    const V logit = load(s.z + i) * p.scale - p.offset;
+    const V logit = load(s.z + i) * scale - offset;
     tops = load(s.keep + i) > 0 && logit > tops ? logit : tops;
   }
   T lanes[kLanes];
@@ -374,7 +407,7 @@ void own_log_sum_exp(const InstanceParams<T>& p, const InstanceScratch<T>& s, in
   T top = lanes[0];
   for (int i = 1; i < kLanes; ++i) top = lanes[i] > top ? lanes[i] : top;
   if (top > before) {
-    const double factor = std::exp(static_cast<double>(before) - static_cast<double>(top));
+    const double factor = std::exp2(static_cast<double>(before) - static_cast<double>(top));
     p.running_sum[at] *= factor;
     p.running_slope[at] *= factor;
     if (p.need_query) scale_row(p.Dp, static_cast<T>(factor), p.d_query + at * p.ldD);
@@ -384,7 +417,7 @@ void own_log_sum_exp(const InstanceParams<T>& p, const InstanceScratch<T>& s, in
   for (int64_t i = 0; i < n; i += kLanes) {
     const V keep = load(s.keep + i);
     V z = load(s.z + i);
-    V e = exp_nonpositive(z * p.scale - p.offset - top);
+    V e = exp2_nonpositive(z * scale - offset - top);
     e = keep > 0 ? e : V{};
     z = keep > 0 ? z : V{};
     sum += e;

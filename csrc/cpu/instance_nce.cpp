@@ -16,6 +16,7 @@ namespace crrcd {
 namespace {
 
 constexpr const char* kOp = "instance_nce";
+constexpr double kLog2 = 0.69314718055994530942;
 
 // Bits of `need`, in the order of the gradients returned.
 enum InstanceNeed : int64_t {
@@ -72,8 +73,9 @@ class InstanceNce {
   InstanceResult run() {
     query = x.query.to(dtype).contiguous();
     positive = x.positive.to(dtype).contiguous();
-    p.scale = static_cast<T>(x.scale.item<double>());
-    p.offset = static_cast<T>(x.offset.item<double>());
+    const double scale = x.scale.item<double>(), offset = x.offset.item<double>();
+    p.scale = static_cast<T>(scale), p.scale_log2 = static_cast<T>(scale / kLog2);
+    p.offset = static_cast<T>(offset), p.offset_log2 = static_cast<T>(offset / kLog2);
     p.gradient_scale = static_cast<T>(x.B > 0 ? 1.0 / static_cast<double>(x.B) : 0);
     const at::Tensor product = (query * positive).sum(-1);
     const at::Tensor logit = product * p.scale - p.offset;
@@ -212,7 +214,7 @@ class InstanceNce {
 
   // log of the sum of exponentials over the positive and the kept negatives, [B] in double.
   at::Tensor log_normalizer(const at::Tensor& logit) {
-    running_max = running_max.narrow(1, 0, x.B).to(at::kDouble);
+    running_max = running_max.narrow(1, 0, x.B).to(at::kDouble).mul_(kLog2);
     const at::Tensor most = at::maximum(std::get<0>(running_max.max(0)), logit);
     at::Tensor sum = (logit - most).exp();
     for (int64_t i = 0; i < p.parts; ++i)

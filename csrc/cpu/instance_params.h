@@ -44,6 +44,8 @@ struct InstanceParams {
   const T* query = nullptr;    // [B, ldD]
   const T* query_t = nullptr;  // [D, ldB], shared
   T scale = 1, offset = 0;
+  // InfoNCE's sums are of powers of two, which are cheaper than those of e
+  T scale_log2 = 1, offset_log2 = 0;
   T gradient_scale = 1;  // 1 / B: every gradient is that of the mean
 
   // masks; null when there is nothing to mask
@@ -56,7 +58,7 @@ struct InstanceParams {
 
   // sums; one slice a part, added up by the host in a fixed order
   double* scalars = nullptr;        // [parts, 3]: loss, d_scale, d_offset (kNce)
-  T* running_max = nullptr;         // [parts, ldB] (kLogSumExp)
+  T* running_max = nullptr;         // [parts, ldB] in units of log 2 (kLogSumExp)
   double* running_sum = nullptr;    // [parts, B]: of e = exp(logit - maximum)
   double* running_slope = nullptr;  // [parts, B]: of e <q, m>
   T* d_query = nullptr;             // [parts, B, ldD]; kLogSumExp: sum of e m
