@@ -198,5 +198,7 @@ def bank_update_(
         0, index, order, "amax"
     )
     wide = wide_dtype(torch.promote_types(bank.dtype, value.dtype))
-    row = momentum * bank[index].to(wide) + (1 - momentum) * value[last[index]].to(wide)
+    row = (1 - momentum) * value[last[index]].to(wide)
+    if momentum > 0:  # 0 times an infinity that the row holds would be NaN
+        row = row + momentum * bank[index].to(wide)
     bank[index] = (unit(row) if normalize else row).to(bank.dtype)

@@ -252,3 +252,12 @@ def test_autocast_leaves_the_update_alone(backend):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = update_both_ways(bank, index, value, 0.5, True, backend)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_momentum_what_the_row_held_does_not_matter(backend):
+    bank, index, value = draw(storage=torch.float16)
+    bank.fill_(torch.inf)
+    wanted = value[-1].half()
+    after = update_both_ways(bank, index[-1:], value[-1:], 0.0, False, backend)
+    assert torch.equal(after[index[-1]], wanted)

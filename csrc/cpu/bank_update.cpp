@@ -47,8 +47,9 @@ void BankUpdate::commit() const {
             const double* fresh = value + writes_[i].second * width;
             double squared = 0;
             for (int64_t d = 0; d < width; ++d) {
-              blend[d] =
-                  momentum_ * static_cast<double>(row[d * step]) + (1 - momentum_) * fresh[d];
+              blend[d] = (1 - momentum_) * fresh[d];
+              // 0 times an infinity that the row holds would be NaN
+              if (momentum_ > 0) blend[d] += momentum_ * static_cast<double>(row[d * step]);
               squared += blend[d] * blend[d];
             }
             double factor = 1;
