@@ -802,8 +802,6 @@ __attribute__((noinline)) void own_entries(const DifferenceParams<T>& p,
   V q{}, above{}, sum_g{};
   int factors = 0;
   for (int64_t u = 0; u < tile.rows; ++u) {
-    for (int64_t i = u * tile.next_rows / tile.rows; i < (u + 1) * tile.next_rows / tile.rows; ++i)
-      prefetch_row(p.bank, tile.next[i], p.D);
     const int64_t local = tile.row[u] - bucket.first;
     const T* m = s.rows + u * p.ldD;
     for (int64_t i = bucket.begin[local]; i < bucket.begin[local + 1]; ++i) {
@@ -850,8 +848,14 @@ void own_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, const
   // whole blocks of rows: what is computed of the last ones is not looked at
   const int64_t blocks = (rows + kDenseRows - 1) / kDenseRows;
   for (int64_t u = rows; u < blocks * kDenseRows; ++u) clear(p.ldD, s.rows + u * p.ldD);
-  squared_distances<T>(blocks * kDenseRows, p.Ap, p.D, s.rows, p.ldD, p.anchor_seen_t, p.ldA,
-                       s.inverse, p.ldA);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t u = block * kDenseRows;
+    squared_distances<T>(kDenseRows, p.Ap, p.D, s.rows + u * p.ldD, p.ldD, p.anchor_seen_t, p.ldA,
+                         s.inverse + u * p.ldA, p.ldA);
+    for (int64_t i = tile.next_rows * block / blocks; i < tile.next_rows * (block + 1) / blocks;
+         ++i)
+      prefetch_row(p.bank, tile.next[i], p.D);
+  }
   const bool exact = inverse_norms(s, rows, p.Ap, p.ldA, s.row_square, p.anchor_square);
   bool masked = false;
   const auto prepare = [&] {

@@ -3,6 +3,8 @@
 #include <ATen/Parallel.h>
 
 #include <cmath>
+#include <cstring>
+#include <limits>
 #include <vector>
 
 #include "../checks.h"
@@ -71,6 +73,21 @@ Tiling choose_buckets(int64_t queries, int64_t rows, int64_t parts) {
   return buckets;
 }
 
+// Whether t has no NaN and no infinity: no exponent has all bits set.
+template <typename T>
+bool all_finite(const at::Tensor& t) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  constexpr Bits kExponent = sizeof(T) == 4 ? Bits(0xff) << 23 : Bits(uint64_t(0x7ff) << 52);
+  const T* value = t.const_data_ptr<T>();
+  Bits found = 0;
+  for (int64_t i = 0; i < t.numel(); ++i) {
+    Bits bits;
+    std::memcpy(&bits, value + i, sizeof(T));
+    found |= (bits & kExponent) == kExponent;
+  }
+  return found == 0;
+}
+
 template <typename T>
 class DifferenceNce {
  public:
@@ -82,32 +99,35 @@ class DifferenceNce {
     offset = x.offset.item<double>();
     set_up();
     compare_pairs();
-    double loss = 0;
-    at::Tensor d_logit;
-    const at::Tensor logit = cosine * scale - offset;
+    double loss = 0, sum_g = 0;
     if (x.infonce) {
-      const at::Tensor normalizer = sweep_log_sum_exp(logit.to(at::kDouble));
-      loss = ((normalizer - logit) * pair).sum().template item<double>();
-      d_logit = ((logit - normalizer).exp() - 1).to(dtype) * pair;
+      const at::Tensor normalizer = sweep_log_sum_exp();
+      const double* value = normalizer.const_data_ptr<double>();
+      loss = compare_positives([&](int64_t at, double logit, double& d_logit) {
+        d_logit = std::exp(logit - value[at]) - 1;
+        return value[at] - logit;
+      });
       if (p.want != Want::kLoss) {
-        set_offsets((normalizer + offset) / -kLog2);
+        set_offsets([&](int64_t at) { return (value[at] + offset) / -kLog2; });
         sweep(Pass::kSoftmax);
       }
     } else {
       sweep(Pass::kNce);
-      loss = at::log_sigmoid(logit).neg_().mul_(pair).sum(at::kDouble).template item<double>();
-      d_logit = at::sigmoid(-logit).neg_().mul_(pair);
+      loss = compare_positives([&](int64_t, double logit, double& d_logit) {
+        const double e = std::exp(-std::abs(logit));
+        d_logit = (logit > 0 ? -e : -1) / (1 + e);
+        return std::log1p(e) + (logit > 0 ? 0 : -logit);
+      });
     }
-    double sum_g = 0;
     for (int64_t i = 0; scalars.defined() && i < p.parts; ++i) {
       const double* part = scalars.const_data_ptr<double>() + 2 * i;
       loss += x.infonce ? 0 * part[0] : part[0];
       sum_g += part[1];
     }
     // what no sum has seen, of operands that are not finite
-    for (const at::Tensor& t : {query, positive, anchor})
-      loss += (t * 0).sum().template item<double>();
-    return gradients(pairs > 0 ? loss / pairs : 0 * loss, sum_g, d_logit.mul_(inverse_pairs));
+    if (!all_finite<T>(query) || !all_finite<T>(positive) || !all_finite<T>(anchor))
+      loss = std::numeric_limits<double>::quiet_NaN();
+    return gradients(pairs > 0 ? loss / pairs : 0 * loss, sum_g);
   }
 
  private:
@@ -205,37 +225,89 @@ class DifferenceNce {
     p.near = mutable_pointer<uint8_t>(near);
     for_parts(p.pair_parts, Functions<T>::pairs);
 
-    pair =
-        padded(pair_mask(x.A, x.B, x.anchor_id, x.query_id, x.self_pairs).t(), dtype, x.B, p.ldA);
-    pair.mul_(inverse.gt(0)).mul_(inverse_positive.gt(0));
-    counts = pair.gt(0);
-    pairs = pair.sum(at::kDouble).template item<double>();
-    inverse_pairs = pairs > 0 ? 1 / pairs : 0;
-    slope = inverse * (scale / kLog2);
-    weight = inverse * pair * (scale * inverse_pairs);
-    p.slope = pointer<T>(slope);
-    p.weight = pointer<T>(weight);
-
-    near.mul_(counts);
-    const uint8_t* close = near.const_data_ptr<uint8_t>();
+    counts.assign(half_square.numel(), 0);
+    slope = zeros({x.B, p.ldA});
+    weight = zeros({x.B, p.ldA});
+    const at::Tensor mask =
+        pair_mask(x.A, x.B, x.anchor_id, x.query_id, x.self_pairs).t().contiguous();
+    const bool* keep = mask.const_data_ptr<bool>();
     near_begin.push_back(0);
     for (int64_t b = 0; b < x.B; ++b) {
-      for (int64_t a = 0; a < x.A; ++a)
-        if (close[b * p.ldA + a]) near_anchor.push_back(static_cast<int32_t>(a));
+      for (int64_t a = 0; a < x.A; ++a) {
+        const int64_t at = b * p.ldA + a;
+        counts[at] = keep[b * x.A + a] && p.inverse[at] > 0 && p.inverse_positive[at] > 0;
+        pairs += counts[at];
+        p.near[at] = p.near[at] && counts[at];
+        if (p.near[at]) near_anchor.push_back(static_cast<int32_t>(a));
+      }
       near_begin.push_back(static_cast<int64_t>(near_anchor.size()));
     }
     if (!near_anchor.empty()) {
       p.near_begin = near_begin.data();
       p.near_anchor = near_anchor.data();
     }
-    set_offsets(at::full_like(pair, -offset / kLog2));
+    inverse_pairs = pairs > 0 ? 1 / pairs : 0;
+    T* slopes = mutable_pointer<T>(slope);
+    T* weights = mutable_pointer<T>(weight);
+    for_pairs([&](int64_t at) {
+      slopes[at] = p.inverse[at] * static_cast<T>(scale / kLog2);
+      weights[at] = counts[at] ? p.inverse[at] * static_cast<T>(scale * inverse_pairs) : T(0);
+    });
+    p.slope = slopes;
+    p.weight = weights;
+    set_offsets([&](int64_t) { return -offset / kLog2; });
   }
 
-  void set_offsets(const at::Tensor& values) {
-    offsets = values.to(dtype).masked_fill(counts.logical_not(), kLeftOut);
-    gram_offsets = p.near_begin ? offsets.masked_fill(near.gt(0), kLeftOut) : offsets;
-    p.offset = pointer<T>(offsets);
+  // f(position in [B, ldA]) for every pair.
+  template <typename F>
+  void for_pairs(const F& f) {
+    for (int64_t b = 0; b < x.B; ++b)
+      for (int64_t a = 0; a < x.A; ++a) f(b * p.ldA + a);
+  }
+
+  template <typename F>
+  void set_offsets(const F& value) {
+    offsets = at::full({x.B, p.ldA}, kLeftOut, at::TensorOptions().dtype(dtype));
+    T* all = mutable_pointer<T>(offsets);
+    for_pairs([&](int64_t at) {
+      if (counts[at]) all[at] = static_cast<T>(value(at));
+    });
+    p.offset = p.gram_offset = all;
+    if (!p.near_begin) return;
+    gram_offsets = offsets.masked_fill(near.gt(0), kLeftOut);
     p.gram_offset = pointer<T>(gram_offsets);
+  }
+
+  // loss_of(position, logit, d_logit&) of every pair that counts: their sum, and what
+  // difference_finish needs of the positives.
+  template <typename F>
+  double compare_positives(const F& loss_of) {
+    c_positive = zeros({x.B, p.ldA});
+    e_positive = zeros({x.B, p.ldA});
+    f_positive = zeros({x.B, p.ldA});
+    T* c = mutable_pointer<T>(c_positive);
+    T* e = mutable_pointer<T>(e_positive);
+    T* f = mutable_pointer<T>(f_positive);
+    double loss = 0;
+    for_pairs([&](int64_t at) {
+      if (!counts[at]) return;
+      double d_logit = 0;
+      loss += loss_of(at, positive_logit(at), d_logit);
+      d_logit *= inverse_pairs;
+      d_offset_positive -= d_logit;
+      d_scale_positive += d_logit * p.cosine[at];
+      const double inverse_u = p.inverse[at], inverse_v = p.inverse_positive[at];
+      const double pull = d_logit * scale, along = pull * p.cosine[at];
+      c[at] = static_cast<T>(pull * inverse_u * inverse_v);
+      e[at] = static_cast<T>(along * inverse_u * inverse_u);
+      f[at] = static_cast<T>(along * inverse_v * inverse_v);
+    });
+    p.c_positive = c, p.e_positive = e, p.f_positive = f;
+    return loss;
+  }
+
+  double positive_logit(int64_t at) const {
+    return static_cast<double>(p.cosine[at]) * scale - offset;
   }
 
   void dispatch() {
@@ -247,7 +319,7 @@ class DifferenceNce {
   }
 
   // log of the sum of exponentials over the positive and the kept negatives, [B, ldA] in double.
-  at::Tensor sweep_log_sum_exp(const at::Tensor& own) {
+  at::Tensor sweep_log_sum_exp() {
     const Want want = p.want;
     at::Tensor top = at::full({p.parts, x.B, p.ldA}, kLeftOut, at::TensorOptions().dtype(dtype));
     at::Tensor sum = at::zeros_like(top);
@@ -259,11 +331,19 @@ class DifferenceNce {
     p.scalars = mutable_pointer<double>(unused);
     dispatch();
     p.want = want;
-    const at::Tensor tops = top.to(at::kDouble), positive_logit = own / kLog2;
-    const at::Tensor most = at::maximum(std::get<0>(tops.max(0)), positive_logit);
-    const at::Tensor total =
-        (sum * at::exp2(tops - most)).sum(0).add_(at::exp2(positive_logit - most));
-    return (most + at::log2(total)).mul_(kLog2);
+    at::Tensor normalizer = at::zeros({x.B, p.ldA}, at::TensorOptions().dtype(at::kDouble));
+    double* out = normalizer.mutable_data_ptr<double>();
+    const int64_t slice = x.B * p.ldA;
+    for_pairs([&](int64_t at) {
+      const double own = positive_logit(at) / kLog2;
+      double most = own, total = 0;
+      for (int64_t i = 0; i < p.parts; ++i)
+        most = std::max<double>(most, p.running_max[i * slice + at]);
+      for (int64_t i = 0; i < p.parts; ++i)
+        total += p.running_sum[i * slice + at] * std::exp2(p.running_max[i * slice + at] - most);
+      out[at] = (most + std::log2(total + std::exp2(own - most))) * kLog2;
+    });
+    return normalizer;
   }
 
   void sweep(Pass pass) {
@@ -294,27 +374,32 @@ class DifferenceNce {
     return gradient.narrow(1, 0, x.D).to(like.scalar_type()).contiguous();
   }
 
-  DifferenceResult gradients(double loss, double sum_g, const at::Tensor& d_logit) {
+  DifferenceResult gradients(double loss, double sum_g) {
     const auto none = [](const at::Tensor& like) { return at::empty({0}, like.options()); };
-    const auto sum = [](const at::Tensor& t) { return t.sum(at::kDouble).template item<double>(); };
-    at::Tensor c = zeros({x.B, p.ldA}), e = c;
-    if (sum_inverse.defined()) {
-      c = sum_parts(sum_inverse) * weight;
-      e = sum_parts(sum_along).mul(weight).mul_(inverse).mul_(inverse);
+    at::Tensor c = zeros({x.B, p.ldA}), e = zeros({x.B, p.ldA});
+    double d_scale = d_scale_positive;
+    if (p.sum_inverse) {
+      T* c_sum = mutable_pointer<T>(c);
+      T* e_sum = mutable_pointer<T>(e);
+      const int64_t slice = x.B * p.ldA;
+      for_pairs([&](int64_t at) {
+        T inverses = 0, along = 0;
+        for (int64_t i = 0; i < p.parts; ++i) {
+          inverses += p.sum_inverse[i * slice + at];
+          along += p.sum_along[i * slice + at];
+        }
+        const T u = p.inverse[at];
+        c_sum[at] = inverses * p.weight[at];
+        e_sum[at] = along * p.weight[at] * u * u;
+        d_scale += inverse_pairs * u * along;
+      });
     }
-    const at::Tensor pull = d_logit * scale;
-    const at::Tensor along = pull * cosine;
-    const at::Tensor c_positive = pull * inverse * inverse_positive;
-    const at::Tensor e_positive = along * inverse * inverse;
-    const at::Tensor f_positive = along * inverse_positive * inverse_positive;
+    p.c = pointer<T>(c), p.e = pointer<T>(e);
     if (d_query.defined()) d_query = sum_parts(d_query);
     if (d_anchor.defined()) d_anchor = sum_parts(d_anchor);
     if (sum_f.defined()) sum_f = sum_parts(sum_f);
     at::Tensor d_positive;
     if (x.needs(kPositive)) d_positive = scratch_rows(x.B);
-    p.c = pointer<T>(c), p.e = pointer<T>(e);
-    p.c_positive = pointer<T>(c_positive), p.e_positive = pointer<T>(e_positive);
-    p.f_positive = pointer<T>(f_positive);
     p.sum_f = mutable_pointer<T>(sum_f);
     p.d_query = mutable_pointer<T>(d_query);
     p.d_positive = mutable_pointer<T>(d_positive);
@@ -323,17 +408,14 @@ class DifferenceNce {
 
     if (d_rows.defined())
       d_bank = x.index.defined() ? zeros({x.N, x.D}).index_add_(0, x.index, d_rows) : d_rows;
-    const double d_scale = sum_along.defined() ? sum(inverse * sum_along.select(0, 0)) : 0;
     return {at::scalar_tensor(loss, query.options()),
             x.needs(kQuery) ? result(d_query, x.query) : none(x.query),
             x.needs(kPositive) ? result(d_positive, x.positive) : none(x.positive),
             x.needs(kAnchor) ? result(d_anchor, x.anchor) : none(x.anchor),
             x.needs(kBank) ? result(d_bank, x.bank) : none(x.bank),
-            x.needs(kScale) ? at::scalar_tensor(d_scale * inverse_pairs + sum(d_logit * cosine),
-                                                x.scale.options())
-                            : none(x.scale),
+            x.needs(kScale) ? at::scalar_tensor(d_scale, x.scale.options()) : none(x.scale),
             x.needs(kOffset)
-                ? at::scalar_tensor(-sum_g * inverse_pairs - sum(d_logit), x.offset.options())
+                ? at::scalar_tensor(d_offset_positive - sum_g * inverse_pairs, x.offset.options())
                 : none(x.offset)};
   }
 
@@ -349,13 +431,15 @@ class DifferenceNce {
   const at::ScalarType dtype;
   DifferenceParams<T> p;
   double scale = 1, offset = 0, pairs = 0, inverse_pairs = 0;
+  double d_scale_positive = 0, d_offset_positive = 0;
   SortedEntries sorted;
   std::vector<int64_t> near_begin;
   std::vector<int32_t> near_anchor;
+  std::vector<uint8_t> counts;  // [B, ldA], whether a pair counts
   at::Tensor bank, query, positive, anchor, origin, eps, query_seen, anchor_seen, anchor_seen_t;
   at::Tensor query_square, anchor_square;
-  at::Tensor half_square, inverse, inverse_positive, cosine, near, pair, counts;
-  at::Tensor slope, weight, offsets, gram_offsets;
+  at::Tensor half_square, inverse, inverse_positive, cosine, near;
+  at::Tensor slope, weight, offsets, gram_offsets, c_positive, e_positive, f_positive;
   at::Tensor scalars, sum_inverse, sum_along, d_query, d_anchor, sum_f, d_bank, d_rows;
 };
 
