@@ -1,0 +1,211 @@
+"""Builds kernel files with g++ and the emulator into shared libraries that run them on the CPU.
+
+`load` gives the package's own CUDA kernels (csrc/cuda) with their host entries, `load_kernels`
+small files of the tests, without torch. Objects and libraries lie in build/simt, named by a hash of
+everything that goes into them, so that a second call finds them ready.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+HERE = ROOT / "tests" / "simt"
+CUDA = ROOT / "csrc" / "cuda"
+BUILD = ROOT / "build" / "simt"
+EMULATOR = [HERE / "simt.cpp", HERE / "checker.cpp"]
+PROCESSES = 2
+
+SCHEDULES = ("forward", "reverse", "greedy", "random")
+
+COMMON = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-DCRRCD_SIMT"]
+COMMON += ["-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-attributes"]
+# Kernels look at memory as other types, as on a GPU, and the host's threads do not run them.
+KERNEL = ["-x", "c++", "-O1", "-fno-strict-aliasing", "-fno-threadsafe-statics"]
+CHECKED = ["-fsanitize=thread,alignment,bounds,shift"]
+CHECKED += ["--param=tsan-instrument-func-entry-exit=0"]
+
+
+class BuildError(RuntimeError):
+    """The emulated kernels cannot be built; the message says what to install or mend."""
+
+
+def compiler() -> str:
+    if platform.machine() != "x86_64" or platform.system() != "Linux":
+        raise BuildError(f"the emulator is for Linux on x86-64, this is {platform.platform()}")
+    command = os.environ.get("CXX", "g++")
+    try:
+        out = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        raise BuildError(f"`{command}` does not run: install g++ or set CXX") from None
+    if "Free Software Foundation" not in out.stdout:
+        raise BuildError(f"`{command}` is no g++, whose sanitizer hooks the checker needs: set CXX")
+    return command
+
+
+@functools.cache
+def toolkit_include() -> Path:
+    """The folder of a CUDA toolkit's headers; nothing else of the toolkit is needed."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    packages = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
+    homes = [Path(CUDA_HOME)] if CUDA_HOME else []
+    homes += sorted(Path("/usr/local").glob("cuda*"), reverse=True)
+    folders = [home / "include" for home in homes] + sorted(packages.glob("cu*/include"))
+    needed = ("cuda_bf16.h", "cuda_fp16.h", "vector_types.h", "crt/host_defines.h", "nv/target")
+    for folder in folders:
+        if all((folder / name).exists() for name in needed):
+            return folder
+    raise BuildError(
+        f"no folder has the CUDA toolkit's headers ({', '.join(needed)}): install the toolkit and "
+        f"set CUDA_HOME; looked in {', '.join(map(str, folders)) or 'no folder'}"
+    )
+
+
+@functools.cache
+def fixed_inputs() -> bytes:
+    """What every object depends on besides its own text: headers, compiler, torch."""
+    version = subprocess.run([compiler(), "--version"], capture_output=True, check=True).stdout
+    parts = [version, torch.__version__.encode(), str(toolkit_include()).encode()]
+    headers = [*(ROOT / "csrc").rglob("*"), *HERE.rglob("*")]
+    for path in sorted(headers):
+        if path.suffix in (".h", ".cuh"):
+            parts += [path.name.encode(), path.read_bytes()]
+    return b"\0".join(parts)
+
+
+def digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
+
+
+def run(command: list[str], target: Path) -> None:
+    """Runs a command that writes to its last argument, and puts the file in place when whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{os.getpid()}")
+    done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    partial.replace(target)
+
+
+def compile_object(source: Path, flags: list[str]) -> Path:
+    folders = ["-I", str(HERE), "-I", str(ROOT / "csrc"), "-I", str(CUDA)]
+    folders += ["-isystem", str(toolkit_include())]
+    command = [compiler(), *COMMON, *flags, *folders, "-c", str(source)]
+    key = digest(" ".join(command).encode(), source.read_bytes(), fixed_inputs())
+    target = BUILD / "objects" / f"{source.stem}-{key}.o"
+    if not target.exists():
+        run(command, target)
+    return target
+
+
+def link(name: str, jobs: list[tuple[Path, list[str]]], flags: Sequence[str] = ()) -> Path:
+    """Compiles sources, each with its flags, and links them; nothing is done twice."""
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        objects = list(pool.map(lambda job: compile_object(*job), jobs))
+    target = BUILD / f"{name}-{digest(*(o.name.encode() for o in objects))}.so"
+    if not target.exists():
+        hidden = ["-shared", "-Wl,-Bsymbolic", "-Wl,-z,now"]
+        run([compiler(), *hidden, *map(str, objects), *flags], target)
+    return target
+
+
+class Library:
+    """Emulated kernels, loaded. Its entries return a message or nothing, see entry.h."""
+
+    def __init__(self, path: Path, checked: bool) -> None:
+        self.path, self.checked = path, checked
+        self.handle = ctypes.CDLL(str(path))
+        self.handle.simt_launches.restype = ctypes.c_uint64
+
+    def configure(self, schedule: str = "forward", *, seed: int = 0, late: bool = False) -> None:
+        """Order of the threads, seed of the random one, cp.async at once or at its wait."""
+        number = SCHEDULES.index(schedule)
+        self.handle.simt_configure(number, ctypes.c_uint64(seed), int(late))
+
+    def watch(self, tensor: torch.Tensor, name: str, initialised: bool = True) -> None:
+        """Tells the checker of memory that kernels may use, until `forget`."""
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor")
+        address, size = ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes)
+        self.handle.simt_watch(address, size, name.encode(), int(initialised))
+
+    def forget(self) -> None:
+        self.handle.simt_forget()
+
+    def launches(self) -> int:
+        """Kernels started since the library was loaded."""
+        return self.handle.simt_launches()
+
+    def call(self, entry: str, *arguments: torch.Tensor | int) -> None:
+        """Calls an entry of entry.h; raises RuntimeError with what emulator or checker found."""
+        function = getattr(self.handle, entry)
+        function.restype = ctypes.c_char_p
+        converted = [
+            ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int64(a)
+            for a in arguments
+        ]
+        message = function(*converted)
+        if message is not None:
+            raise RuntimeError(message.decode())
+
+
+def kernel_jobs(sources: Sequence[Path], checked: bool) -> list[tuple[Path, list[str]]]:
+    jobs = [(source, KERNEL + (CHECKED if checked else [])) for source in sources]
+    return jobs + [(source, ["-O3"]) for source in EMULATOR]
+
+
+@functools.cache
+def load_kernels(*sources: Path, checked: bool) -> Library:
+    """Kernel files with entries of entry.h, without torch."""
+    name = f"{sources[0].stem}-{'checked' if checked else 'plain'}"
+    return Library(link(name, kernel_jobs(sources, checked), ["-Wl,-z,defs"]), checked)
+
+
+def host_jobs() -> list[tuple[Path, list[str]]]:
+    """The host entries of csrc/cuda and what they share with the other backends."""
+    from torch.utils.cpp_extension import include_paths
+
+    sources = sorted(CUDA.glob("*.cpp"))
+    if sources:
+        sources.append(ROOT / "csrc" / "checks.cpp")
+    flags = ["-O1", f"-I{sysconfig.get_path('include')}"]
+    for folder in include_paths():
+        flags += ["-isystem", folder]
+    return [(source, flags) for source in sources]
+
+
+@functools.cache
+def load(checked: bool) -> Library:
+    """The package's CUDA kernels and host entries, which register themselves when loaded."""
+    from torch.utils.cpp_extension import library_paths
+
+    kind = "checked" if checked else "plain"
+    host = [(s, [*f, f"-DCRRCD_SIMT_CHECKED={int(checked)}"]) for s, f in host_jobs()]
+    flags = []
+    if host:
+        for folder in library_paths():
+            flags += [f"-L{folder}", f"-Wl,-rpath,{folder}"]
+        flags += ["-lc10", "-ltorch_cpu", "-ltorch"]
+    # Host entries take longest: they come first.
+    jobs = host + kernel_jobs(sorted(CUDA.glob("*.cu")), checked)
+    return Library(link(f"crrcd-{kind}", jobs, flags), checked)
+
+
+def diagnose(message: str) -> dict[str, str]:
+    """The parts of a message of emulator or checker: kernel, where, block, thread, what."""
+    pattern = r"simt: kernel (?P<kernel>\S+): (?P<where>.*?): block (?P<block>\(.*?\)), "
+    found = re.match(pattern + r"thread (?P<thread>\(.*?\)): (?P<what>.*)", message, re.DOTALL)
+    return found.groupdict() if found else {}
