@@ -1,7 +1,9 @@
 """Builds crrcd_ext._C. The rest of the package's metadata is in pyproject.toml.
 
-CRRCD_CUDA   auto (default): CUDA kernels where the build has their sources and a toolkit; 0: a CPU
-             build; 1: fail where CUDA kernels cannot be built
+CRRCD_CUDA   auto (default): CUDA kernels where there is a toolkit for this torch; 0: a CPU build;
+             1: fail where CUDA kernels cannot be built
+TORCH_CUDA_ARCH_LIST
+             the GPUs to build for (default: all that ARCHITECTURES below names)
 DEBUG        1: no optimisation, debug symbols
 MAX_JOBS     parallel compilations (default: one per processor)
 """
@@ -16,7 +18,7 @@ from setuptools import setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 except ImportError:
     sys.exit(
         "crrcd_ext: torch is needed to build: install it first, then "
@@ -25,6 +27,7 @@ except ImportError:
 
 ROOT = Path(__file__).parent
 DEBUG = os.environ.get("DEBUG", "0") == "1"
+ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0a;12.0a+PTX"
 
 
 def with_cuda() -> bool:
@@ -32,11 +35,9 @@ def with_cuda() -> bool:
     wanted = os.environ.get("CRRCD_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         sys.exit(f"crrcd_ext: CRRCD_CUDA: expected auto, 0 or 1, got {wanted!r}")
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     lacking = [
         reason
         for absent, reason in (
-            (not sources, "this release has no CUDA kernels"),
             (CUDA_HOME is None, "no CUDA toolkit was found (set CUDA_HOME)"),
             (torch.version.cuda is None, f"torch {torch.__version__} is a CPU build"),
         )
@@ -65,18 +66,30 @@ if platform.system() == "Linux":
     flags.append("-fopenmp")
 compiler = compiler_version().replace('"', "")
 
+arguments = {"cxx": flags}
+if cuda:
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    arguments["nvcc"] = ["-O0", "-g", "-G"] if DEBUG else ["-O3", "-DNDEBUG"]
+    arguments["nvcc"] += ["-std=c++20", "-Xcompiler=-fvisibility=hidden"]
+
+
+def sources() -> list[str]:
+    found = [p for p in (ROOT / "csrc").glob("**/*") if p.suffix in (".cpp", ".cu")]
+    return sorted(str(p.relative_to(ROOT)) for p in found if cuda or p.parent.name != "cuda")
+
+
 setup(
     ext_modules=[
-        CppExtension(
+        (CUDAExtension if cuda else CppExtension)(
             "crrcd_ext._C",
-            sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("**/*.cpp")),
+            sources(),
             define_macros=[
                 ("CRRCD_WITH_CUDA", str(int(cuda))),
                 ("CRRCD_DEBUG", str(int(DEBUG))),
                 ("CRRCD_COMPILER", f'"{compiler}"'),
                 ("CRRCD_TORCH_VERSION", f'"{torch.__version__}"'),
             ],
-            extra_compile_args=flags,
+            extra_compile_args=arguments,
             extra_link_args=["-fopenmp"] if platform.system() == "Linux" else [],
         )
     ],

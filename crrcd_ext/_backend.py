@@ -10,13 +10,26 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
 from crrcd_ext import _schema  # noqa: F401  the operators are defined before _C gives them kernels
 
-BACKENDS = ("reference", "cpu")
-NAMES = ("auto", *BACKENDS)
+
+class Compiled(NamedTuple):
+    """A backend of compiled kernels: the type of its tensors' device, the library that has its
+    operators, and which it has (None: all)."""
+
+    device: str
+    library: str = "crrcd"
+    operators: frozenset[str] | None = None
+
+
+COMPILED = {
+    "cpu": Compiled("cpu"),
+    "cuda": Compiled("cuda", operators=frozenset({"instance_nce", "bank_update_"})),
+}
 
 compiled = None
 """The module crrcd_ext._C, or None."""
@@ -40,13 +53,24 @@ _warned = False
 
 def available_backends() -> dict[str, str | None]:
     """Every backend by name, with None where it can run and otherwise the reason why it cannot."""
-    return {"reference": None, "cpu": missing and f"crrcd_ext._C is not there ({missing})"}
+    return {"reference": None, **{name: _why_not(name) for name in COMPILED}}
+
+
+def _why_not(name: str) -> str | None:
+    if missing is not None:
+        return f"crrcd_ext._C is not there ({missing})"
+    if COMPILED[name].device == "cuda":
+        if not compiled.build_info()["cuda"]:
+            return "this build has no CUDA kernels (CRRCD_CUDA=1 pip install . makes one that has)"
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device"
+    return None
 
 
 def set_backend(name: str | None) -> None:
     """Choose the backend of every later call in this process that does not name its own.
 
-    ``name`` is "auto", "reference" or "cpu"; None gives the choice back to CRRCD_BACKEND and
+    ``name`` is "auto", "reference", "cpu" or "cuda"; None gives the choice back to CRRCD_BACKEND and
     "auto". Raises ValueError for another name, RuntimeError for one that cannot run here.
     """
     global _chosen
@@ -68,12 +92,12 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def current_backend() -> str:
-    """The choice for calls without ``backend=``: "auto", "reference" or "cpu"."""
+    """The choice for calls without ``backend=``: "auto" or the name of a backend."""
     return _chosen or _environment or "auto"
 
 
 def resolve(operator: str, backend: str | None, device: torch.device) -> str:
-    """The backend, "reference" or "cpu", that ``operator`` runs with for tensors on ``device``."""
+    """The backend that ``operator`` runs with for tensors on ``device``."""
     name = backend or _chosen
     if name is not None:
         _require(name, operator)
@@ -83,28 +107,45 @@ def resolve(operator: str, backend: str | None, device: torch.device) -> str:
     else:
         name = "auto"
     if name == "auto":
-        if device.type != "cpu":
-            return "reference"
-        if missing is None:
-            return "cpu"
-        _warn_once()
-        return "reference"
-    if name == "cpu" and device.type != "cpu":
+        return _best(operator, device)
+    if name == "reference":
+        return name
+    kernels = COMPILED[name]
+    if kernels.device != device.type:
         raise ValueError(
-            f"crrcd_ext.{operator}: backend 'cpu': expected tensors on cpu, got {device}"
+            f"crrcd_ext.{operator}: backend {name!r}: expected tensors on {kernels.device}, got "
+            f"{device}"
+        )
+    if kernels.operators is not None and operator not in kernels.operators:
+        raise ValueError(
+            f"crrcd_ext.{operator}: backend {name!r} has kernels of "
+            f"{', '.join(sorted(kernels.operators))} only; choose 'auto' or 'reference'"
         )
     return name
 
 
+def _best(operator: str, device: torch.device) -> str:
+    if device.type == "cpu" and missing is not None:
+        _warn_once()
+    for name, kernels in COMPILED.items():
+        if kernels.device != device.type or _why_not(name) is not None:
+            continue
+        if kernels.operators is None or operator in kernels.operators:
+            return name
+    return "reference"
+
+
 def _require(name: str, where: str) -> None:
-    if name not in NAMES:
+    names = ("auto", "reference", *COMPILED)
+    if name not in names:
         raise ValueError(
-            f"crrcd_ext.{where}: backend: expected one of {', '.join(NAMES)}, got {name!r}"
+            f"crrcd_ext.{where}: backend: expected one of {', '.join(names)}, got {name!r}"
         )
-    if name == "cpu" and missing is not None:
+    reason = _why_not(name) if name in COMPILED else None
+    if reason is not None:
+        remedy = f"; {INSTALL}" if missing is not None else ""
         raise RuntimeError(
-            f"crrcd_ext.{where}: backend 'cpu' is not available: "
-            f"crrcd_ext._C is not there ({missing}); {INSTALL}"
+            f"crrcd_ext.{where}: backend {name!r} is not available: {reason}{remedy}"
         )
 
 

@@ -38,7 +38,7 @@ _INSTANCE_RESULT = (
 )
 _UPDATE = "Tensor update_index, Tensor update_value, float momentum, bool normalize"
 
-for schema in (
+SCHEMAS = (
     "relation(Tensor anchor, Tensor sample, Tensor weight, Tensor? bias)"
     " -> (Tensor relation, Tensor inverse_norm)",
     "relation_backward(Tensor grad, Tensor relation, Tensor inverse_norm, Tensor anchor, "
@@ -58,8 +58,11 @@ for schema in (
     ),
     "bank_update_(Tensor(a!) bank, Tensor index, Tensor value, float momentum, bool normalize)"
     " -> ()",
-):
-    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+)
+"""The signatures, for the library that tests run the GPU's kernels under on the CPU too."""
+
+for _schema in SCHEMAS:
+    library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

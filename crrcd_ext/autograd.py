@@ -27,9 +27,9 @@ class Formula(NamedTuple):
     positions: tuple[int, ...]
     arguments: int
 
-    def operator(self, arguments: tuple):
+    def operator(self, arguments: tuple, library: str = "crrcd"):
         pure = len(arguments) == self.arguments
-        return getattr(torch.ops.crrcd, self.name if pure else self.name + "_")
+        return getattr(getattr(torch.ops, library), self.name if pure else self.name + "_")
 
 
 # query, positive, anchor, bank, key_weight, weight, bias, scale, offset
@@ -56,7 +56,7 @@ def _refuse_double_backward(operator: str) -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"crrcd_ext.{operator}: double backward (create_graph=True) is not supported by "
-            "backend 'cpu'; use backend='reference'"
+            "compiled backends; use backend='reference'"
         )
 
 
@@ -110,15 +110,18 @@ def _loss_function(formula: Formula) -> type[torch.autograd.Function]:
                 gradients[position] = (g * grad).to(g.dtype)
         return tuple(gradients)
 
-    def forward(ctx, *arguments):
-        output = formula.operator(arguments)(*arguments)
+    def forward(ctx, library, *arguments):
+        output = formula.operator(arguments, library)(*arguments)
         keep(ctx, arguments, output)
         return output
+
+    def function_backward(ctx, *gradients):
+        return (None, *backward(ctx, *gradients))
 
     torch.library.register_autograd(
         f"crrcd::{formula.name}", backward, setup_context=keep, lib=_schema.library
     )
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    members = {"forward": staticmethod(forward), "backward": staticmethod(function_backward)}
     return type(f"{formula.name}_function", (torch.autograd.Function,), members)
 
 
@@ -126,7 +129,7 @@ _FUNCTIONS = {f: _loss_function(f) for f in (RELATION_NCE, DIFFERENCE_NCE, INSTA
 
 
 def relation(anchor: Tensor, sample: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Backend "cpu" of functional.relation; operands share one dtype."""
+    """functional.relation by the compiled operator; operands share one dtype."""
     arguments = (anchor, sample, weight, bias)
     if torch.compiler.is_compiling() or not need_bits(*arguments):
         return torch.ops.crrcd.relation(*arguments)[0]
@@ -138,8 +141,9 @@ def loss(
     arguments: tuple,
     bank: Tensor,
     update: tuple[Tensor, Tensor, float, bool] | None,
+    library: str,
 ) -> Tensor:
-    """Backend "cpu" of the loss functions: ``arguments`` are the operator's, but for ``need``.
+    """A loss by the operators of ``library``; ``arguments`` are the operator's, but for ``need``.
 
     Operands share one dtype, but for the bank; scale and offset are 0-dim.
     """
@@ -147,23 +151,25 @@ def loss(
     arguments = (*arguments, need)
     if torch.compiler.is_compiling():
         # A graph keeps the update behind the pass, which reads the bank.
-        result = formula.operator(arguments)(*arguments)[0]
+        result = formula.operator(arguments, library)(*arguments)[0]
         if update is not None:
-            torch.ops.crrcd.bank_update_(bank, *update)
+            getattr(torch.ops, library).bank_update_(bank, *update)
         return result
     if update is not None:
         arguments += update
-    call = _FUNCTIONS[formula].apply if need else formula.operator(arguments)
-    result = call(*arguments)[0]
+    if need:
+        result = _FUNCTIONS[formula].apply(library, *arguments)[0]
+    else:
+        result = formula.operator(arguments, library)(*arguments)[0]
     if update is not None:
         torch.autograd.graph.increment_version(bank)
     return result
 
 
 def bank_update_(
-    bank: Tensor, index: Tensor, value: Tensor, momentum: float, normalize: bool
+    bank: Tensor, index: Tensor, value: Tensor, momentum: float, normalize: bool, library: str
 ) -> None:
-    """Backend "cpu" of functional.bank_update_."""
-    torch.ops.crrcd.bank_update_(bank, index, value, momentum, normalize)
+    """functional.bank_update_ by the operator of ``library``."""
+    getattr(torch.ops, library).bank_update_(bank, index, value, momentum, normalize)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(bank)

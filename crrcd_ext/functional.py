@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crrcd_ext import autograd, reference
-from crrcd_ext._backend import resolve
+from crrcd_ext._backend import COMPILED, resolve
 from crrcd_ext._check import (
     check_compiled_dtype,
     check_counterpart,
@@ -51,7 +51,7 @@ def relation(
         sample: X, [M, H], projected samples.
         weight: W, [R, H].
         bias: c, [R], or None.
-        backend: "auto", "reference", "cpu"; None takes set_backend, then CRRCD_BACKEND, then
+        backend: "auto", "reference", "cpu", "cuda"; None takes set_backend, then CRRCD_BACKEND, then
             "auto".
 
     Floating dtypes may differ: the computation runs in the type that they promote to, under
@@ -192,7 +192,7 @@ def relation_nce(
     scalars = (_as_scalar(scale, query), _as_scalar(offset, query))
     inputs = (query, positive, anchor, bank, weight, bias, *scalars, index, key_weight)
     with _without_autocast(query.device):
-        return autograd.loss(autograd.RELATION_NCE, (*inputs, *masks, *options), bank, update)
+        return autograd.loss(autograd.RELATION_NCE, (*inputs, *masks, *options), bank, update, COMPILED[chosen].library)
 
 
 def difference_nce(
@@ -280,7 +280,7 @@ def difference_nce(
     check_compiled_dtype(name, dtype)
     inputs = (*operands, bank, _as_scalar(scale, query), _as_scalar(offset, query), *rest)
     with _without_autocast(query.device):
-        return autograd.loss(autograd.DIFFERENCE_NCE, inputs, bank, update)
+        return autograd.loss(autograd.DIFFERENCE_NCE, inputs, bank, update, COMPILED[chosen].library)
 
 
 def instance_nce(
@@ -355,7 +355,7 @@ def instance_nce(
     check_compiled_dtype(name, dtype)
     inputs = (*operands, bank, _as_scalar(scale, query), _as_scalar(offset, query), *rest)
     with _without_autocast(query.device):
-        return autograd.loss(autograd.INSTANCE_NCE, inputs, bank, update)
+        return autograd.loss(autograd.INSTANCE_NCE, inputs, bank, update, COMPILED[chosen].library)
 
 
 @torch.no_grad()
@@ -387,13 +387,13 @@ def bank_update_(
     sizes: dict[str, int] = {}
     check_shape(name, "bank", bank, "ND", sizes)
     update = check_update(name, "", bank, (index, value, momentum, normalize), sizes)
-    if resolve(name, backend, bank.device) == "reference":
-        check_range(name, "index", index, bank)
-        run = reference.bank_update_
-    else:
-        run = autograd.bank_update_
+    chosen = resolve(name, backend, bank.device)
     with _without_autocast(bank.device):
-        run(bank, *update)
+        if chosen == "reference":
+            check_range(name, "index", index, bank)
+            reference.bank_update_(bank, *update)
+        else:
+            autograd.bank_update_(bank, *update, COMPILED[chosen].library)
 
 
 def _check_index(name: str, index: Tensor | None, sizes: dict[str, int], query: Tensor) -> None:

@@ -25,6 +25,14 @@ Storage storage_of(const char* op, const at::Tensor& bank) {
   }
 }
 
+void check_index(const char* op, const at::Tensor& index, int64_t queries) {
+  TORCH_CHECK_VALUE(index.dim() == 1 || (index.dim() == 2 && index.size(0) == queries),
+                    "crrcd_ext.", op, ": index: expected shape [K] or [", queries, ", K], got ",
+                    index.sizes());
+  TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, "crrcd_ext.", op,
+                   ": index: expected int64, got ", index.scalar_type());
+}
+
 void check_rows(const char* op, const char* name, const at::Tensor& index, int64_t rows) {
   TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, "crrcd_ext.", op, ": ", name,
                    ": expected int64, got ", index.scalar_type());
@@ -82,6 +90,20 @@ at::ScalarType check_operands(const char* op, std::initializer_list<at::Tensor> 
                    "crrcd_ext.", op,
                    ": backend cpu: expected operands of float64, float32 or bfloat16, got ", dtype);
   return dtype;
+}
+
+void check_update(const char* op, const at::Tensor& bank, const at::Tensor& index,
+                  const at::Tensor& value, double momentum) {
+  storage_of(op, bank);
+  TORCH_CHECK_VALUE(bank.dim() == 2, "crrcd_ext.", op, ": bank: expected shape [N, D], got ",
+                    bank.sizes());
+  TORCH_CHECK_VALUE(index.dim() == 1, "crrcd_ext.", op, ": index: expected shape [B], got ",
+                    index.sizes());
+  CRRCD_CHECK_SHAPE(op, "value", value, {index.size(0), bank.size(1)});
+  TORCH_CHECK_VALUE(momentum >= 0 && momentum <= 1, "crrcd_ext.", op,
+                    ": momentum: expected a number in [0, 1], got ", momentum);
+  TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, "crrcd_ext.", op,
+                   ": index: expected int64, got ", index.scalar_type());
 }
 
 }  // namespace crrcd

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <optional>
 
-#include "cpu/relation_params.h"
+#include "bank.h"
 
 #define CRRCD_CHECK_SHAPE(op, name, tensor, ...)                                                   \
   TORCH_CHECK_VALUE((tensor).sizes().equals(at::IntArrayRef(__VA_ARGS__)), "crrcd_ext.", op, ": ", \
@@ -18,6 +18,9 @@ namespace crrcd {
 
 Storage storage_of(const char* op, const at::Tensor& bank);
 
+// An index int64 [K], or [queries, K] where each query has its own.
+void check_index(const char* op, const at::Tensor& index, int64_t queries);
+
 // Every entry of [K] or [B, K] a row of a bank with `rows` rows; IndexError otherwise.
 void check_rows(const char* op, const char* name, const at::Tensor& index, int64_t rows);
 
@@ -27,5 +30,10 @@ at::Tensor check_ids(const char* op, const char* name, const std::optional<at::T
 
 // The operands' common dtype: float64, float32 or bfloat16; TypeError otherwise.
 at::ScalarType check_operands(const char* op, std::initializer_list<at::Tensor> operands);
+
+// An update of rows of the bank: index [B], value [B, D], momentum; not whether index stays within
+// the bank.
+void check_update(const char* op, const at::Tensor& bank, const at::Tensor& index,
+                  const at::Tensor& value, double momentum);
 
 }  // namespace crrcd

@@ -1,4 +1,4 @@
-// The compiled module: kernels for the CPU key of the crrcd:: operators (their schemas are in
+// The compiled module: kernels of the crrcd:: operators for their keys (their schemas are in
 // crrcd_ext/_schema.py), and through pybind11 what is no operator.
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
@@ -13,6 +13,10 @@
 #include "cpu/plan.h"
 #include "cpu/relation.h"
 #include "cpu/relation_nce.h"
+#if CRRCD_WITH_CUDA
+#include "cuda/bank_update.h"
+#include "cuda/instance_nce.h"
+#endif
 
 TORCH_LIBRARY_IMPL(crrcd, CPU, m) {
   m.impl("relation", crrcd::relation_cpu);
@@ -25,6 +29,14 @@ TORCH_LIBRARY_IMPL(crrcd, CPU, m) {
   m.impl("difference_nce_", crrcd::difference_nce_update_cpu);
   m.impl("bank_update_", crrcd::bank_update_cpu);
 }
+
+#if CRRCD_WITH_CUDA
+TORCH_LIBRARY_IMPL(crrcd, CUDA, m) {
+  m.impl("instance_nce", crrcd::cuda::instance_nce);
+  m.impl("instance_nce_", crrcd::cuda::instance_nce_update);
+  m.impl("bank_update_", crrcd::cuda::bank_update);
+}
+#endif
 
 namespace {
 

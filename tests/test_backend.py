@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.cases import BACKENDS, COMPILED, make
+from helpers.cases import BACKENDS, COMPILED, make, make_instance
 from helpers.process import python
 
 import crrcd_ext
@@ -66,11 +66,38 @@ def test_use_backend_is_undone_by_an_error():
 
 
 def test_unknown_names():
-    message = r"backend: expected one of auto, reference, cpu, got 'cuda'$"
+    message = r"backend: expected one of auto, reference, cpu, cuda, got 'hip'$"
     with pytest.raises(ValueError, match=r"^crrcd_ext\.set_backend: " + message):
-        crrcd_ext.set_backend("cuda")
+        crrcd_ext.set_backend("hip")
     with pytest.raises(ValueError, match=r"^crrcd_ext\.relation_nce: " + message):
-        functional.relation_nce(**make(), backend="cuda")
+        functional.relation_nce(**make(), backend="hip")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a CUDA device")
+@pytest.mark.skipif(not COMPILED, reason="the reason is another without the compiled module")
+def test_cuda_without_a_device_says_why():
+    reason = "torch sees no CUDA device"
+    if not _backend.compiled.build_info()["cuda"]:
+        reason = "this build has no CUDA kernels"
+    assert crrcd_ext.available_backends()["cuda"].startswith(reason)
+    message = rf"^crrcd_ext\.instance_nce: backend 'cuda' is not available: {reason}"
+    with pytest.raises(RuntimeError, match=message):
+        functional.instance_nce(**make_instance(), backend="cuda")
+
+
+def test_the_choice_on_a_cuda_device(monkeypatch):
+    device = torch.device("cuda")
+    monkeypatch.setattr(_backend, "_why_not", lambda name: None)
+    assert _backend.resolve("instance_nce", None, device) == "cuda"
+    assert _backend.resolve("bank_update_", "cuda", device) == "cuda"
+    # No kernels of this operator yet.
+    assert _backend.resolve("relation", None, device) == "reference"
+    message = r"^crrcd_ext\.relation: backend 'cuda' has kernels of bank_update_, instance_nce only"
+    with pytest.raises(ValueError, match=message):
+        _backend.resolve("relation", "cuda", device)
+    message = r"^crrcd_ext\.instance_nce: backend 'cuda': expected tensors on cuda, got cpu$"
+    with pytest.raises(ValueError, match=message):
+        _backend.resolve("instance_nce", "cuda", torch.device("cpu"))
 
 
 def test_a_device_without_compiled_kernels_has_the_reference():
@@ -88,8 +115,9 @@ def test_meta_tensors_have_the_reference():
 
 
 def test_available_backends():
-    assert list(crrcd_ext.available_backends()) == ["reference", "cpu"]
-    assert [k for k, v in crrcd_ext.available_backends().items() if v is None] == BACKENDS
+    assert list(crrcd_ext.available_backends()) == ["reference", "cpu", "cuda"]
+    able = [k for k, v in crrcd_ext.available_backends().items() if v is None]
+    assert [k for k in able if k != "cuda"] == BACKENDS
 
 
 def test_environment():
@@ -100,7 +128,7 @@ def test_environment():
 def test_environment_with_a_wrong_name():
     done = python(RESOLVE, CRRCD_BACKEND="fast")
     assert done.returncode != 0
-    message = "crrcd_ext.CRRCD_BACKEND: backend: expected one of auto, reference, cpu, got 'fast'"
+    message = "crrcd_ext.CRRCD_BACKEND: backend: expected one of auto, reference, cpu, cuda, got 'fast'"
     assert message in done.stderr
 
 

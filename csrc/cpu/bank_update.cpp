@@ -14,14 +14,7 @@ namespace crrcd {
 BankUpdate::BankUpdate(const char* op, const at::Tensor& bank, const at::Tensor& index,
                        const at::Tensor& value, double momentum, bool normalize)
     : bank_(bank), momentum_(momentum), normalize_(normalize) {
-  storage_of(op, bank);
-  TORCH_CHECK_VALUE(bank.dim() == 2, "crrcd_ext.", op, ": bank: expected shape [N, D], got ",
-                    bank.sizes());
-  TORCH_CHECK_VALUE(index.dim() == 1, "crrcd_ext.", op, ": index: expected shape [B], got ",
-                    index.sizes());
-  CRRCD_CHECK_SHAPE(op, "value", value, {index.size(0), bank.size(1)});
-  TORCH_CHECK_VALUE(momentum >= 0 && momentum <= 1, "crrcd_ext.", op,
-                    ": momentum: expected a number in [0, 1], got ", momentum);
+  check_update(op, bank, index, value, momentum);
   const at::Tensor rows = index.contiguous();
   check_rows(op, "index", rows, bank.size(0));
   // a copy, since value may be rows of the bank itself

@@ -18,15 +18,6 @@ namespace {
 constexpr const char* kOp = "instance_nce";
 constexpr double kLog2 = 0.69314718055994530942;
 
-// Bits of `need`, in the order of the gradients returned.
-enum InstanceNeed : int64_t {
-  kQuery = 1,
-  kPositive = 2,
-  kBank = 4,
-  kScale = 8,
-  kOffset = 16,
-};
-
 // Entries that are sorted at a time: the list never takes more than four times as many bytes.
 constexpr int64_t kEntriesAtOnce = int64_t(1) << 22;
 
@@ -40,16 +31,6 @@ Order choose_order(int64_t entries, int64_t rows, int64_t row_bytes) {
   if (forced >= 0) return static_cast<Order>(forced);
   return 2 * entries >= 3 * rows && rows * row_bytes > kCached ? Order::kBucketed : Order::kDirect;
 }
-
-struct Arguments {
-  at::Tensor query, positive, bank, scale, offset, index;
-  at::Tensor query_id, key_id, query_label, key_label;
-  bool infonce;
-  int64_t need;
-  int64_t B, K, D, N;
-
-  bool needs(int64_t bits) const { return (need & bits) != 0; }
-};
 
 template <typename T>
 struct Functions;
@@ -67,7 +48,7 @@ struct Functions<double> {
 template <typename T>
 class InstanceNce {
  public:
-  explicit InstanceNce(const Arguments& arguments)
+  explicit InstanceNce(const InstanceArguments& arguments)
       : x(arguments), kernels(active_kernels()), dtype(c10::CppTypeToScalarType<T>::value) {}
 
   InstanceResult run() {
@@ -95,7 +76,7 @@ class InstanceNce {
       if (p.need_query)
         d_query = sum_parts(d_query_parts.mul_(
             (share * (static_cast<double>(p.scale) * p.gradient_scale)).unsqueeze(-1).to(dtype)));
-      if (x.needs(kBank)) {
+      if (x.needs(kInstanceBank)) {
         const at::Tensor row = padded(normalizer, dtype, 1, p.ldB);
         p.log_normalizer = pointer<T>(row);
         sweep(Pass::kSoftmax);
@@ -115,10 +96,10 @@ class InstanceNce {
     return {at::scalar_tensor(loss * inverse, query.options()),
             p.need_query ? result(at::addcmul(d_query.narrow(1, 0, x.D), pull, positive), x.query)
                          : none(x.query),
-            x.needs(kPositive) ? result(pull * query, x.positive) : none(x.positive),
-            x.needs(kBank) ? bank_gradient() : none(x.bank),
-            x.needs(kScale) ? total(d_scale, d_logit * product, x.scale) : none(x.scale),
-            x.needs(kOffset) ? total(d_offset, -d_logit, x.offset) : none(x.offset)};
+            x.needs(kInstancePositive) ? result(pull * query, x.positive) : none(x.positive),
+            x.needs(kInstanceBank) ? bank_gradient() : none(x.bank),
+            x.needs(kInstanceScale) ? total(d_scale, d_logit * product, x.scale) : none(x.scale),
+            x.needs(kInstanceOffset) ? total(d_offset, -d_logit, x.offset) : none(x.offset)};
   }
 
  private:
@@ -127,17 +108,17 @@ class InstanceNce {
     p.B = x.B, p.K = x.K, p.D = x.D, p.N = x.N;
     p.Bp = round_up(x.B, lanes), p.Dp = round_up(x.D, lanes);
     p.ldB = leading_dimension(p.Bp, sizeof(T)), p.ldD = leading_dimension(p.Dp, sizeof(T));
-    p.need_query = x.needs(kQuery);
+    p.need_query = x.needs(kInstanceQuery);
 
     bank = x.bank.stride(1) == 1 || x.D == 1 ? x.bank : x.bank.contiguous();
     p.bank.data = bank.const_data_ptr();
     p.bank.storage = storage_of(kOp, bank);
     p.bank.row_stride = bank.stride(0);
     const int64_t row_bytes = x.D * bank.element_size();
-    if (x.index.defined() && x.index.dim() == 2) {
+    if (x.own()) {
       own = {x.index.const_data_ptr<int64_t>(), x.index.stride(0), x.index.stride(1)};
       p.own = own.data, p.own_stride = own.stride, p.own_step = own.step;
-      p.order = x.needs(kBank) ? Order::kBucketed : choose_order(x.B * x.K, x.N, row_bytes);
+      p.order = x.needs(kInstanceBank) ? Order::kBucketed : choose_order(x.B * x.K, x.N, row_bytes);
     } else {
       p.bank.index = pointer<int64_t>(x.index);
     }
@@ -162,7 +143,7 @@ class InstanceNce {
       d_query_parts = at::zeros({p.parts, x.B, p.ldD}, query.options());
       p.d_query = mutable_pointer<T>(d_query_parts);
     }
-    if (x.needs(kBank)) {
+    if (x.needs(kInstanceBank)) {
       const bool shared = p.order == Order::kShared;
       d_bank = at::zeros({shared ? x.K : x.N, p.Dp}, query.options());
       (shared ? p.d_rows : p.d_bank) = mutable_pointer<T>(d_bank);
@@ -237,7 +218,7 @@ class InstanceNce {
     return result(at::zeros({x.N, x.D}, rows.options()).index_add_(0, x.index, rows), x.bank);
   }
 
-  const Arguments& x;
+  const InstanceArguments& x;
   const Kernels& kernels;
   const at::ScalarType dtype;
   InstanceParams<T> p;
@@ -265,34 +246,11 @@ InstanceResult instance_nce_cpu(const at::Tensor& query, const at::Tensor& posit
                                 const std::optional<at::Tensor>& query_label,
                                 const std::optional<at::Tensor>& key_label,
                                 const std::string& objective, int64_t need) {
-  Arguments x;
-  TORCH_CHECK_VALUE(query.dim() == 2, "crrcd_ext.", kOp, ": query: expected shape [B, D], got ",
-                    query.sizes());
-  TORCH_CHECK_VALUE(bank.dim() == 2, "crrcd_ext.", kOp, ": bank: expected shape [N, D], got ",
-                    bank.sizes());
-  x.B = query.size(0), x.D = query.size(1), x.N = bank.size(0);
-  CRRCD_CHECK_SHAPE(kOp, "positive", positive, {x.B, x.D});
-  CRRCD_CHECK_SHAPE(kOp, "bank", bank, {x.N, x.D});
-  TORCH_CHECK_VALUE(objective == "nce" || objective == "infonce", "crrcd_ext.", kOp,
-                    ": objective: expected \"nce\" or \"infonce\", got \"", objective, "\"");
-  const at::ScalarType dtype = check_operands(kOp, {query, positive});
-  x.query = query, x.positive = positive, x.bank = bank, x.scale = scale, x.offset = offset;
-  x.K = x.N;
-  if (index) {
-    TORCH_CHECK_VALUE(index->dim() == 1 || (index->dim() == 2 && index->size(0) == x.B),
-                      "crrcd_ext.", kOp, ": index: expected shape [K] or [", x.B, ", K], got ",
-                      index->sizes());
-    x.index = index->dim() == 1 ? index->contiguous() : *index;
-    x.K = index->size(-1);
-    check_rows(kOp, "index", x.index, x.N);
-  }
-  x.query_id = check_ids(kOp, "query_id", query_id, x.B);
-  x.key_id = check_ids(kOp, "key_id", key_id, x.N);
-  x.query_label = check_ids(kOp, "query_label", query_label, x.B);
-  x.key_label = check_ids(kOp, "key_label", key_label, x.N);
-  x.infonce = objective == "infonce";
-  x.need = need;
-  return dtype == at::kDouble ? InstanceNce<double>(x).run() : InstanceNce<float>(x).run();
+  const InstanceArguments x =
+      instance_arguments(query, positive, bank, scale, offset, index, query_id, key_id, query_label,
+                         key_label, objective, need);
+  if (x.index.defined()) check_rows(kOp, "index", x.index, x.N);
+  return x.dtype == at::kDouble ? InstanceNce<double>(x).run() : InstanceNce<float>(x).run();
 }
 
 InstanceResult instance_nce_update_cpu(
@@ -302,7 +260,7 @@ InstanceResult instance_nce_update_cpu(
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
     const std::string& objective, int64_t need, const at::Tensor& update_index,
     const at::Tensor& update_value, double momentum, bool normalize) {
-  TORCH_CHECK_VALUE((need & kBank) == 0, "crrcd_ext.", kOp,
+  TORCH_CHECK_VALUE((need & kInstanceBank) == 0, "crrcd_ext.", kOp,
                     ": update: a bank that is updated in the call cannot have a gradient");
   const BankUpdate update(kOp, bank, update_index, update_value, momentum, normalize);
   InstanceResult result = instance_nce_cpu(query, positive, bank, scale, offset, index, query_id,

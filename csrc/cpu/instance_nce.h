@@ -1,16 +1,9 @@
 // instance_nce on the CPU: loss and gradients of a batch of queries against the rows of a bank.
 #pragma once
 
-#include <ATen/ATen.h>
-
-#include <optional>
-#include <string>
-#include <tuple>
+#include "../instance_arguments.h"
 
 namespace crrcd {
-
-using InstanceResult =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 InstanceResult instance_nce_cpu(const at::Tensor& query, const at::Tensor& positive,
                                 const at::Tensor& bank, const at::Tensor& scale,

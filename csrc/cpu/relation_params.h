@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../bank.h"
+
 namespace crrcd {
 
 // How the norm of a relation vector w = W hid + c is computed (see relation_kernel.h).
@@ -14,28 +16,9 @@ enum class Form : int {
   kDirect = 2,      // w itself, cheaper when R is much smaller than H
 };
 
-enum class Pass : int {
-  kNce = 0,        // loss and gradients of sum softplus(logit)
-  kLogSumExp = 1,  // InfoNCE, first sweep: running maximum and sum of exponentials per query
-  kSoftmax = 2,    // InfoNCE, second sweep: gradients with the normaliser known
-};
-
-enum class Storage : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
-
-// Squared norms at or below this belong to no relation: the unit vector is defined as zero.
-constexpr double kZeroNormSquared = 1e-24;
-
 // Below this share of the expected squared norm the Gram form has lost digits to cancellation and
 // the norm is recomputed from w itself.
 constexpr double kCancellation = 0.05;
-
-// Rows of a bank, possibly selected by an index.
-struct BankView {
-  const void* data = nullptr;
-  Storage storage = Storage::kFloat32;
-  int64_t row_stride = 0;          // elements
-  const int64_t* index = nullptr;  // [K] or null: row k is row index[k]
-};
 
 // Matrices are row major; a leading dimension ("ld") is an odd number of cache lines so that
 // columns of a block spread over all cache sets, and what lies between the true and the padded size

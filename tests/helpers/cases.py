@@ -9,7 +9,11 @@ from torch import Tensor
 
 from crrcd_ext import available_backends, functional
 
-BACKENDS = [name for name, reason in available_backends().items() if reason is None]
+BACKENDS = [
+    name
+    for name, reason in available_backends().items()
+    if reason is None and name != "cuda"  # whose tensors are elsewhere
+]
 COMPILED = [name for name in BACKENDS if name != "reference"]
 
 DIFFERENTIABLE = (

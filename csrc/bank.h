@@ -1,0 +1,27 @@
+// A bank of rows and the passes over it, as the kernels of every device see them.
+#pragma once
+
+#include <cstdint>
+
+namespace crrcd {
+
+enum class Pass : int {
+  kNce = 0,        // loss and gradients of sum softplus(logit)
+  kLogSumExp = 1,  // InfoNCE, first sweep: running maximum and sum of exponentials per query
+  kSoftmax = 2,    // InfoNCE, second sweep: gradients with the normaliser known
+};
+
+enum class Storage : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+// Squared norms at or below this belong to no relation: the unit vector is defined as zero.
+constexpr double kZeroNormSquared = 1e-24;
+
+// Rows of a bank, possibly selected by an index.
+struct BankView {
+  const void* data = nullptr;
+  Storage storage = Storage::kFloat32;
+  int64_t row_stride = 0;          // elements
+  const int64_t* index = nullptr;  // [K] or null: row k is row index[k]
+};
+
+}  // namespace crrcd

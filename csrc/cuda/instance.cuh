@@ -1,0 +1,484 @@
+// instance_nce: logits, loss and every gradient from one read of each row of the bank.
+//
+//     s_bn = scale <q_b, m_n> - offset       g_bn = d loss / d s_bn
+//     NCE:      loss_b = sum_n softplus(s_bn)               g = sigmoid(s)
+//     InfoNCE:  loss_b = log(exp s+_b + sum_n exp s_bn) - s+_b    g = exp(s - normaliser)
+//     d q_b = scale sum_n g_bn m_n           d m_n = scale sum_b g_bn q_b
+//
+// Each query's own negatives are dot products: a warp (a block, for wide rows) goes through a part of
+// one query's entries and keeps the row in registers for the gradient. Shared negatives are matrix
+// products on tiles. InfoNCE goes over the negatives once with a running maximum: what was summed
+// is scaled down when a larger logit comes; the gradient of the bank takes a second pass.
+#pragma once
+
+#include "instance_params.h"
+#include "reduce.cuh"
+#include "rows.cuh"
+
+namespace crrcd::cuda {
+namespace {
+
+constexpr const char* kOutside =
+    "crrcd_ext.instance_nce: index: expected rows of the bank in [0, N)";
+
+template <typename T>
+__device__ __forceinline__ bool is_negative(const InstanceParams<T>& p, int64_t b, int64_t row) {
+  if (p.query_id && p.query_id[b] == (p.key_id ? p.key_id[row] : row)) return false;
+  return !(p.query_label && p.query_label[b] == p.key_label[row]);
+}
+
+// softplus(s) and its derivative.
+template <typename T>
+__device__ __forceinline__ T softplus(T s, T& derivative) {
+  const T e = exp(s > 0 ? -s : s);
+  const T r = T(1) / (T(1) + e);
+  derivative = s > 0 ? r : e * r;
+  return (s > 0 ? s : T(0)) + log1p(e);
+}
+
+// What a sum up to `before` is to be multiplied with when the maximum becomes `top`.
+template <typename T>
+__device__ __forceinline__ T rescaling(T before, T top) {
+  return before == top ? T(1) : exp(before - top);
+}
+
+// ---------------------------------------------------------------------- each query's own negatives
+
+// x[i] = sums over the threads that share an entry: a warp or the block.
+template <int kGroup, int kCount, typename T>
+__device__ __forceinline__ void group_sum(T (&x)[kCount]) {
+  if constexpr (kGroup == kWarp) {
+    for (int i = 0; i < kCount; ++i) x[i] = warp_sum(x[i]);
+  } else {
+    __shared__ T shared[kCount * kGroup / kWarp];
+    block_sum<kGroup>(x, shared);
+  }
+}
+
+// Of one query's entries: in T for some of them, then in double, or in a longer sum.
+template <typename T, int kColumns>
+struct OwnSums {
+  T loss = 0, slope = 0, g = 0, row[kColumns] = {};
+  double total_loss = 0, total_slope = 0, total_g = 0;
+  T total_row[kColumns] = {};
+
+  __device__ __forceinline__ void flush() {
+    total_loss += loss, total_slope += slope, total_g += g;
+    loss = slope = g = 0;
+    for (int c = 0; c < kColumns; ++c) {
+      total_row[c] += row[c];
+      row[c] = 0;
+    }
+  }
+
+  __device__ __forceinline__ void rescale(T factor) {
+    slope *= factor, g *= factor;
+    total_slope *= factor, total_g *= factor;
+    for (int c = 0; c < kColumns; ++c) {
+      row[c] *= factor;
+      total_row[c] *= factor;
+    }
+  }
+};
+
+// kGroup threads go through entries [K part / parts, K (part + 1) / parts) of one query; each has
+// kColumns columns of the rows, four neighbouring ones at a time.
+template <typename T, typename S, int kGroup, int kColumns, Pass kPass>
+__global__ void __launch_bounds__(kGroup == kWarp ? 128 : kGroup) own_entries(InstanceParams<T> p) {
+  constexpr int kRows = 4, kQuads = kColumns / 4;
+  const int thread = threadIdx.x % kGroup, lane = threadIdx.x % kWarp;
+  const int64_t group = int64_t(blockIdx.x) * (blockDim.x / kGroup) + threadIdx.x / kGroup;
+  if (group >= p.B * p.parts) return;
+  const int64_t b = group / p.parts, part = group % p.parts;
+  const int64_t begin = p.K * part / p.parts, end = p.K * (part + 1) / p.parts;
+  const T scale = static_cast<T>(*p.scale), offset = static_cast<T>(*p.offset);
+  const T slope = scale / static_cast<T>(p.B);
+
+  T q[kQuads][4];
+  for (int i = 0; i < kQuads; ++i)
+    load_quad(p.query + b * p.D, int64_t(i * kGroup + thread) * 4, p.D, false, q[i]);
+  OwnSums<T, kColumns> sums;
+  T top = -INFINITY;
+  for (int64_t first = begin; first < end; first += kWarp) {
+    const int count = end - first < kWarp ? static_cast<int>(end - first) : kWarp;
+    int64_t own_row = 0;
+    bool keep = false;
+    if (lane < count) {
+      own_row = p.own[b * p.own_stride + (first + lane) * p.own_step];
+      keep = is_negative(p, b, checked_row(own_row, p.N, kOutside));
+    }
+    const unsigned kept = __ballot_sync(0xffffffffu, keep);
+    for (int at = 0; at < count; at += kRows) {
+      T m[kRows][kQuads][4], z[kRows] = {}, weight[kRows];
+      int64_t row[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        row[r] = __shfl_sync(0xffffffffu, own_row, at + r);
+        // what lies beyond the last entry is a row of zeros
+        const int64_t width = at + r < count ? p.D : 0;
+        for (int i = 0; i < kQuads; ++i)
+          load_quad(bank_row<S>(p.bank, row[r]), int64_t(i * kGroup + thread) * 4, width,
+                    p.whole_quads, m[r][i]);
+      }
+      for (int r = 0; r < kRows; ++r)
+        for (int i = 0; i < kQuads; ++i)
+          for (int j = 0; j < 4; ++j) z[r] += q[i][j] * m[r][i][j];
+      group_sum<kGroup>(z);
+      if constexpr (kPass == Pass::kLogSumExp) {
+        T above = top;
+        for (int r = 0; r < kRows; ++r) {
+          const T s = z[r] * scale - offset;
+          if ((kept >> (at + r) & 1) && s > above) above = s;
+        }
+        if (above > top) sums.rescale(rescaling(top, above));
+        top = above;
+      }
+      for (int r = 0; r < kRows; ++r) {
+        const T s = z[r] * scale - offset;
+        T g = 0, loss = 0;
+        if (kept >> (at + r) & 1) {
+          if constexpr (kPass == Pass::kNce) loss = softplus(s, g);
+          if constexpr (kPass == Pass::kLogSumExp) g = exp(s - top);
+          if constexpr (kPass == Pass::kSoftmax) g = exp(s - p.log_normalizer[b]);
+          sums.slope += g * z[r];
+        }
+        sums.loss += loss;
+        sums.g += g;
+        weight[r] = kPass == Pass::kLogSumExp ? g : g * slope;
+      }
+      if (p.need_query && kPass != Pass::kSoftmax)
+        for (int r = 0; r < kRows; ++r)
+          for (int i = 0; i < kQuads; ++i)
+            for (int j = 0; j < 4; ++j) sums.row[i * 4 + j] += weight[r] * m[r][i][j];
+      if (p.d_bank && kPass != Pass::kLogSumExp)
+        for (int r = 0; r < kRows && at + r < count; ++r)
+          for (int i = 0; i < kQuads; ++i)
+            for (int j = 0; j < 4; ++j) {
+              const int64_t d = int64_t(i * kGroup + thread) * 4 + j;
+              if (d < p.D) atomicAdd(p.d_bank + row[r] * p.D + d, weight[r] * q[i][j]);
+            }
+    }
+    sums.flush();
+  }
+  if constexpr (kPass == Pass::kSoftmax) return;
+  if (p.need_query)
+    for (int i = 0; i < kQuads; ++i)
+      for (int j = 0; j < 4; ++j) {
+        const int64_t d = int64_t(i * kGroup + thread) * 4 + j;
+        if (d < p.D) p.d_query_parts[(part * p.B + b) * p.D + d] = sums.total_row[i * 4 + j];
+      }
+  if (thread != 0) return;
+  if constexpr (kPass == Pass::kNce) {
+    double* out = p.scalars + 3 * group;
+    out[0] = sums.total_loss, out[1] = sums.total_slope, out[2] = -sums.total_g;
+  } else {
+    p.running_max[part * p.B + b] = top;
+    p.running_sum[part * p.B + b] = sums.total_g;
+    p.running_slope[part * p.B + b] = sums.total_slope;
+  }
+}
+
+// ---------------------------------------------------------------------------------- shared negatives
+
+constexpr int kTile = kInstanceTile;
+constexpr int kDepth = kTile / 2;  // columns of two operands that a tile holds at a time
+constexpr int kLead = kTile + 4;   // row stride of a tile: rows stay on the boundary of a quad
+constexpr int kTileThreads = 256;  // 16 x 16, each with 4 x 4 cells
+
+template <typename T>
+struct TileMemory {
+  T operand[kTile * kLead];
+  T weight[kTile * kLead];  // [key, query]
+  T factor[kTile];          // rescaling of what was summed before (InfoNCE)
+  double sums[3 * kTileThreads / kWarp];
+};
+
+// sum[i][j] += x[i] y[j]
+template <typename T>
+__device__ __forceinline__ void add_outer(const T (&x)[4], const T (&y)[4], T (&sum)[4][4]) {
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) sum[i][j] += x[i] * y[j];
+}
+
+template <typename T>
+__device__ __forceinline__ void load_four(const T* from, T (&x)[4]) {
+  const Quad<T> quad = *reinterpret_cast<const Quad<T>*>(from);
+  for (int j = 0; j < 4; ++j) x[j] = quad.x[j];
+}
+
+// Rows [first, first + kTile) of a matrix of `rows` rows, columns [d, d + kCount): element (row,
+// column) goes to out[row * kLead + column], or to out[column * kLead + row] when transposed.
+template <int kCount, bool kTransposed, typename T, typename Row>
+__device__ __forceinline__ void load_tile(int64_t first, int64_t rows, int64_t d, int64_t width,
+                                          const Row& row, T* out) {
+  for (int at = threadIdx.x; at < kTile * kCount; at += kTileThreads) {
+    const int r = at / kCount, c = at % kCount;
+    T x = 0;
+    if (first + r < rows && d + c < width) x = static_cast<T>(widen(row(first + r)[d + c]));
+    out[kTransposed ? c * kLead + r : r * kLead + c] = x;
+  }
+}
+
+template <typename T, typename S, Pass kPass>
+__global__ void __launch_bounds__(kTileThreads) shared_tiles(InstanceParams<T> p) {
+  CRRCD_DYNAMIC_SHARED(bytes);
+  auto& s = *reinterpret_cast<TileMemory<T>*>(bytes);
+  const int64_t part = blockIdx.x, tiles = (p.K + kTile - 1) / kTile;
+  const int column = threadIdx.x % 16 * 4, line = threadIdx.x / 16 * 4;
+  const T scale = static_cast<T>(*p.scale), offset = static_cast<T>(*p.offset);
+  const T slope = scale / static_cast<T>(p.B);
+  const auto key_row = [&](int64_t k) {
+    const int64_t row = p.bank.index ? checked_row(p.bank.index[k], p.N, kOutside) : k;
+    return bank_row<S>(p.bank, row);
+  };
+  const auto query_row = [&](int64_t b) { return p.query + b * p.D; };
+  double total[3] = {};  // loss, slope, g
+
+  const int64_t begin = tiles * part / p.parts;
+  for (int64_t tile = begin; tile < tiles * (part + 1) / p.parts; ++tile)
+    for (int64_t b0 = 0; b0 < p.B; b0 += kTile) {
+      const int64_t k0 = tile * kTile;
+      T z[4][4] = {};  // [query, key]
+      for (int64_t d = 0; d < p.D; d += kDepth) {
+        load_tile<kDepth, true>(b0, p.B, d, p.D, query_row, s.operand);
+        load_tile<kDepth, true>(k0, p.K, d, p.D, key_row, s.operand + kDepth * kLead);
+        __syncthreads();
+        for (int c = 0; c < kDepth; ++c) {
+          T x[4], y[4];
+          load_four(s.operand + c * kLead + line, x);
+          load_four(s.operand + (kDepth + c) * kLead + column, y);
+          add_outer(x, y, z);
+        }
+        __syncthreads();
+      }
+
+      T sums[3] = {};
+      for (int i = 0; i < 4; ++i) {
+        const int64_t b = b0 + line + i;
+        bool keep[4];
+        T logit[4];
+        for (int j = 0; j < 4; ++j) {
+          const int64_t k = k0 + column + j;
+          keep[j] = b < p.B && k < p.K;
+          if (keep[j]) keep[j] = is_negative(p, b, p.bank.index ? p.bank.index[k] : k);
+          logit[j] = z[i][j] * scale - offset;
+        }
+        T reference = 0;  // what an InfoNCE logit is compared with
+        if constexpr (kPass == Pass::kLogSumExp) {
+          const int64_t at = part * p.B + b;
+          // one lane keeps what the sixteen of a query share
+          const bool keeper = column == 0 && b < p.B;
+          T before = keeper && tile > begin ? p.running_max[at] : T(-INFINITY);
+          before = __shfl_sync(0xffffffffu, before, threadIdx.x & 16);
+          T top = before;
+          for (int j = 0; j < 4; ++j)
+            if (keep[j] && logit[j] > top) top = logit[j];
+          reference = warp_max<16>(top);
+          const T factor = rescaling(before, reference);
+          T e = 0, along = 0;
+          for (int j = 0; j < 4; ++j)
+            if (keep[j]) {
+              const T weight = exp(logit[j] - reference);
+              e += weight;
+              along += weight * z[i][j];
+            }
+          e = warp_sum<16>(e);
+          along = warp_sum<16>(along);
+          if (column == 0) s.factor[line + i] = factor;
+          if (keeper) {
+            const bool fresh = tile == begin;
+            p.running_max[at] = reference;
+            p.running_sum[at] = e + (fresh ? 0 : p.running_sum[at] * factor);
+            p.running_slope[at] = along + (fresh ? 0 : p.running_slope[at] * factor);
+          }
+        }
+        if constexpr (kPass == Pass::kSoftmax) reference = b < p.B ? p.log_normalizer[b] : T(0);
+        for (int j = 0; j < 4; ++j) {
+          T g = 0;
+          if (keep[j]) {
+            if constexpr (kPass == Pass::kNce) {
+              sums[0] += softplus(logit[j], g);
+              sums[1] += g * z[i][j];
+              sums[2] += g;
+            } else {
+              g = exp(logit[j] - reference);
+            }
+          }
+          s.weight[(column + j) * kLead + line + i] = kPass == Pass::kLogSumExp ? g : g * slope;
+        }
+      }
+      for (int i = 0; i < 3; ++i) total[i] += sums[i];
+      __syncthreads();
+
+      if (p.need_query && kPass != Pass::kSoftmax)
+        for (int64_t d = 0; d < p.D; d += kTile) {
+          load_tile<kTile, false>(k0, p.K, d, p.D, key_row, s.operand);
+          __syncthreads();
+          T sum[4][4] = {};  // [query, column]
+          for (int n = 0; n < kTile; ++n) {
+            T x[4], y[4];
+            load_four(s.weight + n * kLead + line, x);
+            load_four(s.operand + n * kLead + column, y);
+            add_outer(x, y, sum);
+          }
+          for (int i = 0; i < 4; ++i)
+            for (int j = 0; j < 4; ++j) {
+              const int64_t b = b0 + line + i, c = d + column + j;
+              if (b >= p.B || c >= p.D) continue;
+              T* out = p.d_query_parts + (part * p.B + b) * p.D + c;
+              const T factor = kPass == Pass::kLogSumExp ? s.factor[line + i] : T(1);
+              *out = tile == begin ? sum[i][j] : *out * factor + sum[i][j];
+            }
+          __syncthreads();
+        }
+      if (p.d_rows && kPass != Pass::kLogSumExp)
+        for (int64_t d = 0; d < p.D; d += kTile) {
+          load_tile<kTile, false>(b0, p.B, d, p.D, query_row, s.operand);
+          __syncthreads();
+          T sum[4][4] = {};  // [key, column]
+          for (int n = 0; n < kTile; ++n) {
+            T x[4], y[4];
+            for (int i = 0; i < 4; ++i) x[i] = s.weight[(line + i) * kLead + n];
+            load_four(s.operand + n * kLead + column, y);
+            add_outer(x, y, sum);
+          }
+          for (int i = 0; i < 4; ++i)
+            for (int j = 0; j < 4; ++j) {
+              const int64_t k = k0 + line + i, c = d + column + j;
+              if (k >= p.K || c >= p.D) continue;
+              T* out = p.d_rows + k * p.D + c;
+              *out = b0 == 0 ? sum[i][j] : *out + sum[i][j];
+            }
+          __syncthreads();
+        }
+    }
+  if constexpr (kPass != Pass::kNce) return;
+  block_sum<kTileThreads>(total, s.sums);
+  if (threadIdx.x != 0) return;
+  double* out = p.scalars + 3 * part;
+  out[0] = total[0], out[1] = total[1], out[2] = -total[2];
+}
+
+// ------------------------------------------------------------------------------------------- the end
+
+// A warp for each query: its positive, its loss, and the parts' sums put together. The positive's
+// part of a gradient goes last: it is the large term of a sum of many small ones.
+template <typename T>
+__global__ void __launch_bounds__(128) finish_queries(InstanceParams<T> p) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t b = int64_t(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
+  if (b >= p.B) return;
+  const double scale = *p.scale, offset = *p.offset;
+  const T* query = p.query + b * p.D;
+  const T* positive = p.positive + b * p.D;
+  T along = 0;
+  for (int64_t d = lane; d < p.D; d += kWarp) along += query[d] * positive[d];
+  const double z = warp_sum(along), s = z * scale - offset;
+
+  const bool negatives = p.K > 0;
+  double loss = 0, d_logit = 0, d_scale = 0, d_offset = 0, normalizer = s;
+  if (p.infonce) {
+    double top = s, total = 0;
+    for (int64_t i = 0; negatives && i < p.parts; ++i) {
+      const double most = p.running_max[i * p.B + b];
+      top = most > top ? most : top;
+    }
+    for (int64_t i = 0; negatives && i < p.parts; ++i)
+      if (p.running_sum[i * p.B + b] != 0)
+        total += p.running_sum[i * p.B + b] * exp(p.running_max[i * p.B + b] - top);
+    normalizer = top + log(total + exp(s - top));
+    loss = normalizer - s;
+    d_logit = exp(s - normalizer) - 1;
+    for (int64_t i = 0; negatives && i < p.parts; ++i) {
+      if (p.running_sum[i * p.B + b] == 0) continue;
+      const double share = exp(p.running_max[i * p.B + b] - normalizer);
+      d_scale += p.running_slope[i * p.B + b] * share;
+      d_offset -= p.running_sum[i * p.B + b] * share;
+    }
+  } else {
+    loss = softplus(-s, d_logit);
+    d_logit = -d_logit;
+  }
+  const double unit = scale / static_cast<double>(p.B), pull = d_logit * unit;
+  for (int64_t d = lane; d < p.D; d += kWarp) {
+    if (p.need_query) {
+      T sum = 0;
+      for (int64_t i = 0; negatives && i < p.parts; ++i) {
+        const T of_part = p.d_query_parts[(i * p.B + b) * p.D + d];
+        if (!p.infonce)
+          sum += of_part;
+        else if (p.running_sum[i * p.B + b] != 0)
+          sum += of_part * static_cast<T>(exp(p.running_max[i * p.B + b] - normalizer) * unit);
+      }
+      p.d_query[b * p.D + d] = sum + static_cast<T>(pull) * positive[d];
+    }
+    if (p.d_positive) p.d_positive[b * p.D + d] = static_cast<T>(pull) * query[d];
+  }
+  if (lane != 0) return;
+  double* out = p.per_query + 3 * b;
+  out[0] = loss, out[1] = d_scale + d_logit * z, out[2] = d_offset - d_logit;
+  if (p.log_normalizer) p.log_normalizer[b] = static_cast<T>(normalizer);
+}
+
+// One block: the means.
+template <typename T>
+__global__ void __launch_bounds__(256) finish_scalars(InstanceParams<T> p) {
+  __shared__ double shared[3 * 256 / kWarp];
+  double sum[3] = {};
+  for (int64_t i = threadIdx.x; i < p.scalar_rows; i += 256)
+    for (int j = 0; j < 3; ++j) sum[j] += p.scalars[3 * i + j];
+  for (int64_t i = threadIdx.x; i < p.B; i += 256)
+    for (int j = 0; j < 3; ++j) sum[j] += p.per_query[3 * i + j];
+  block_sum<256>(sum, shared);
+  if (threadIdx.x < 3) p.result[threadIdx.x] = sum[threadIdx.x] / static_cast<double>(p.B);
+}
+
+// ---------------------------------------------------------------------------------------- launches
+
+template <typename T, typename S, Pass kPass>
+void launch_pass(const InstanceParams<T>& p, void* stream) {
+  if (p.K == 0) return;
+  if (!p.own) {
+    gpu::launch("shared_tiles", shared_tiles<T, S, kPass>, dim3(p.parts), dim3(kTileThreads),
+                sizeof(TileMemory<T>), stream, p);
+    return;
+  }
+  const auto groups = p.B * p.parts;
+  const dim3 warps((groups + 3) / 4);
+  if (p.D <= kWarp * 4)
+    gpu::launch("own_entries", own_entries<T, S, kWarp, 4, kPass>, warps, dim3(128), 0, stream, p);
+  else if (p.D <= kWarp * kInstanceColumns)
+    gpu::launch("own_entries", own_entries<T, S, kWarp, kInstanceColumns, kPass>, warps, dim3(128),
+                0, stream, p);
+  else
+    gpu::launch("own_entries", own_entries<T, S, 256, kInstanceColumns, kPass>, dim3(groups),
+                dim3(256), 0, stream, p);
+}
+
+template <typename T, typename S>
+void launch_all(const InstanceParams<T>& p, void* stream) {
+  const dim3 queries((p.B + 3) / 4);
+  if (p.infonce)
+    launch_pass<T, S, Pass::kLogSumExp>(p, stream);
+  else
+    launch_pass<T, S, Pass::kNce>(p, stream);
+  gpu::launch("finish_queries", finish_queries<T>, queries, dim3(128), 0, stream, p);
+  if (p.infonce && (p.d_bank || p.d_rows)) launch_pass<T, S, Pass::kSoftmax>(p, stream);
+  gpu::launch("finish_scalars", finish_scalars<T>, dim3(1), dim3(256), 0, stream, p);
+}
+
+template <typename T>
+void launch_storage(const InstanceParams<T>& p, void* stream) {
+  switch (p.bank.storage) {
+    case Storage::kFloat64:
+      return launch_all<T, double>(p, stream);
+    case Storage::kFloat32:
+      return launch_all<T, float>(p, stream);
+    case Storage::kBFloat16:
+      return launch_all<T, __nv_bfloat16>(p, stream);
+    case Storage::kFloat16:
+      return launch_all<T, __half>(p, stream);
+  }
+}
+
+}  // namespace
+}  // namespace crrcd::cuda

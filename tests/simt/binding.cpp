@@ -1,0 +1,64 @@
+// The host entries of the CUDA kernels, built against the emulator and registered for tensors on the
+// CPU under another library's name, so that tests run them as they run any other backend.
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "../../csrc/cuda/bank_update.h"
+#include "../../csrc/cuda/instance_nce.h"
+#include "simt.h"
+
+namespace {
+
+// Memory of tensors that are made while it is in use: filled with NaN, and known to the checker to
+// the byte.
+class WatchedAllocator : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    void* memory = std::malloc(bytes + 1);
+    TORCH_CHECK(memory, "out of memory");
+    std::memset(memory, 0xff, bytes);
+    const std::lock_guard<std::mutex> lock(mutex());
+    live()[memory] = bytes;
+    return {memory, memory, &release, c10::Device(c10::DeviceType::CPU)};
+  }
+
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* to, const void* from, std::size_t count) const override {
+    std::memcpy(to, from, count);
+  }
+
+  static void watch_all() {
+    const std::lock_guard<std::mutex> lock(mutex());
+    simt::forget();
+    for (const auto& [memory, bytes] : live()) simt::watch(memory, bytes, "a tensor");
+  }
+
+ private:
+  static std::map<void*, size_t>& live() {
+    static auto* const all = new std::map<void*, size_t>;  // outlives every tensor
+    return *all;
+  }
+  static std::mutex& mutex() {
+    static auto* const one = new std::mutex;
+    return *one;
+  }
+  static void release(void* memory) {
+    const std::lock_guard<std::mutex> lock(mutex());
+    live().erase(memory);
+    std::free(memory);
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(crrcd_simt, CPU, m) {
+  m.impl("instance_nce", crrcd::cuda::instance_nce);
+  m.impl("instance_nce_", crrcd::cuda::instance_nce_update);
+  m.impl("bank_update_", crrcd::cuda::bank_update);
+}
