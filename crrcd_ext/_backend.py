@@ -17,12 +17,15 @@ import torch
 from crrcd_ext import _schema  # noqa: F401  the operators are defined before _C gives them kernels
 
 
+LIBRARY = "crrcd"
+
+
 class Compiled(NamedTuple):
     """A backend of compiled kernels: the type of its tensors' device, the library that has its
     operators, and which it has (None: all)."""
 
     device: str
-    library: str = "crrcd"
+    library: str = LIBRARY
     operators: frozenset[str] | None = None
 
 
@@ -53,7 +56,11 @@ _warned = False
 
 def available_backends() -> dict[str, str | None]:
     """Every backend by name, with None where it can run and otherwise the reason why it cannot."""
-    return {"reference": None, **{name: _why_not(name) for name in COMPILED}}
+    return {name: _why_not(name) if name in COMPILED else None for name in _names()}
+
+
+def _names() -> list[str]:
+    return ["reference", *(name for name, k in COMPILED.items() if k.library == LIBRARY)]
 
 
 def _why_not(name: str) -> str | None:
@@ -136,11 +143,9 @@ def _best(operator: str, device: torch.device) -> str:
 
 
 def _require(name: str, where: str) -> None:
-    names = ("auto", "reference", *COMPILED)
-    if name not in names:
-        raise ValueError(
-            f"crrcd_ext.{where}: backend: expected one of {', '.join(names)}, got {name!r}"
-        )
+    if name not in ("auto", "reference", *COMPILED):
+        names = ", ".join(["auto", *_names()])
+        raise ValueError(f"crrcd_ext.{where}: backend: expected one of {names}, got {name!r}")
     reason = _why_not(name) if name in COMPILED else None
     if reason is not None:
         remedy = f"; {INSTALL}" if missing is not None else ""

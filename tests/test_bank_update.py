@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.cases import BACKENDS, COMPILED, cast, make, run, strided, unit_rows
+from helpers import cases
+from helpers.cases import COMPILED, cast, make, make_instance, run, strided, unit_rows
+from helpers.emulated import EMULATED
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from crrcd_ext import functional
 
+BACKENDS = cases.BACKENDS + EMULATED
 STORAGE = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {
     torch.float64: 1e-14,
@@ -48,10 +51,10 @@ def update_both_ways(bank, index, value, momentum, normalize, backend):
     )
     fused = bank.clone()
     wide = torch.float64 if bank.dtype == torch.float64 else torch.float32
-    case = cast(make(3, 4, 6, D=bank.shape[1]), wide)
+    case = cast(make_instance(4, 6, bank.shape[1], index="shared"), wide)
     case |= {"bank": fused, "index": torch.randint(max(len(bank), 1), (6 if len(bank) else 0,))}
     case["update"] = (index, value, momentum, normalize)
-    functional.relation_nce(**case, backend=backend)
+    functional.instance_nce(**case, backend=backend)
     assert torch.equal(alone, fused)
     return alone
 
@@ -136,7 +139,7 @@ def test_strides(backend):
     assert torch.equal(view._base[outside], base[outside])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", cases.BACKENDS)
 def test_transposed_bank_in_the_loss(backend):
     bank, index, value = draw(rows=30, dim=5)
     case = make(3, 4, 11, D=5, N=30)
@@ -169,7 +172,7 @@ def test_value_dtypes(backend, storage, value_dtype):
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance / 4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", cases.BACKENDS)
 @pytest.mark.parametrize("objective", ["nce", "infonce"])
 @pytest.mark.parametrize("index", [True, False])
 def test_all_reads_come_before_the_update(backend, objective, index):
@@ -204,7 +207,7 @@ def test_value_overlapping_the_rows_it_changes(backend):
     torch.testing.assert_close(bank, expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", cases.BACKENDS)
 def test_autograd_sees_that_the_bank_changed(backend):
     bank, index, value = draw()
     weight = torch.ones(40, 7, dtype=torch.float64, requires_grad=True)
@@ -222,7 +225,7 @@ def test_autograd_sees_that_the_bank_changed(backend):
         saved.backward()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", cases.BACKENDS)
 @pytest.mark.parametrize("with_gradient", [True, False])
 def test_update_with_backward_after_it(backend, with_gradient):
     case = make(4, 6, 20, 7, 8, 5, 30, index=False)

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import cases
 from helpers.cases import (
-    BACKENDS,
-    COMPILED,
     DIFFERENTIABLE,
     assert_close,
     assert_within_budget,
@@ -20,12 +19,14 @@ from helpers.cases import (
     strided,
     truth,
 )
+from helpers.emulated import EMULATED
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from crrcd_ext import _backend, functional
 
+BACKENDS, COMPILED = (names + EMULATED for names in (cases.BACKENDS, cases.COMPILED))
 _C = _backend.compiled
 AVAILABLE = _C.isa_available() if _C else []
 OBJECTIVES = ["nce", "infonce"]
@@ -267,7 +268,7 @@ def test_many_negatives(backend, objective, how):
     assert_close(run(low, backend, **runs), truth(low, **runs), 5e-5)
 
 
-@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("backend", cases.COMPILED)  # the emulation would take minutes
 def test_more_entries_than_are_sorted_at_once(backend):
     torch.set_num_threads(2)
     case = make_instance(2, 2_200_000, 1, 50)
@@ -602,7 +603,7 @@ def test_a_bank_beyond_31_bits_of_elements(backend, order):
     assert torch.equal(bank[place], near["bank"])
 
 
-@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("backend", cases.COMPILED)
 @pytest.mark.parametrize("index, limit", [("direct", 16), ("bucketed", 40), ("shared", 16)])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_memory_does_not_grow_with_the_negatives(backend, index, limit, objective):
@@ -652,7 +653,7 @@ def test_update(backend, storage, how):
     assert case["bank"]._version > version
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", cases.BACKENDS)
 @each_order
 def test_an_error_leaves_the_bank_as_it_was(backend, how):
     case, _ = prepared(how, 6, 40, 8, 30)
@@ -709,7 +710,7 @@ class TestOpcheck:
             torch.ops.crrcd.instance_nce_(*arguments(31), *update)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", cases.BACKENDS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_full_graph(backend, objective):
     case = cast(make_instance(6, 20, 7, 30, objective=objective), torch.float32)

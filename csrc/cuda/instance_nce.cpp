@@ -30,7 +30,7 @@ class InstanceNce {
     const auto none = [](const at::Tensor& like) { return at::empty({0}, like.options()); };
     return {scalar(0, dtype),
             p.need_query ? d_query.to(x.dtype) : none(x.query),
-            p.d_positive ? d_positive.to(x.dtype) : none(x.positive),
+            x.needs(kInstancePositive) ? d_positive.to(x.dtype) : none(x.positive),
             x.needs(kInstanceBank) ? bank_gradient() : none(x.bank),
             x.needs(kInstanceScale) ? scalar(1, x.scale.scalar_type()) : none(x.scale),
             x.needs(kInstanceOffset) ? scalar(2, x.offset.scalar_type()) : none(x.offset)};

@@ -2,9 +2,9 @@
 // CPU under another library's name, so that tests run them as they run any other backend.
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
-#include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -55,9 +55,22 @@ class WatchedAllocator : public c10::Allocator {
   }
 };
 
+WatchedAllocator watched;
+c10::Allocator* usual = nullptr;
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(crrcd_simt, CPU, m) {
+// From now on tensors are made in watched memory, and kernels may use that of no others; or no more.
+extern "C" __attribute__((visibility("default"))) void simt_watch_tensors(int on) {
+  if (usual == nullptr) usual = c10::GetCPUAllocator();
+  c10::SetCPUAllocator(on ? &watched : usual, /*priority=*/100);
+  simt::on_launch(on ? &WatchedAllocator::watch_all : nullptr);
+  if (!on) simt::forget();
+}
+
+#define CRRCD_IMPL(library, key, m) TORCH_LIBRARY_IMPL(library, key, m)
+
+CRRCD_IMPL(CRRCD_SIMT_LIBRARY, CPU, m) {
   m.impl("instance_nce", crrcd::cuda::instance_nce);
   m.impl("instance_nce_", crrcd::cuda::instance_nce_update);
   m.impl("bank_update_", crrcd::cuda::bank_update);

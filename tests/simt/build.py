@@ -145,6 +145,10 @@ class Library:
     def forget(self) -> None:
         self.handle.simt_forget()
 
+    def watch_tensors(self, on: bool) -> None:
+        """Makes new tensors in memory that the checker watches, and no other may be used; or not."""
+        self.handle.simt_watch_tensors(int(on))
+
     def launches(self) -> int:
         """Kernels started since the library was loaded."""
         return self.handle.simt_launches()
@@ -174,17 +178,17 @@ def load_kernels(*sources: Path, checked: bool) -> Library:
     return Library(link(name, kernel_jobs(sources, checked), ["-Wl,-z,defs"]), checked)
 
 
-def host_jobs() -> list[tuple[Path, list[str]]]:
+def host_jobs(checked: bool) -> list[tuple[Path, list[str]]]:
     """The host entries of csrc/cuda and what they share with the other backends."""
     from torch.utils.cpp_extension import include_paths
 
-    sources = sorted(CUDA.glob("*.cpp"))
-    if sources:
-        sources.append(ROOT / "csrc" / "checks.cpp")
+    sources = [HERE / "binding.cpp", *sorted(CUDA.glob("*.cpp")), *sorted(CUDA.parent.glob("*.cpp"))]
+    sources.remove(CUDA.parent / "register.cpp")
     flags = ["-O1", f"-I{sysconfig.get_path('include')}"]
     for folder in include_paths():
         flags += ["-isystem", folder]
-    return [(source, flags) for source in sources]
+    library = ["-DCRRCD_SIMT_LIBRARY=" + ("crrcd_simt_checked" if checked else "crrcd_simt")]
+    return [(s, flags + (library if s.parent == HERE else [])) for s in sources]
 
 
 @functools.cache
@@ -193,14 +197,12 @@ def load(checked: bool) -> Library:
     from torch.utils.cpp_extension import library_paths
 
     kind = "checked" if checked else "plain"
-    host = [(s, [*f, f"-DCRRCD_SIMT_CHECKED={int(checked)}"]) for s, f in host_jobs()]
     flags = []
-    if host:
-        for folder in library_paths():
-            flags += [f"-L{folder}", f"-Wl,-rpath,{folder}"]
-        flags += ["-lc10", "-ltorch_cpu", "-ltorch"]
+    for folder in library_paths():
+        flags += [f"-L{folder}", f"-Wl,-rpath,{folder}"]
+    flags += ["-lc10", "-ltorch_cpu", "-ltorch"]
     # Host entries take longest: they come first.
-    jobs = host + kernel_jobs(sorted(CUDA.glob("*.cu")), checked)
+    jobs = host_jobs(checked) + kernel_jobs(sorted(CUDA.glob("*.cu")), checked)
     return Library(link(f"crrcd-{kind}", jobs, flags), checked)
 
 

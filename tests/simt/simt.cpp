@@ -68,6 +68,7 @@ constexpr std::size_t kMaxShared = 227 * 1024;  // the most that any supported G
 Settings settings;
 std::mt19937_64 random_numbers;
 std::uint64_t launch_count = 0;
+void (*launch_hook)() = nullptr;
 
 Launch running{};
 uint3 block_position{};
@@ -471,11 +472,14 @@ void configure(const Settings& wanted) {
 
 std::uint64_t launches() { return launch_count; }
 
+void on_launch(void (*hook)()) { launch_hook = hook; }
+
 void run(const Launch& launch) {
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
   const std::uint64_t threads = std::uint64_t{launch.block.x} * launch.block.y * launch.block.z;
   check_launch(launch, threads);
+  if (launch_hook != nullptr) launch_hook();
   ++launch_count;
   running = launch;
   reserve_stacks();

@@ -54,6 +54,9 @@ void configure(const Settings& settings);
 void watch(const void* pointer, std::size_t bytes, const char* name, bool initialised = true);
 void forget();  // all of them
 
+// Called before every launch, for whoever keeps the list of that memory elsewhere.
+void on_launch(void (*hook)());
+
 // How often launch() was called, so that a test can tell that kernels ran at all.
 std::uint64_t launches();
 
