@@ -32,8 +32,8 @@ SCHEDULES = ("forward", "reverse", "greedy", "random")
 
 COMMON = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-DCRRCD_SIMT"]
 COMMON += ["-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-attributes"]
-# Kernels look at memory as other types, as on a GPU, and the host's threads do not run them.
-KERNEL = ["-x", "c++", "-O1", "-fno-strict-aliasing", "-fno-threadsafe-statics"]
+# Kernels look at memory as other types, as on a GPU.
+KERNEL = ["-x", "c++", "-O1", "-fno-strict-aliasing"]
 CHECKED = ["-fsanitize=thread,alignment,bounds,shift"]
 CHECKED += ["--param=tsan-instrument-func-entry-exit=0"]
 

@@ -301,6 +301,7 @@ void note_write(Cell& cell, const Stamp& now, const Memory& memory) {
     cell.write = now;
   }
   cell.reads[0].run = cell.reads[1].run = 0;
+  cell.pending = false;
 }
 
 void check_cell(Cell& cell, std::uintptr_t address, Access kind, const Stamp& now,
@@ -315,7 +316,9 @@ void check_cell(Cell& cell, std::uintptr_t address, Access kind, const Stamp& no
   if (kind != Access::write && !memory.initialised) {
     const unsigned written = cell.write.run < memory.since ? 0 : cell.written;
     if ((written & bytes) != bytes) {
-      fail(pc, who, format("uninitialised: %s of ", verb(kind)) + place_name(address));
+      fail(pc, who,
+           format("uninitialised: %s of ", verb(kind)) + place_name(address) +
+               ", which nothing has written so far");
     }
   }
   if ((cell.write.bytes & bytes) != 0 && !(now.atomic && cell.write.atomic)) {
@@ -515,6 +518,11 @@ extern "C" {
 void __tsan_init() { simt::checker::on = true; }
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
+
+// Whether a static variable is constructed: the compiler's own question, no access of the kernel.
+char __tsan_atomic8_load(const volatile void* p, int) {
+  return *static_cast<const volatile char*>(p);
+}
 
 #define SIMT_HOOKS(bytes)                                                                         \
   void __tsan_read##bytes(void* p) { hook(p, bytes, Access::read, __builtin_return_address(0)); } \

@@ -3,9 +3,6 @@
 // checker's hooks.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -15,6 +12,13 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+
+// Conversions to 16 bits must be inlined: the compiler's hooks see assignments of structs, but not
+// where a call leaves the struct that it returns. The headers mark these functions "unused".
+#define unused unused, always_inline
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#undef unused
 
 // Blocks run one after another, so a block's shared memory can be a static variable.
 #undef __shared__
