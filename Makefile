@@ -21,6 +21,7 @@ FORMATTERS := ruff==0.17.6 clang-format==23.1.5
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+CPP_FILES := '*.h' '*.cpp' '*.cu' '*.cuh'
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 FAIL := fail() { printf '\n%s\n' "$$1" >&2; exit 1; };
 
@@ -49,12 +50,12 @@ bench: $(INSTALLED)
 
 format: $(FORMATTERS_READY)
 	@$(BIN)/ruff check -q --fix . ; $(BIN)/ruff format -q .
-	@git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format -i
+	@git ls-files $(CPP_FILES) | xargs -r $(BIN)/clang-format -i
 
 lint: $(FORMATTERS_READY)
 	@$(FAIL) $(BIN)/ruff check -q . && $(BIN)/ruff format -q --check . \
 	  || fail "Python files need attention: 'make format' mends what can be mended by itself."
-	@$(FAIL) git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' \
+	@$(FAIL) git ls-files $(CPP_FILES) \
 	  | xargs -r $(BIN)/clang-format --dry-run --Werror \
 	  || fail "C++ files are not formatted: run 'make format'."
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +15,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "simt"))
 import build
+
+try:
+    build.toolkit_include()
+except build.ToolkitMissing as error:
+    pytest.skip(str(error), allow_module_level=True)
 
 KERNELS = Path(__file__).parent / "simt" / "kernels"
 MODES = list(itertools.product(build.SCHEDULES, (False, True)))
@@ -352,3 +359,46 @@ def test_a_product_takes_milliseconds():
             times.append(time.perf_counter() - start)
         library.forget()
         assert min(times) < limit, (checked, times)
+
+
+# ------------------------------------------------------------------------------------------------
+# The GPU's side of gpu.cuh
+
+
+def test_every_wrapper_is_its_instruction(tmp_path):
+    nvcc = shutil.which("nvcc")
+    triton = pytest.importorskip("triton", reason="its package has the disassembler")
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    if nvcc is None or not (tools / "nvdisasm").exists():
+        pytest.skip("needs nvcc and nvdisasm")
+    target = tmp_path / "selftest.cubin"
+    folders = [f"-I{build.HERE}", f"-I{build.ROOT / 'csrc'}"]
+    command = [nvcc, "-std=c++20", "-arch=sm_80", "-cubin", *folders, "-o", str(target)]
+    subprocess.run([*command, str(KERNELS / "selftest.cu")], check=True, capture_output=True)
+    listing = subprocess.run(
+        [tools / "nvdisasm", target], check=True, capture_output=True, text=True
+    ).stdout
+    for instruction in (
+        r"HMMA\.16816\.F32\.BF16",
+        r"HMMA\.16816\.F32 ",
+        r"HMMA\.1688\.F32\.TF32",
+        r"LDSM\.16\.M88\.4",
+        r"LDSM\.16\.MT88\.4",
+        r"LDGSTS\.E\.BYPASS\.128",
+        r"LDGDEPBAR",
+        r"DEPBAR\.LE SB0, 0x1",
+        r"MUFU\.EX2",
+        r"MUFU\.LG2",
+        r"MUFU\.RCP",
+        r"MUFU\.RSQ",
+    ):
+        assert re.search(instruction, listing), instruction
+
+
+def test_only_gpu_cuh_knows_the_compiler():
+    files = [p for p in build.CUDA.rglob("*") if p.suffix in (".cu", ".cuh", ".h")]
+    assert build.CUDA / "gpu.cuh" in files
+    for path in files:
+        text = path.read_text()
+        assert ("__CUDACC__" in text) == (path.name == "gpu.cuh"), path
+        assert not re.search(r"#\s*include\s*[<\"](torch|ATen|c10|Python)", text), path

@@ -42,6 +42,10 @@ class BuildError(RuntimeError):
     """The emulated kernels cannot be built; the message says what to install or mend."""
 
 
+class ToolkitMissing(BuildError):
+    """No headers of a CUDA toolkit: a machine that cannot build the CUDA kernels either."""
+
+
 def compiler() -> str:
     if platform.machine() != "x86_64" or platform.system() != "Linux":
         raise BuildError(f"the emulator is for Linux on x86-64, this is {platform.platform()}")
@@ -68,7 +72,7 @@ def toolkit_include() -> Path:
     for folder in folders:
         if all((folder / name).exists() for name in needed):
             return folder
-    raise BuildError(
+    raise ToolkitMissing(
         f"no folder has the CUDA toolkit's headers ({', '.join(needed)}): install the toolkit and "
         f"set CUDA_HOME; looked in {', '.join(map(str, folders)) or 'no folder'}"
     )

@@ -388,6 +388,11 @@ void begin_launch() {
   releases.clear();
 }
 
+bool in_shared_memory(const void* pointer, std::size_t bytes) {
+  const auto address = reinterpret_cast<std::uintptr_t>(pointer);
+  return shared_memory.holds(address, bytes) || any_holds(variables, address, bytes);
+}
+
 void begin_block(std::uint64_t linear) {
   ++run;
   epoch = 0;

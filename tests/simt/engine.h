@@ -99,6 +99,7 @@ enum class Access : std::uint8_t { read, write, atomic };
 extern bool on;
 
 void begin_launch();
+bool in_shared_memory(const void* pointer, std::size_t bytes);
 void begin_block(std::uint64_t linear);
 void barrier();
 void sync_warp(Warp& warp, unsigned lanes);

@@ -279,6 +279,16 @@ std::string who_waits_where() {
   return text;
 }
 
+// What it takes to see the same again.
+std::string schedule_name() {
+  const char* names[] = {"forward", "reverse", "greedy", "random"};
+  std::string text = std::string(" [") + names[static_cast<int>(settings.schedule)];
+  if (settings.schedule == Schedule::random) {
+    text += format(", seed %llu", static_cast<unsigned long long>(settings.seed));
+  }
+  return text + (settings.cp_async_late ? ", cp.async late]" : ", cp.async early]");
+}
+
 void report(const void* pc, const Fiber& who, const std::string& message) {
   failure =
       format("simt: kernel %s: %s: block %s, thread %s: ", running.name, source_line(pc).c_str(),
@@ -287,7 +297,7 @@ void report(const void* pc, const Fiber& who, const std::string& message) {
                             (block_position.y + std::uint64_t{running.grid.y} * block_position.z))
                  .c_str(),
              thread_name(who).c_str());
-  failure += message;
+  failure += message + schedule_name();
 }
 
 // Called when no thread can go on: all that live must stand at the same barrier.
@@ -875,7 +885,9 @@ void ldmatrix(const char* name, simt::Collective run, std::uint32_t (&r)[4], con
   need_whole_warp(name, pc);
   const auto address = reinterpret_cast<std::uintptr_t>(row);
   if (address % 16 != 0) simt::fail(pc, *self, std::string(name) + " of a misaligned row");
-  // The emulator itself reads the row, whichever memory it is in: only shared memory will do.
+  if (!simt::checker::in_shared_memory(row, 16)) {
+    simt::fail(pc, *self, std::string(name) + " of a row that is not in shared memory");
+  }
   LdmatrixArguments arguments{r, static_cast<const char*>(row)};
   simt::collective(name, run, kFull, &arguments, pc);
 }
@@ -986,6 +998,10 @@ void cp_async16(void* shared, const void* global, bool valid) {
   const auto from = reinterpret_cast<std::uintptr_t>(global);
   if (to % 16 != 0 || (valid && from % 16 != 0)) {
     simt::fail(pc, *self, "cp_async16 with a misaligned address");
+  }
+  if (!simt::checker::in_shared_memory(shared, 16) ||
+      (valid && simt::checker::in_shared_memory(global, 16))) {
+    simt::fail(pc, *self, "cp_async16 copies from global to shared memory, not otherwise");
   }
   if (valid) simt::checker::access(global, 16, simt::checker::Access::read, *self, pc);
   simt::checker::async_issued(shared, *self, pc);
