@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent / "simt"))
-import build
+from simt import build
 
 try:
     build.toolkit_include()
@@ -217,12 +215,12 @@ def test_an_invalid_address_ends_the_launch_alone():
     library = build.load_kernels(KERNELS / "selftest.cu", checked=False)
     # In a process of its own: a wild write could have met memory of this one.
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import build, pathlib\n"
+        "import pathlib, sys; sys.path.insert(0, sys.argv[1]); from simt import build\n"
         "library = build.Library(pathlib.Path(sys.argv[2]), False)\n"
         "try: library.call('run_indices', 64)\n"
         "except RuntimeError as error: print(error)\n"
     )
-    arguments = [sys.executable, "-c", code, str(KERNELS.parent), str(library.path)]
+    arguments = [sys.executable, "-c", code, str(KERNELS.parent.parent), str(library.path)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
     assert "kernel indices: selftest.cu:" in done.stdout, done
     assert "invalid address 0x40" in done.stdout

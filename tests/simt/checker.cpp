@@ -87,7 +87,8 @@ struct Acquired {
 };
 
 std::vector<Extent> extents;
-std::size_t last_extent = 0;
+constexpr std::size_t kRecent = 64;
+std::size_t recent_extents[kRecent];  // found last for an address like this one: looked at first
 std::unordered_map<std::uintptr_t, Cell*> pages;
 std::vector<Range> variables;  // of this library: static shared memory
 std::vector<Range> constants;
@@ -135,10 +136,11 @@ bool any_holds(const std::vector<Range>& ranges, std::uintptr_t address, std::si
 
 const Extent* extent_of(std::uintptr_t address, std::size_t bytes) {
   const auto inside = [&](const Extent& e) { return Range{e.begin, e.end}.holds(address, bytes); };
-  if (last_extent < extents.size() && inside(extents[last_extent])) return &extents[last_extent];
+  std::size_t& recent = recent_extents[address / kPage % kRecent];
+  if (recent < extents.size() && inside(extents[recent])) return &extents[recent];
   for (std::size_t i = extents.size(); i-- > 0;) {
     if (!inside(extents[i])) continue;
-    last_extent = i;
+    recent = i;
     return &extents[i];
   }
   return nullptr;
@@ -156,11 +158,11 @@ struct Recent {
   std::uintptr_t page = 0;
   Cell* cells = nullptr;
 };
-Recent recent[64];
+Recent recent_pages[kRecent];
 
 Cell& cell_of(std::uintptr_t address) {
   const std::uintptr_t page = address / kPage;
-  Recent& entry = recent[page % 64];
+  Recent& entry = recent_pages[page % kRecent];
   if (entry.page != page) {
     Cell*& cells = pages[page];
     if (cells == nullptr) cells = new_page();
@@ -497,6 +499,8 @@ void watch(const void* pointer, std::size_t bytes, const char* name, bool initia
   const auto begin = reinterpret_cast<std::uintptr_t>(pointer);
   using namespace checker;
   extents.push_back({begin, begin + bytes, name, initialised, checker::run + 1});
+  // Where ranges overlap the newest counts: what was found before may be no longer right.
+  std::fill(std::begin(recent_extents), std::end(recent_extents), extents.size() - 1);
 }
 
 void forget() {
@@ -507,7 +511,7 @@ void forget() {
   if (pages.size() <= kPagesToKeep) return;
   for (const auto& [page, cells] : pages) munmap(cells, kCells * sizeof(Cell));
   pages.clear();
-  std::fill(std::begin(recent), std::end(recent), Recent{});
+  std::fill(std::begin(recent_pages), std::end(recent_pages), Recent{});
 }
 
 }  // namespace simt
