@@ -59,7 +59,7 @@ def watched(library: build.Library, **tensors: torch.Tensor) -> list[torch.Tenso
 
 def test_words_of_a_warp(in_every_mode):
     value = torch.tensor([(7 * i) % 32 for i in range(32)], dtype=torch.int32)
-    out = torch.full((14, 32), -99, dtype=torch.int32)
+    out = torch.full((15, 32), -99, dtype=torch.int32)
     in_every_mode.call("run_warp_words", *watched(in_every_mode, value=value, out=out))
     v, lane = value.tolist(), range(32)
     ballot = sum(1 << i for i in lane if v[i] % 3 == 0)
@@ -80,6 +80,7 @@ def test_words_of_a_warp(in_every_mode):
         [v[i].bit_count() for i in lane],
         [v[i ^ 2] if i % 2 == 0 else odd_above_16 - (1 << 32) for i in lane],
         [4 * v[31 - i] + 1 for i in lane],
+        [v[i ^ 12] if i ^ 12 < i // 8 * 8 + 8 else v[i] for i in lane],
     ]
     assert out.tolist() == expected
 
@@ -256,6 +257,8 @@ RACE = r"(race: (read|write)|uninitialised: read) of a shared variable"
 PLANTED = {
     "missing_barrier": (RACE, "tile["),
     "missing_end_of_loop_barrier": (RACE, "tile["),
+    "race_between_warps": ("race: (read|write) of a shared variable", "tile["),
+    "plain_read_beside_atomic": ("race: (read|atomic access) of a shared variable", "counter"),
     "async_wait_off_by_one": ("under a cp.async that was not waited for", "sum += buffer"),
     "async_without_barrier": (RACE, "tile["),
     "global_row_out_of_bounds": (

@@ -33,6 +33,28 @@ __global__ void missing_end_of_loop_barrier(const float* in, float* out) {
   out[threadIdx.x] = sum;
 }
 
+// One warp writes anew what another reads.
+template <bool kBug>
+__global__ void race_between_warps(const float* in, float* out) {
+  __shared__ float tile[kThreads];
+  tile[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  if (threadIdx.x < 32) tile[threadIdx.x] = 2 * in[threadIdx.x];
+  if (!kBug) __syncthreads();
+  if (threadIdx.x >= 32) out[threadIdx.x] = tile[threadIdx.x - 32];
+}
+
+// Atomics are ordered among each other, not with what else touches their memory.
+template <bool kBug>
+__global__ void plain_read_beside_atomic(const float* in, float* out) {
+  __shared__ float counter;
+  if (threadIdx.x == 0) counter = 0;
+  __syncthreads();
+  if (threadIdx.x < 32) atomicAdd(&counter, in[threadIdx.x]);
+  if (!kBug) __syncthreads();
+  if (threadIdx.x >= 32) out[threadIdx.x] = counter;
+}
+
 // Two groups may be under way where one must be there.
 template <bool kBug>
 __global__ void async_wait_off_by_one(const float* in, float* out) {
@@ -245,6 +267,8 @@ __global__ void wrong_fragment(const float* a, float* c, const float* b) {
 
 PLANTED(missing_barrier, 1, kThreads, 0)
 PLANTED(missing_end_of_loop_barrier, 1, kThreads, 0)
+PLANTED(race_between_warps, 1, kThreads, 0)
+PLANTED(plain_read_beside_atomic, 1, kThreads, 0)
 PLANTED(async_wait_off_by_one, 1, kThreads, 2 * kThreads * sizeof(float))
 PLANTED(async_without_barrier, 1, kThreads, 0)
 PLANTED(global_row_out_of_bounds, 1, kThreads, 0)

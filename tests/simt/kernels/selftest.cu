@@ -10,7 +10,7 @@ namespace {
 constexpr unsigned kFull = 0xffffffffu;
 
 // Row r of out [rows, 32]: what each lane has after one warp-wide word.
-constexpr int kWarpRows = 14;
+constexpr int kWarpRows = 15;
 __global__ void warp_words(const int* in, int* out) {
   const int lane = gpu::lane_id();
   const int value = in[lane];
@@ -29,6 +29,7 @@ __global__ void warp_words(const int* in, int* out) {
       __popc(static_cast<unsigned>(value)),
       -1,
       0,
+      __shfl_xor_sync(kFull, value, 12, 8),  // beyond the eight: its own
   };
   // Only the even lanes: the others do something else meanwhile.
   if (lane % 2 == 0) {
