@@ -3,18 +3,26 @@
 CRRCD_CUDA   auto (default): CUDA kernels where there is a toolkit for this torch; 0: a CPU build;
              1: fail where CUDA kernels cannot be built
 TORCH_CUDA_ARCH_LIST
-             the GPUs to build for (default: all that ARCHITECTURES below names)
+             the GPUs to build for, such as "8.0;9.0a" (default: this machine's; where it has none,
+             all that ARCHITECTURES below names)
 DEBUG        1: no optimisation, debug symbols
 MAX_JOBS     parallel compilations (default: one per processor)
 """
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
+
+# torch takes the folder above the nvcc that it finds for the toolkit, where that may be a wrapper.
+nvcc = shutil.which("nvcc")
+if nvcc and not (Path(nvcc).parents[1] / "include" / "cuda_runtime_api.h").exists():
+    if Path("/usr/local/cuda/include/cuda_runtime_api.h").exists():
+        os.environ.setdefault("CUDA_HOME", "/usr/local/cuda")
 
 try:
     import torch
@@ -68,7 +76,8 @@ compiler = compiler_version().replace('"', "")
 
 arguments = {"cxx": flags}
 if cuda:
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     arguments["nvcc"] = ["-O0", "-g", "-G"] if DEBUG else ["-O3", "-DNDEBUG"]
     arguments["nvcc"] += ["-std=c++20", "-Xcompiler=-fvisibility=hidden"]
 

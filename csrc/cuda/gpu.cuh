@@ -13,10 +13,14 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <cstdio>
 #include <stdexcept>
 #include <string>
 #include <utility>
+
+// Not declared with NDEBUG, and there all the same.
+extern "C" __host__ __device__ void __assert_fail(const char* assertion, const char* file,
+                                                  unsigned int line, const char* function) noexcept
+    __attribute__((__noreturn__));
 
 // Dynamic shared memory of the launch, 16-byte aligned.
 #define CRRCD_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
@@ -50,10 +54,10 @@ __device__ __forceinline__ int lane_id() {
   return lane;
 }
 
-// Ends the launch with a message: for errors only the device can see, as an id out of range.
-__device__ inline void trap(const char* message) {
-  printf("%s\n", message);
-  __trap();
+// Ends the launch with a message: for errors only the device can see, as an id out of range. An
+// assertion and not printf, after whose return the registers would have to be what they were.
+__device__ __forceinline__ void trap(const char* message) {
+  __assert_fail(message, "crrcd_ext", 0, "");
 }
 
 __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {

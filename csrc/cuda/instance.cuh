@@ -5,10 +5,10 @@
 //     InfoNCE:  loss_b = log(exp s+_b + sum_n exp s_bn) - s+_b    g = exp(s - normaliser)
 //     d q_b = scale sum_n g_bn m_n           d m_n = scale sum_b g_bn q_b
 //
-// Each query's own negatives are dot products: a warp (a block, for wide rows) goes through a part of
-// one query's entries and keeps the row in registers for the gradient. Shared negatives are matrix
-// products on tiles. InfoNCE goes over the negatives once with a running maximum: what was summed
-// is scaled down when a larger logit comes; the gradient of the bank takes a second pass.
+// Each query's own negatives are dot products: a warp (a block, for wide rows) goes through a part
+// of one query's entries and keeps the row in registers for the gradient. Shared negatives are
+// matrix products on tiles. InfoNCE goes over the negatives once with a running maximum: what was
+// summed is scaled down when a larger logit comes; the gradient of the bank takes a second pass.
 #pragma once
 
 #include "instance_params.h"
@@ -84,8 +84,10 @@ struct OwnSums {
 // kGroup threads go through entries [K part / parts, K (part + 1) / parts) of one query; each has
 // kColumns columns of the rows, four neighbouring ones at a time.
 template <typename T, typename S, int kGroup, int kColumns, Pass kPass>
-__global__ void __launch_bounds__(kGroup == kWarp ? 128 : kGroup) own_entries(InstanceParams<T> p) {
-  constexpr int kRows = 4, kQuads = kColumns / 4;
+__global__ void __launch_bounds__(kGroup == kWarp ? 128 : kGroup, 1)
+    own_entries(InstanceParams<T> p) {
+  // as many rows at a time as registers hold
+  constexpr int kRows = sizeof(T) == 4 ? 4 : kColumns > 4 ? 1 : 2, kQuads = kColumns / 4;
   const int thread = threadIdx.x % kGroup, lane = threadIdx.x % kWarp;
   const int64_t group = int64_t(blockIdx.x) * (blockDim.x / kGroup) + threadIdx.x / kGroup;
   if (group >= p.B * p.parts) return;
@@ -177,7 +179,8 @@ __global__ void __launch_bounds__(kGroup == kWarp ? 128 : kGroup) own_entries(In
   }
 }
 
-// ---------------------------------------------------------------------------------- shared negatives
+// ---------------------------------------------------------------------------------- shared
+// negatives
 
 constexpr int kTile = kInstanceTile;
 constexpr int kDepth = kTile / 2;  // columns of two operands that a tile holds at a time
@@ -219,7 +222,8 @@ __device__ __forceinline__ void load_tile(int64_t first, int64_t rows, int64_t d
 }
 
 template <typename T, typename S, Pass kPass>
-__global__ void __launch_bounds__(kTileThreads) shared_tiles(InstanceParams<T> p) {
+__global__ void __launch_bounds__(kTileThreads, sizeof(T) == 4 ? 2 : 1)
+    shared_tiles(InstanceParams<T> p) {
   CRRCD_DYNAMIC_SHARED(bytes);
   auto& s = *reinterpret_cast<TileMemory<T>*>(bytes);
   const int64_t part = blockIdx.x, tiles = (p.K + kTile - 1) / kTile;
@@ -252,7 +256,8 @@ __global__ void __launch_bounds__(kTileThreads) shared_tiles(InstanceParams<T> p
       }
 
       T sums[3] = {};
-      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // unrolled, so that z stays in registers
         const int64_t b = b0 + line + i;
         bool keep[4];
         T logit[4];
@@ -358,7 +363,8 @@ __global__ void __launch_bounds__(kTileThreads) shared_tiles(InstanceParams<T> p
   out[0] = total[0], out[1] = total[1], out[2] = -total[2];
 }
 
-// ------------------------------------------------------------------------------------------- the end
+// ------------------------------------------------------------------------------------------- the
+// end
 
 // A warp for each query: its positive, its loss, and the parts' sums put together. The positive's
 // part of a gradient goes last: it is the large term of a sum of many small ones.
@@ -429,7 +435,8 @@ __global__ void __launch_bounds__(256) finish_scalars(InstanceParams<T> p) {
   for (int64_t i = threadIdx.x; i < p.B; i += 256)
     for (int j = 0; j < 3; ++j) sum[j] += p.per_query[3 * i + j];
   block_sum<256>(sum, shared);
-  if (threadIdx.x < 3) p.result[threadIdx.x] = sum[threadIdx.x] / static_cast<double>(p.B);
+  if (threadIdx.x != 0) return;
+  for (int j = 0; j < 3; ++j) p.result[j] = sum[j] / static_cast<double>(p.B);
 }
 
 // ---------------------------------------------------------------------------------------- launches

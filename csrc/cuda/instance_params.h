@@ -21,8 +21,8 @@ struct InstanceParams {
   bool infonce = false;
   bool need_query = false;
 
-  BankView bank;            // with the index of shared negatives
-  bool whole_quads = false; // rows of the bank can be read four elements at a time
+  BankView bank;             // with the index of shared negatives
+  bool whole_quads = false;  // rows of the bank can be read four elements at a time
   // each query's own negatives: that of (b, k) is own[b * own_stride + k * own_step]
   const int64_t* own = nullptr;
   int64_t own_stride = 0, own_step = 0;
