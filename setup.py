@@ -20,9 +20,10 @@ from setuptools import setup
 
 # torch takes the folder above the nvcc that it finds for the toolkit, where that may be a wrapper.
 nvcc = shutil.which("nvcc")
-if nvcc and not (Path(nvcc).parents[1] / "include" / "cuda_runtime_api.h").exists():
-    if Path("/usr/local/cuda/include/cuda_runtime_api.h").exists():
-        os.environ.setdefault("CUDA_HOME", "/usr/local/cuda")
+header = Path("include") / "cuda_runtime_api.h"
+usual = Path("/usr/local/cuda")
+if nvcc and not (Path(nvcc).parents[1] / header).exists() and (usual / header).exists():
+    os.environ.setdefault("CUDA_HOME", str(usual))
 
 try:
     import torch

@@ -16,7 +16,6 @@ import torch
 
 from crrcd_ext import _schema  # noqa: F401  the operators are defined before _C gives them kernels
 
-
 LIBRARY = "crrcd"
 
 
@@ -77,8 +76,8 @@ def _why_not(name: str) -> str | None:
 def set_backend(name: str | None) -> None:
     """Choose the backend of every later call in this process that does not name its own.
 
-    ``name`` is "auto", "reference", "cpu" or "cuda"; None gives the choice back to CRRCD_BACKEND and
-    "auto". Raises ValueError for another name, RuntimeError for one that cannot run here.
+    ``name`` is "auto", "reference", "cpu" or "cuda"; None gives the choice back to CRRCD_BACKEND
+    and "auto". Raises ValueError for another name, RuntimeError for one that cannot run here.
     """
     global _chosen
     if name is not None:

@@ -51,8 +51,8 @@ def relation(
         sample: X, [M, H], projected samples.
         weight: W, [R, H].
         bias: c, [R], or None.
-        backend: "auto", "reference", "cpu", "cuda"; None takes set_backend, then CRRCD_BACKEND, then
-            "auto".
+        backend: "auto", "reference", "cpu", "cuda"; None takes set_backend, then CRRCD_BACKEND,
+            then "auto".
 
     Floating dtypes may differ: the computation runs in the type that they promote to, under
     torch.autocast in the autocast type (float64 stays as it is). Norms are float32 or better.
@@ -192,7 +192,8 @@ def relation_nce(
     scalars = (_as_scalar(scale, query), _as_scalar(offset, query))
     inputs = (query, positive, anchor, bank, weight, bias, *scalars, index, key_weight)
     with _without_autocast(query.device):
-        return autograd.loss(autograd.RELATION_NCE, (*inputs, *masks, *options), bank, update, COMPILED[chosen].library)
+        inputs = (*inputs, *masks, *options)
+        return autograd.loss(autograd.RELATION_NCE, inputs, bank, update, _library(chosen))
 
 
 def difference_nce(
@@ -280,7 +281,7 @@ def difference_nce(
     check_compiled_dtype(name, dtype)
     inputs = (*operands, bank, _as_scalar(scale, query), _as_scalar(offset, query), *rest)
     with _without_autocast(query.device):
-        return autograd.loss(autograd.DIFFERENCE_NCE, inputs, bank, update, COMPILED[chosen].library)
+        return autograd.loss(autograd.DIFFERENCE_NCE, inputs, bank, update, _library(chosen))
 
 
 def instance_nce(
@@ -355,7 +356,7 @@ def instance_nce(
     check_compiled_dtype(name, dtype)
     inputs = (*operands, bank, _as_scalar(scale, query), _as_scalar(offset, query), *rest)
     with _without_autocast(query.device):
-        return autograd.loss(autograd.INSTANCE_NCE, inputs, bank, update, COMPILED[chosen].library)
+        return autograd.loss(autograd.INSTANCE_NCE, inputs, bank, update, _library(chosen))
 
 
 @torch.no_grad()
@@ -393,7 +394,12 @@ def bank_update_(
             check_range(name, "index", index, bank)
             reference.bank_update_(bank, *update)
         else:
-            autograd.bank_update_(bank, *update, COMPILED[chosen].library)
+            autograd.bank_update_(bank, *update, _library(chosen))
+
+
+def _library(backend: str) -> str:
+    """The library that has the operators of a compiled backend."""
+    return COMPILED[backend].library
 
 
 def _check_index(name: str, index: Tensor | None, sizes: dict[str, int], query: Tensor) -> None:

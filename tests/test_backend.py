@@ -128,7 +128,9 @@ def test_environment():
 def test_environment_with_a_wrong_name():
     done = python(RESOLVE, CRRCD_BACKEND="fast")
     assert done.returncode != 0
-    message = "crrcd_ext.CRRCD_BACKEND: backend: expected one of auto, reference, cpu, cuda, got 'fast'"
+    message = (
+        "crrcd_ext.CRRCD_BACKEND: backend: expected one of auto, reference, cpu, cuda, got 'fast'"
+    )
     assert message in done.stderr
 
 

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import emulated
 from helpers.cases import assert_close, cast, distance, make_instance, run, truth
 from helpers.emulated import SCHEDULES, emulation
 
 from crrcd_ext import functional
+
+if emulated.missing is not None:
+    pytest.skip(f"no emulation: {emulated.missing}", allow_module_level=True)
 
 CHECKED = "simt checked"
 OBJECTIVES = ["nce", "infonce"]
@@ -80,7 +84,11 @@ def test_an_update_outside_of_the_bank_is_trapped(row):
     message = r"bank_update_: index: expected rows of the bank in \[0, N\)"
     with pytest.raises(RuntimeError, match=message):
         functional.bank_update_(
-            torch.ones(30, 4), torch.tensor([3, row]), torch.ones(2, 4), momentum=0.5, backend="simt"
+            torch.ones(30, 4),
+            torch.tensor([3, row]),
+            torch.ones(2, 4),
+            momentum=0.5,
+            backend="simt",
         )
 
 
@@ -88,7 +96,9 @@ def test_what_cannot_be_deterministic_says_so():
     case = make_instance()
     torch.use_deterministic_algorithms(True)
     try:
-        with pytest.raises(RuntimeError, match="instance_nce with the bank's gradient and an index"):
+        with pytest.raises(
+            RuntimeError, match="instance_nce with the bank's gradient and an index"
+        ):
             run(case, "simt")
         run(case, "simt", wanted=("query", "positive", "scale", "offset"))
         run(make_instance(index="shared"), "simt")
@@ -97,7 +107,9 @@ def test_what_cannot_be_deterministic_says_so():
 
 
 def test_rows_wider_than_a_block_holds_are_refused():
-    message = "instance_nce: query: expected at most 4096 columns with an index for each query, got 4100"
+    message = (
+        "instance_nce: query: expected at most 4096 columns with an index for each query, got 4100"
+    )
     with pytest.raises(ValueError, match=message):
         functional.instance_nce(**make_instance(2, 3, 4100, 5), backend="simt")
     case = make_instance(2, 3, 4100, 5, index="shared")

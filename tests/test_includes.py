@@ -43,7 +43,8 @@ def test_kernels_include_no_torch(path):
             if bracket == '"':
                 target = (current.parent / name).resolve()
                 assert target.is_file(), f"{current.name} includes {name}, which is not there"
-                assert target.parent == CPU, f"{current.name} includes {name} of the host side"
+                kernels = target.parent == CPU or target.name == "bank.h"
+                assert kernels, f"{current.name} includes {name} of the host side"
                 if target not in seen:
                     queue.append(target)
 

@@ -1,5 +1,5 @@
-// The host entries of the CUDA kernels, built against the emulator and registered for tensors on the
-// CPU under another library's name, so that tests run them as they run any other backend.
+// The host entries of the CUDA kernels, built against the emulator and registered for tensors on
+// the CPU under another library's name, so that tests run them as they run any other backend.
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
@@ -60,7 +60,8 @@ c10::Allocator* usual = nullptr;
 
 }  // namespace
 
-// From now on tensors are made in watched memory, and kernels may use that of no others; or no more.
+// From now on tensors are made in watched memory, and kernels may use that of no others; or no
+// more.
 extern "C" __attribute__((visibility("default"))) void simt_watch_tensors(int on) {
   if (usual == nullptr) usual = c10::GetCPUAllocator();
   c10::SetCPUAllocator(on ? &watched : usual, /*priority=*/100);

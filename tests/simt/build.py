@@ -150,7 +150,7 @@ class Library:
         self.handle.simt_forget()
 
     def watch_tensors(self, on: bool) -> None:
-        """Makes new tensors in memory that the checker watches, and no other may be used; or not."""
+        """Makes new tensors in memory that the checker watches, the only one to be used; or not."""
         self.handle.simt_watch_tensors(int(on))
 
     def launches(self) -> int:
@@ -186,8 +186,8 @@ def host_jobs(checked: bool) -> list[tuple[Path, list[str]]]:
     """The host entries of csrc/cuda and what they share with the other backends."""
     from torch.utils.cpp_extension import include_paths
 
-    sources = [HERE / "binding.cpp", *sorted(CUDA.glob("*.cpp")), *sorted(CUDA.parent.glob("*.cpp"))]
-    sources.remove(CUDA.parent / "register.cpp")
+    shared = [p for p in CUDA.parent.glob("*.cpp") if p.name != "register.cpp"]
+    sources = [HERE / "binding.cpp", *sorted(CUDA.glob("*.cpp")), *sorted(shared)]
     flags = ["-O1", f"-I{sysconfig.get_path('include')}"]
     for folder in include_paths():
         flags += ["-isystem", folder]
