@@ -16,6 +16,8 @@ BENCH_OUTPUT ?= runs/bench
 #   make demo TORCH="torch torchvision --find-links=/folder/of/wheels"
 TORCH_x86_64 := torch==2.14.1 torchvision==0.29.1
 TORCH ?= $(or $(TORCH_$(shell uname -m)),torch torchvision)
+# What a release has CUDA kernels for, where nvcc is found.
+RELEASE_GPUS := 8.0;8.6;8.9;9.0a;10.0a;12.0a;12.0+PTX
 BUILD_TOOLS := "setuptools>=77" wheel "ninja" "pybind11>=2.12" packaging
 FORMATTERS := ruff==0.17.6 clang-format==23.1.5
 
@@ -62,7 +64,7 @@ lint: $(FORMATTERS_READY)
 dist: $(INSTALLED)
 	@$(FAIL) $(PIP) install -q "build>=1.2" \
 	  || fail "pip could not install 'build': check the network connection and run 'make dist' again."
-	@$(BIN)/python -m build --no-isolation --sdist --wheel
+	@TORCH_CUDA_ARCH_LIST="$(RELEASE_GPUS)" $(BIN)/python -m build --no-isolation --sdist --wheel
 
 clean:
 	rm -rf build dist *.egg-info python/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -3,8 +3,8 @@
 CRRCD_CUDA   auto (default): CUDA kernels where there is a toolkit for this torch; 0: a CPU build;
              1: fail where CUDA kernels cannot be built
 TORCH_CUDA_ARCH_LIST
-             the GPUs to build for, such as "8.0;9.0a" (default: this machine's; where it has none,
-             all that ARCHITECTURES below names)
+             the GPUs to build for (default: this machine's; where it has none, "8.0+PTX;9.0a",
+             which newer ones can run too; `make dist` names them all)
 DEBUG        1: no optimisation, debug symbols
 MAX_JOBS     parallel compilations (default: one per processor)
 """
@@ -36,7 +36,6 @@ except ImportError:
 
 ROOT = Path(__file__).parent
 DEBUG = os.environ.get("DEBUG", "0") == "1"
-ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0a;12.0a+PTX"
 
 
 def with_cuda() -> bool:
@@ -78,7 +77,7 @@ compiler = compiler_version().replace('"', "")
 arguments = {"cxx": flags}
 if cuda:
     if not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")
     arguments["nvcc"] = ["-O0", "-g", "-G"] if DEBUG else ["-O3", "-DNDEBUG"]
     arguments["nvcc"] += ["-std=c++20", "-Xcompiler=-fvisibility=hidden"]
 
