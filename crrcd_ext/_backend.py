@@ -42,6 +42,8 @@ try:
     compiled = importlib.import_module("crrcd_ext._C")
 except ImportError as error:
     missing = f"{type(error).__name__}: {error}"
+# Asked once: a graph that is traced cannot ask the compiled module.
+_with_cuda = compiled is not None and compiled.build_info()["cuda"]
 
 INSTALL = (
     "build it with `pip install .` in the source folder (it needs a C++20 compiler; "
@@ -66,7 +68,7 @@ def _why_not(name: str) -> str | None:
     if missing is not None:
         return f"crrcd_ext._C is not there ({missing})"
     if COMPILED[name].device == "cuda":
-        if not compiled.build_info()["cuda"]:
+        if not _with_cuda:
             return "this build has no CUDA kernels (CRRCD_CUDA=1 pip install . makes one that has)"
         if not torch.cuda.is_available():
             return "torch sees no CUDA device"

@@ -143,7 +143,7 @@ def check_range(operator: str, argument: str, index: Tensor | None, bank: Tensor
         fail(IndexError, operator, argument, f"rows of the bank in [0, {len(bank)})", got)
 
 
-def check_compiled_dtype(operator: str, dtype: torch.dtype) -> None:
-    if dtype == torch.float16:
+def check_compiled_dtype(operator: str, dtype: torch.dtype, backend: str) -> None:
+    if dtype == torch.float16 and backend == "cpu":
         expected = "float64, float32 or bfloat16 on backend 'cpu' (float16: backend='reference')"
         fail(TypeError, operator, "operands", expected, "float16")

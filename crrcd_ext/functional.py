@@ -56,7 +56,7 @@ def relation(
 
     Floating dtypes may differ: the computation runs in the type that they promote to, under
     torch.autocast in the autocast type (float64 stays as it is). Norms are float32 or better.
-    float16 needs backend "reference".
+    float16 is not for backend "cpu".
 
     Returns:
         [A, M, R] unit vectors in the computation's dtype; differentiable once in every tensor
@@ -82,7 +82,7 @@ def relation(
     if chosen == "reference":
         run = reference.relation
     else:
-        check_compiled_dtype(name, dtype)
+        check_compiled_dtype(name, dtype, chosen)
         run = autograd.relation
     with _without_autocast(anchor.device):
         return run(anchor, sample, weight, bias)
@@ -146,7 +146,7 @@ def relation_nce(
 
     The computation runs in the type that query, positive, anchor, weight, bias and key_weight
     promote to (and the bank, when it requires a gradient), under torch.autocast in the autocast
-    type (float64 stays as it is). float16 needs backend "reference".
+    type (float64 stays as it is). float16 is not for backend "cpu".
 
     Returns:
         The loss, 0-dim, float32, or float64 when the computation is; differentiable once (backend
@@ -188,7 +188,7 @@ def relation_nce(
         inputs = (weight, bias, scale, offset, index, key_weight, *masks, *options)
         before = (query, positive, anchor)
         return _run_reference(name, reference.relation_nce, before, bank, inputs, index, update)
-    check_compiled_dtype(name, dtype)
+    check_compiled_dtype(name, dtype, chosen)
     scalars = (_as_scalar(scale, query), _as_scalar(offset, query))
     inputs = (query, positive, anchor, bank, weight, bias, *scalars, index, key_weight)
     with _without_autocast(query.device):
@@ -278,7 +278,7 @@ def difference_nce(
     if chosen == "reference":
         run, inputs = reference.difference_nce, (scale, offset, *rest)
         return _run_reference(name, run, operands, bank, inputs, index, update)
-    check_compiled_dtype(name, dtype)
+    check_compiled_dtype(name, dtype, chosen)
     inputs = (*operands, bank, _as_scalar(scale, query), _as_scalar(offset, query), *rest)
     with _without_autocast(query.device):
         return autograd.loss(autograd.DIFFERENCE_NCE, inputs, bank, update, _library(chosen))
@@ -353,7 +353,7 @@ def instance_nce(
     if chosen == "reference":
         run, inputs = reference.instance_nce, (scale, offset, *rest)
         return _run_reference(name, run, operands, bank, inputs, index, update)
-    check_compiled_dtype(name, dtype)
+    check_compiled_dtype(name, dtype, chosen)
     inputs = (*operands, bank, _as_scalar(scale, query), _as_scalar(offset, query), *rest)
     with _without_autocast(query.device):
         return autograd.loss(autograd.INSTANCE_NCE, inputs, bank, update, _library(chosen))

@@ -81,14 +81,17 @@ at::Tensor check_ids(const char* op, const char* name, const std::optional<at::T
   return ids->contiguous();
 }
 
-at::ScalarType check_operands(const char* op, std::initializer_list<at::Tensor> operands) {
+at::ScalarType check_operands(const char* op, std::initializer_list<at::Tensor> operands,
+                              bool with_half) {
   const at::ScalarType dtype = operands.begin()->scalar_type();
   for (const at::Tensor& t : operands)
     TORCH_CHECK_TYPE(t.scalar_type() == dtype, "crrcd_ext.", op,
                      ": expected operands of one dtype, got ", dtype, " and ", t.scalar_type());
-  TORCH_CHECK_TYPE(dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16,
-                   "crrcd_ext.", op,
-                   ": backend cpu: expected operands of float64, float32 or bfloat16, got ", dtype);
+  const bool known = dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16;
+  TORCH_CHECK_TYPE(known || (with_half && dtype == at::kHalf), "crrcd_ext.", op, ": backend ",
+                   with_half ? "cuda: expected operands of float64, float32, bfloat16 or float16"
+                             : "cpu: expected operands of float64, float32 or bfloat16",
+                   ", got ", dtype);
   return dtype;
 }
 

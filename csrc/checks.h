@@ -28,8 +28,10 @@ void check_rows(const char* op, const char* name, const at::Tensor& index, int64
 at::Tensor check_ids(const char* op, const char* name, const std::optional<at::Tensor>& ids,
                      int64_t size);
 
-// The operands' common dtype: float64, float32 or bfloat16; TypeError otherwise.
-at::ScalarType check_operands(const char* op, std::initializer_list<at::Tensor> operands);
+// The operands' common dtype: float64, float32, bfloat16 or, except on the CPU, float16; TypeError
+// otherwise.
+at::ScalarType check_operands(const char* op, std::initializer_list<at::Tensor> operands,
+                              bool with_half = false);
 
 // An update of rows of the bank: index [B], value [B, D], momentum; not whether index stays within
 // the bank.

@@ -9,7 +9,7 @@ InstanceArguments instance_arguments(
     const at::Tensor& scale, const at::Tensor& offset, const std::optional<at::Tensor>& index,
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
-    const std::string& objective, int64_t need) {
+    const std::string& objective, int64_t need, bool with_half) {
   constexpr const char* kOp = "instance_nce";
   InstanceArguments x;
   TORCH_CHECK_VALUE(query.dim() == 2, "crrcd_ext.", kOp, ": query: expected shape [B, D], got ",
@@ -21,7 +21,7 @@ InstanceArguments instance_arguments(
   CRRCD_CHECK_SHAPE(kOp, "bank", bank, {x.N, x.D});
   TORCH_CHECK_VALUE(objective == "nce" || objective == "infonce", "crrcd_ext.", kOp,
                     ": objective: expected \"nce\" or \"infonce\", got \"", objective, "\"");
-  x.dtype = check_operands(kOp, {query, positive});
+  x.dtype = check_operands(kOp, {query, positive}, with_half);
   x.query = query, x.positive = positive, x.bank = bank, x.scale = scale, x.offset = offset;
   x.K = x.N;
   if (index) {

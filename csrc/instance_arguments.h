@@ -36,11 +36,12 @@ struct InstanceArguments {
 };
 
 // Shapes and dtypes; whether the index stays within the bank is the device's own question.
+// with_half: float16 operands are fine.
 InstanceArguments instance_arguments(
     const at::Tensor& query, const at::Tensor& positive, const at::Tensor& bank,
     const at::Tensor& scale, const at::Tensor& offset, const std::optional<at::Tensor>& index,
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
-    const std::string& objective, int64_t need);
+    const std::string& objective, int64_t need, bool with_half);
 
 }  // namespace crrcd

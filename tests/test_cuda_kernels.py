@@ -68,6 +68,15 @@ def test_every_order_of_the_threads_gives_the_same_bits(schedule, late):
     assert all(torch.equal(got[k], expected[k]) for k in expected)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("index", ["own", "shared"])
+def test_half_precision_operands(index, objective):
+    case = cast(make_instance(9, 60, 33, 70, index=index, objective=objective), torch.float16)
+    got, true = run(case, "simt"), truth(case)
+    assert got["loss"].dtype == torch.float32
+    assert_close(got, true, 2e-3)
+
+
 @pytest.mark.parametrize("index", ["own", "shared"])
 @pytest.mark.parametrize("row", [-1, 13, 1 << 40])
 def test_a_row_outside_of_the_bank_is_trapped(index, row):

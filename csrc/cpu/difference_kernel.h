@@ -337,16 +337,30 @@ const T* seen_difference(const DifferenceParams<T>& p, const DifferenceScratch<T
 // ---------------------------------------------------------------------------------------------- a
 // tile
 
+// Rows of the bank that are fetched while distances are computed, a few at a time: many at once
+// would have to wait for each other.
+struct Ahead {
+  const BankView* bank = nullptr;
+  const int64_t* row = nullptr;
+  int64_t rows = 0, width = 0, step = 0;
+
+  CRRCD_INLINE void fetch() {
+    for (int64_t i = 0; i < step && rows > 0; ++i, ++row, --rows) prefetch_row(*bank, *row, width);
+  }
+};
+
+constexpr int64_t kDistanceDepth = 32;  // two short sums round less than one long one
+
 // out[i, j] = |x_i - y_j|^2 for y given as [depth, columns].
 template <typename T, int kRows, int kVectors>
 CRRCD_INLINE void distance_block(int64_t depth, const T* x, int64_t ld_x, const T* y, int64_t ld_y,
-                                 T* out, int64_t ld_out) {
+                                 T* out, int64_t ld_out, Ahead& ahead) {
   using V = typename Simd<T>::V;
   constexpr int kLanes = Simd<T>::kLanes;
-  constexpr int64_t kBlock = 32;  // two short sums round less than one long one
   int64_t first = 0;
   do {
-    const int64_t stop = first + kBlock < depth ? first + kBlock : depth;
+    const int64_t stop = first + kDistanceDepth < depth ? first + kDistanceDepth : depth;
+    ahead.fetch();
     V sum[kRows][kVectors] = {};
     for (int64_t d = first; d < stop; ++d)
       for (int i = 0; i < kRows; ++i) {
@@ -361,30 +375,32 @@ CRRCD_INLINE void distance_block(int64_t depth, const T* x, int64_t ld_x, const 
         T* cell = out + i * ld_out + j * kLanes;
         store(cell, first == 0 ? sum[i][j] : load(cell) + sum[i][j]);
       }
-    first += kBlock;
+    first += kDistanceDepth;
   } while (first < depth);
 }
 
 template <typename T, int kVectors>
 __attribute__((noinline)) void distance_panel(int64_t rows, int64_t depth, const T* x, int64_t ld_x,
-                                              const T* y, int64_t ld_y, T* out, int64_t ld_out) {
+                                              const T* y, int64_t ld_y, T* out, int64_t ld_out,
+                                              Ahead& ahead) {
   int64_t i = 0;
   for (; i + kDenseRows <= rows; i += kDenseRows)
     distance_block<T, kDenseRows, kVectors>(depth, x + i * ld_x, ld_x, y, ld_y, out + i * ld_out,
-                                            ld_out);
+                                            ld_out, ahead);
   for (; i < rows; ++i)
-    distance_block<T, 1, kVectors>(depth, x + i * ld_x, ld_x, y, ld_y, out + i * ld_out, ld_out);
+    distance_block<T, 1, kVectors>(depth, x + i * ld_x, ld_x, y, ld_y, out + i * ld_out, ld_out,
+                                   ahead);
 }
 
 template <typename T>
 void squared_distances(int64_t rows, int64_t columns, int64_t depth, const T* x, int64_t ld_x,
-                       const T* y, int64_t ld_y, T* out, int64_t ld_out) {
+                       const T* y, int64_t ld_y, T* out, int64_t ld_out, Ahead ahead = {}) {
   constexpr int kLanes = Simd<T>::kLanes;
   int64_t j = 0;
   for (; j + 4 * kLanes <= columns; j += 4 * kLanes)
-    distance_panel<T, 4>(rows, depth, x, ld_x, y + j, ld_y, out + j, ld_out);
+    distance_panel<T, 4>(rows, depth, x, ld_x, y + j, ld_y, out + j, ld_out, ahead);
   for (; j < columns; j += kLanes)
-    distance_panel<T, 1>(rows, depth, x, ld_x, y + j, ld_y, out + j, ld_out);
+    distance_panel<T, 1>(rows, depth, x, ld_x, y + j, ld_y, out + j, ld_out, ahead);
 }
 
 // From squared distances in s.inverse: 1/|w| and |w|/2, 0 for those that need exact differences,
@@ -848,14 +864,10 @@ void own_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, const
   // whole blocks of rows: what is computed of the last ones is not looked at
   const int64_t blocks = (rows + kDenseRows - 1) / kDenseRows;
   for (int64_t u = rows; u < blocks * kDenseRows; ++u) clear(p.ldD, s.rows + u * p.ldD);
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t u = block * kDenseRows;
-    squared_distances<T>(kDenseRows, p.Ap, p.D, s.rows + u * p.ldD, p.ldD, p.anchor_seen_t, p.ldA,
-                         s.inverse + u * p.ldA, p.ldA);
-    for (int64_t i = tile.next_rows * block / blocks; i < tile.next_rows * (block + 1) / blocks;
-         ++i)
-      prefetch_row(p.bank, tile.next[i], p.D);
-  }
+  const int64_t steps = blocks * (p.D / kDistanceDepth + 1);
+  squared_distances<T>(
+      blocks * kDenseRows, p.Ap, p.D, s.rows, p.ldD, p.anchor_seen_t, p.ldA, s.inverse, p.ldA,
+      Ahead{&p.bank, tile.next, tile.next_rows, p.D, (tile.next_rows + steps - 1) / steps});
   const bool exact = inverse_norms(s, rows, p.Ap, p.ldA, s.row_square, p.anchor_square);
   bool masked = false;
   const auto prepare = [&] {

@@ -248,7 +248,7 @@ InstanceResult instance_nce_cpu(const at::Tensor& query, const at::Tensor& posit
                                 const std::string& objective, int64_t need) {
   const InstanceArguments x =
       instance_arguments(query, positive, bank, scale, offset, index, query_id, key_id, query_label,
-                         key_label, objective, need);
+                         key_label, objective, need, /*with_half=*/false);
   if (x.index.defined()) check_rows(kOp, "index", x.index, x.N);
   return x.dtype == at::kDouble ? InstanceNce<double>(x).run() : InstanceNce<float>(x).run();
 }

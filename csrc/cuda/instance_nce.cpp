@@ -148,7 +148,7 @@ InstanceResult instance_nce(const at::Tensor& query, const at::Tensor& positive,
                             const std::string& objective, int64_t need) {
   const InstanceArguments x =
       instance_arguments(query, positive, bank, scale, offset, index, query_id, key_id, query_label,
-                         key_label, objective, need);
+                         key_label, objective, need, /*with_half=*/true);
   const Device device(query);
   return x.dtype == at::kDouble ? InstanceNce<double>(x, device).run()
                                 : InstanceNce<float>(x, device).run();
