@@ -30,7 +30,7 @@ class Compiled(NamedTuple):
 
 COMPILED = {
     "cpu": Compiled("cpu"),
-    "cuda": Compiled("cuda", operators=frozenset({"instance_nce", "bank_update_"})),
+    "cuda": Compiled("cuda", operators=frozenset({"relation_nce", "instance_nce", "bank_update_"})),
 }
 
 compiled = None

@@ -16,6 +16,7 @@
 #if CRRCD_WITH_CUDA
 #include "cuda/bank_update.h"
 #include "cuda/instance_nce.h"
+#include "cuda/relation_nce.h"
 #endif
 
 TORCH_LIBRARY_IMPL(crrcd, CPU, m) {
@@ -32,6 +33,8 @@ TORCH_LIBRARY_IMPL(crrcd, CPU, m) {
 
 #if CRRCD_WITH_CUDA
 TORCH_LIBRARY_IMPL(crrcd, CUDA, m) {
+  m.impl("relation_nce", crrcd::cuda::relation_nce);
+  m.impl("relation_nce_", crrcd::cuda::relation_nce_update);
   m.impl("instance_nce", crrcd::cuda::instance_nce);
   m.impl("instance_nce_", crrcd::cuda::instance_nce_update);
   m.impl("bank_update_", crrcd::cuda::bank_update);

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import cases
 from helpers.cases import (
-    BACKENDS,
-    COMPILED,
     DIFFERENTIABLE,
     assert_close,
     assert_within_budget,
@@ -22,12 +21,14 @@ from helpers.cases import (
     truth,
     unit_rows,
 )
+from helpers.emulated import EMULATED
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from crrcd_ext import functional
 
+BACKENDS, COMPILED = (names + EMULATED for names in (cases.BACKENDS, cases.COMPILED))
 OBJECTIVES = ["nce", "infonce"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 

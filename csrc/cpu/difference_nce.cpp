@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../relation_arguments.h"
 #include "bank_update.h"
 #include "difference_params.h"
 #include "host.h"
@@ -229,7 +230,7 @@ class DifferenceNce {
     slope = zeros({x.B, p.ldA});
     weight = zeros({x.B, p.ldA});
     const at::Tensor mask =
-        pair_mask(x.A, x.B, x.anchor_id, x.query_id, x.self_pairs).t().contiguous();
+        pair_mask(x.A, x.B, x.anchor_id, x.query_id, x.self_pairs, at::kCPU).t().contiguous();
     const bool* keep = mask.const_data_ptr<bool>();
     near_begin.push_back(0);
     for (int64_t b = 0; b < x.B; ++b) {

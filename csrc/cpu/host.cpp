@@ -24,16 +24,6 @@ at::Tensor sum_parts(const at::Tensor& parts) {
   return total;
 }
 
-at::Tensor pair_mask(int64_t anchors, int64_t queries, const at::Tensor& anchor_id,
-                     const at::Tensor& query_id, bool self_pairs) {
-  if (!self_pairs && anchor_id.defined() && query_id.defined())
-    return anchor_id.unsqueeze(1).ne(query_id);
-  at::Tensor mask = at::ones({anchors, queries}, at::TensorOptions().dtype(at::kBool));
-  if (!self_pairs && !anchor_id.defined() && !query_id.defined() && anchors == queries)
-    mask.fill_diagonal_(0);
-  return mask;
-}
-
 namespace {
 std::atomic<bool> poison{false};
 }

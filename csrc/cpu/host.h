@@ -13,10 +13,6 @@ at::Tensor padded(const at::Tensor& t, at::ScalarType dtype, int64_t rows, int64
 // Sum over the leading dimension in its order, in place in the first slice.
 at::Tensor sum_parts(const at::Tensor& parts);
 
-// bool [A, B], true for the pairs (anchor, query) that count. Ids may be undefined.
-at::Tensor pair_mask(int64_t anchors, int64_t queries, const at::Tensor& anchor_id,
-                     const at::Tensor& query_id, bool self_pairs);
-
 // Memory whose contents do not matter; filled with NaN when poisoning is on, which the tests do.
 at::Tensor scratch(int64_t bytes);
 void set_poison(bool on);

@@ -17,18 +17,6 @@ namespace {
 
 constexpr const char* kOp = "relation_nce";
 
-struct Arguments {
-  at::Tensor query, positive, anchor, bank, weight, bias, scale, offset, index, key_weight;
-  at::Tensor anchor_id, query_id, key_id, query_label, key_label;
-  bool self_pairs, infonce;
-  int64_t need;
-  int64_t A, B, K, H, R, D, N;
-
-  bool needs(int64_t bits) const { return (need & bits) != 0; }
-};
-
-at::Tensor given(const OptionalTensor& t) { return t ? *t : at::Tensor(); }
-
 template <typename T>
 struct Functions;
 template <>
@@ -54,7 +42,7 @@ at::Tensor row_pairs(const at::Tensor& t) {
 template <typename T>
 class RelationNce {
  public:
-  RelationNce(const Arguments& arguments, bool bf16)
+  RelationNce(const RelationArguments& arguments, bool bf16)
       : x(arguments), kernels(active_kernels()), dtype(c10::CppTypeToScalarType<T>::value) {
     p.pairs = bf16 && kernels.bf16_pairs;
   }
@@ -66,7 +54,7 @@ class RelationNce {
     bias = x.bias.defined() ? x.bias.to(dtype).contiguous() : at::Tensor();
     p.scale = static_cast<T>(x.scale.item<double>());
     p.offset = static_cast<T>(x.offset.item<double>());
-    pair = pair_mask(x.A, x.B, x.anchor_id, x.query_id, x.self_pairs).to(dtype);
+    pair = pair_mask(x.A, x.B, x.anchor_id, x.query_id, x.self_pairs, at::kCPU).to(dtype);
     const double pairs = pair.sum(at::kDouble).item<double>();
     p.gradient_scale = static_cast<T>(pairs > 0 ? 1 / pairs : 0);
     positive_logit = (query * positive).sum(-1);
@@ -355,7 +343,7 @@ class RelationNce {
             d_offset};
   }
 
-  const Arguments& x;
+  const RelationArguments& x;
   const Kernels& kernels;
   const at::ScalarType dtype;
   NceParams<T> p;
@@ -380,48 +368,13 @@ NceResult relation_nce_cpu(const at::Tensor& query, const at::Tensor& positive,
                            const OptionalTensor& key_id, const OptionalTensor& query_label,
                            const OptionalTensor& key_label, bool self_pairs,
                            const std::string& objective, int64_t need) {
-  Arguments x;
-  TORCH_CHECK_VALUE(query.dim() == 3, "crrcd_ext.", kOp, ": query: expected shape [A, B, R], got ",
-                    query.sizes());
-  TORCH_CHECK_VALUE(bank.dim() == 2, "crrcd_ext.", kOp, ": bank: expected shape [N, D], got ",
-                    bank.sizes());
-  TORCH_CHECK_VALUE(anchor.dim() == 2, "crrcd_ext.", kOp, ": anchor: expected shape [A, H], got ",
-                    anchor.sizes());
-  x.A = query.size(0), x.B = query.size(1), x.R = query.size(2);
-  x.H = anchor.size(1), x.N = bank.size(0), x.D = bank.size(1);
-  CRRCD_CHECK_SHAPE(kOp, "positive", positive, {x.A, x.B, x.R});
-  CRRCD_CHECK_SHAPE(kOp, "anchor", anchor, {x.A, x.H});
-  CRRCD_CHECK_SHAPE(kOp, "weight", weight, {x.R, x.H});
-  if (bias) CRRCD_CHECK_SHAPE(kOp, "bias", *bias, {x.R});
-  if (key_weight) {
-    CRRCD_CHECK_SHAPE(kOp, "key_weight", *key_weight, {x.H, x.D});
-  } else {
-    CRRCD_CHECK_SHAPE(kOp, "bank", bank, {x.N, x.H});
-  }
-  TORCH_CHECK_VALUE(objective == "nce" || objective == "infonce", "crrcd_ext.", kOp,
-                    ": objective: expected \"nce\" or \"infonce\", got \"", objective, "\"");
-  const at::ScalarType dtype = check_operands(
-      kOp, {query, positive, anchor, weight, bias.value_or(weight), key_weight.value_or(weight)});
-  x.query = query, x.positive = positive, x.anchor = anchor, x.bank = bank, x.weight = weight;
-  x.bias = given(bias), x.scale = scale, x.offset = offset, x.key_weight = given(key_weight);
-  if (index) {
-    TORCH_CHECK_VALUE(index->dim() == 1, "crrcd_ext.", kOp, ": index: expected shape [K], got ",
-                      index->sizes());
-    x.index = index->contiguous();
-    check_rows(kOp, "index", x.index, x.N);
-  }
-  x.K = index ? x.index.size(0) : x.N;
-  x.anchor_id = check_ids(kOp, "anchor_id", anchor_id, x.A);
-  x.query_id = check_ids(kOp, "query_id", query_id, x.B);
-  x.key_id = check_ids(kOp, "key_id", key_id, x.N);
-  x.query_label = check_ids(kOp, "query_label", query_label, x.B);
-  x.key_label = check_ids(kOp, "key_label", key_label, x.N);
-  x.self_pairs = self_pairs;
-  x.infonce = objective == "infonce";
-  x.need = need;
-  if (dtype == at::kDouble) return RelationNce<double>(x, false).run();
+  const RelationArguments x = relation_arguments(
+      query, positive, anchor, bank, weight, bias, scale, offset, index, key_weight, anchor_id,
+      query_id, key_id, query_label, key_label, self_pairs, objective, need, /*with_half=*/false);
+  if (x.index.defined()) check_rows(kOp, "index", x.index, x.N);
+  if (x.dtype == at::kDouble) return RelationNce<double>(x, false).run();
   // "medium" allows bfloat16 products of float32 matrices everywhere else in torch, so here too
-  const bool bf16 = dtype == at::kBFloat16 || at::globalContext().float32MatmulPrecision() ==
+  const bool bf16 = x.dtype == at::kBFloat16 || at::globalContext().float32MatmulPrecision() ==
                                                   at::Float32MatmulPrecision::MEDIUM;
   return RelationNce<float>(x, bf16).run();
 }

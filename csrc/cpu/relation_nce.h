@@ -2,32 +2,10 @@
 // bank.
 #pragma once
 
-#include <ATen/ATen.h>
-
-#include <optional>
-#include <string>
-#include <tuple>
-
+#include "../relation_arguments.h"
 #include "plan.h"
 
 namespace crrcd {
-
-using NceResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-                             at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using OptionalTensor = std::optional<at::Tensor>;
-
-// Bits of `need`, in the order of the gradients returned.
-enum Need : int64_t {
-  kNeedQuery = 1,
-  kNeedPositive = 2,
-  kNeedAnchor = 4,
-  kNeedBank = 8,
-  kNeedKeyWeight = 16,
-  kNeedWeight = 32,
-  kNeedBias = 64,
-  kNeedScale = 128,
-  kNeedOffset = 256,
-};
 
 inline Needs needs_of(int64_t need) {
   return {(need & kNeedQuery) != 0, (need & (kNeedBank | kNeedKeyWeight)) != 0,

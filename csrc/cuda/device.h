@@ -3,6 +3,8 @@
 
 #include <ATen/ATen.h>
 
+#include "relation_plan.h"
+
 #ifndef CRRCD_SIMT
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -18,6 +20,8 @@ class Device {
   explicit Device(const at::Tensor&) {}
   void* stream() const { return nullptr; }
   int64_t multiprocessors() const { return 3; }
+  GpuLimits limits() const { return {emulated_shared_bytes, 2 * emulated_shared_bytes, 3}; }
+  static inline int64_t emulated_shared_bytes = 99 * 1024;
 #else
   explicit Device(const at::Tensor& tensor) : guard_(tensor.device()) {}
   void* stream() const { return c10::cuda::getCurrentCUDAStream().stream(); }
@@ -26,6 +30,15 @@ class Device {
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount,
                                           c10::cuda::current_device()));
     return count;
+  }
+  GpuLimits limits() const {
+    const auto attribute = [](cudaDeviceAttr name) {
+      int value = 0;
+      C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, c10::cuda::current_device()));
+      return int64_t(value);
+    };
+    return {attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+            attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), multiprocessors()};
   }
 
  private:

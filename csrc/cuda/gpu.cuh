@@ -130,6 +130,15 @@ __device__ __forceinline__ std::uint32_t to_tf32(float value) {
   return bits;
 }
 
+// max(x, 0), NaN for NaN.
+__device__ __forceinline__ float relu_nan(float x) {
+  float y;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ double relu_nan(double x) { return x < 0 ? 0 : x; }
+
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

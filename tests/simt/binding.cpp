@@ -11,6 +11,7 @@
 
 #include "../../csrc/cuda/bank_update.h"
 #include "../../csrc/cuda/instance_nce.h"
+#include "../../csrc/cuda/relation_nce.h"
 #include "simt.h"
 
 namespace {
@@ -72,6 +73,8 @@ extern "C" __attribute__((visibility("default"))) void simt_watch_tensors(int on
 #define CRRCD_IMPL(library, key, m) TORCH_LIBRARY_IMPL(library, key, m)
 
 CRRCD_IMPL(CRRCD_SIMT_LIBRARY, CPU, m) {
+  m.impl("relation_nce", crrcd::cuda::relation_nce);
+  m.impl("relation_nce_", crrcd::cuda::relation_nce_update);
   m.impl("instance_nce", crrcd::cuda::instance_nce);
   m.impl("instance_nce_", crrcd::cuda::instance_nce_update);
   m.impl("bank_update_", crrcd::cuda::bank_update);

@@ -291,6 +291,9 @@ inline std::uint32_t to_tf32(float value) {
   return (finite ? bits + 0x1000u : bits) & ~0x1fffu;
 }
 
+inline float relu_nan(float x) { return x < 0 ? 0 : x; }
+inline double relu_nan(double x) { return x < 0 ? 0 : x; }
+
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float log2_approx(float x) { return std::log2(x); }
 inline float rcp_approx(float x) { return 1.0f / x; }

@@ -1,0 +1,7 @@
+#include "relation_launch.cuh"
+
+namespace crrcd::cuda {
+
+template struct RelationNceKernels<Precision::kF16>;
+
+}  // namespace crrcd::cuda

@@ -1,0 +1,7 @@
+#include "relation_launch.cuh"
+
+namespace crrcd::cuda {
+
+template struct RelationNceKernels<Precision::kF64>;
+
+}  // namespace crrcd::cuda

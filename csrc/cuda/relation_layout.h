@@ -1,0 +1,135 @@
+// Sizes of relation_nce's tiles and what they take of shared memory. Plain C++: kernels lay their
+// memory out by it, and the planner chooses by it.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define CRRCD_BOTH __host__ __device__ constexpr
+#else
+#define CRRCD_BOTH constexpr
+#endif
+
+namespace crrcd::cuda {
+
+// How products are made: in the operands' own precision on the usual units (kF64, kF32), or on
+// tensor cores.
+enum class Precision : int { kF64 = 0, kF32 = 1, kTf32 = 2, kBF16 = 3, kF16 = 4 };
+
+constexpr int kUnit = 16;  // bytes that are moved at a time
+
+CRRCD_BOTH int round_up_int(int n, int to) { return (n + to - 1) / to * to; }
+
+CRRCD_BOTH int stored_bytes(Precision precision) {
+  return precision == Precision::kF64                                       ? 8
+         : precision == Precision::kF32 || precision == Precision::kTf32 ? 4
+                                                                         : 2;
+}
+
+CRRCD_BOTH int sum_bytes(Precision precision) { return precision == Precision::kF64 ? 8 : 4; }
+
+// Rows of a piece of W, QW or G, and queries of a panel.
+CRRCD_BOTH int panel_rows(Precision precision) { return precision == Precision::kF64 ? 32 : 64; }
+
+// Columns of a piece: 256 bytes.
+CRRCD_BOTH int piece_columns(Precision precision) { return 256 / stored_bytes(precision); }
+
+// An odd number of units: eight rows below each other then lie in different banks.
+CRRCD_BOTH int leading(int columns, int bytes) {
+  return (round_up_int(columns * bytes, kUnit) / kUnit | 1) * kUnit / bytes;
+}
+
+// Hidden units as the kernels see them, zeros behind the real ones.
+CRRCD_BOTH int padded_hidden(int64_t hidden) { 
+  return round_up_int(hidden < 1 ? 1 : static_cast<int>(hidden), 16);
+}
+
+constexpr int kKeysOfWarp = 16;
+
+// The pass over all (anchor, key): loss, gradient of the queries, norms.
+struct LogitLayout {
+  Precision precision = Precision::kF32;
+  int warps = 4, hidden = 0, relation = 0;  // hidden, relation: as padded
+  int stages = 2;                           // tiles of keys
+  bool resident = true;                     // all of W and QW stay, or pieces come and go
+
+  CRRCD_BOTH int size() const { return stored_bytes(precision); }
+  CRRCD_BOTH int keys() const { return kKeysOfWarp * warps; }
+  CRRCD_BOTH int ld_hidden() const { return leading(hidden, size()); }
+  CRRCD_BOTH int ld_queries() const { return leading(panel_rows(precision), size()); }
+  CRRCD_BOTH int ld_piece() const { return leading(piece_columns(precision), size()); }
+  CRRCD_BOTH int pieces_a_panel() const {
+    return round_up_int(hidden, piece_columns(precision)) / piece_columns(precision);
+  }
+  CRRCD_BOTH int pieces() const {
+    return (relation / panel_rows(precision) + 1) * pieces_a_panel();
+  }
+  CRRCD_BOTH int piece() const { return panel_rows(precision) * ld_piece(); }
+  CRRCD_BOTH int keys_at() const { return 0; }  // bytes, as all that follow
+  CRRCD_BOTH int slopes_at() const { return keys_at() + stages * keys() * ld_hidden() * size(); }
+  CRRCD_BOTH int pieces_at() const { return slopes_at() + keys() * ld_queries() * size(); }
+  CRRCD_BOTH int offset_at() const {
+    return pieces_at() + (resident ? pieces() : 2) * piece() * size();
+  }
+  CRRCD_BOTH int bytes() const {
+    return offset_at() + 2 * panel_rows(precision) * sum_bytes(precision);
+  }
+};
+
+// The pass over all (key tile, anchor) for gradients of keys and anchors.
+struct KeyLayout {
+  Precision precision = Precision::kF32;
+  int warps = 8, hidden = 0;
+  bool resident = true;  // all of G and two of QW's panels stay
+
+  CRRCD_BOTH int size() const { return stored_bytes(precision); }
+  CRRCD_BOTH int keys() const { return kKeysOfWarp * warps; }
+  CRRCD_BOTH int columns() const { return piece_columns(precision); }  // of dX that a block makes
+  CRRCD_BOTH int ld_hidden() const { return leading(hidden, size()); }
+  CRRCD_BOTH int ld_queries() const { return leading(panel_rows(precision), size()); }
+  CRRCD_BOTH int ld_piece() const { return leading(piece_columns(precision), size()); }
+  CRRCD_BOTH int piece() const { return panel_rows(precision) * ld_piece(); }
+  CRRCD_BOTH int pieces_a_panel() const {
+    return round_up_int(hidden, piece_columns(precision)) / piece_columns(precision);
+  }
+  CRRCD_BOTH int gram_pieces() const {
+    return columns() / panel_rows(precision) * pieces_a_panel();
+  }
+  CRRCD_BOTH int pieces() const { return resident ? gram_pieces() + 2 * pieces_a_panel() : 2; }
+  CRRCD_BOTH int keys_at() const { return 0; }
+  CRRCD_BOTH int hidden_at() const { return keys_at() + keys() * ld_hidden() * size(); }
+  CRRCD_BOTH int slopes_at() const { return hidden_at() + keys() * ld_hidden() * size(); }
+  CRRCD_BOTH int pieces_at() const { return slopes_at() + keys() * ld_queries() * size(); }
+  CRRCD_BOTH int sums_at() const { return pieces_at() + pieces() * piece() * size(); }
+  CRRCD_BOTH int bytes() const { return sums_at() + warps * columns() * sum_bytes(precision); }
+};
+
+// The pass over all (anchor, key) for the gradient of the Gram matrix.
+struct GramLayout {
+  Precision precision = Precision::kF32;
+  int hidden = 0, keys = 64, stages = 2;
+
+  static constexpr int kWarps = 4, kRows = 16 * kWarps;  // rows of G's gradient that a block makes
+  CRRCD_BOTH int size() const { return stored_bytes(precision); }
+  CRRCD_BOTH int columns() const { return piece_columns(precision); }  // of it
+  CRRCD_BOTH int ld_hidden() const { return leading(hidden, size()); }
+  CRRCD_BOTH int keys_at() const { return 0; }
+  CRRCD_BOTH int scaled_at() const { return keys_at() + stages * keys * ld_hidden() * size(); }
+  CRRCD_BOTH int factor_at() const { return scaled_at() + keys * ld_hidden() * size(); }
+  CRRCD_BOTH int bytes() const { return factor_at() + keys * sum_bytes(precision); }
+};
+
+// X = rows Wb'.
+struct ProjectLayout {
+  Precision precision = Precision::kF32;
+
+  static constexpr int kWarps = 4, kKeys = kKeysOfWarp * kWarps;
+  CRRCD_BOTH int size() const { return stored_bytes(precision); }
+  CRRCD_BOTH int ld_piece() const { return leading(piece_columns(precision), size()); }
+  CRRCD_BOTH int columns() const { return piece_columns(precision); }  // of X that a block makes
+  CRRCD_BOTH int rows_at() const { return 0; }
+  CRRCD_BOTH int weight_at() const { return rows_at() + kKeys * ld_piece() * size(); }
+  CRRCD_BOTH int bytes() const { return weight_at() + columns() * ld_piece() * size(); }
+};
+
+}  // namespace crrcd::cuda

@@ -1,0 +1,329 @@
+// relation_nce, pass over all (anchor, key): norms, logits, loss and the gradient of the queries.
+//
+//     hid_an = relu(P_a - X_n)     w = W hid + c     r = 1 / |w|     cosine_abn = r (hid . QW_ab + q.c)
+//     s_abn = scale cosine - offset                g = d loss / d s
+//     d QW_ab = sum_n scale g r hid_an             c_an = -r^2 sum_b scale g cosine
+//
+// A block has one anchor and a panel of queries, and goes through a range of key tiles. A warp has
+// 16 keys of a tile, so that norms and c are sums along its own rows. hid is made in place of X.
+#pragma once
+
+#include "tile.cuh"
+
+namespace crrcd::cuda {
+namespace {
+
+// The loss as the logarithm of a product of factors 1 + e: q is that product minus 1, so that small
+// factors are not lost; `above` what was left out of them, in units of log 2.
+template <typename T>
+struct LossProduct {
+  T q = 0, above = 0;
+
+  __device__ __forceinline__ T take() {
+    const T loss = T(0.69314718055994530942) * above + log1p(q);
+    q = above = 0;
+    return loss;
+  }
+};
+
+// sigmoid of a logit in units of log 2; its softplus goes into the product.
+template <Precision kPrecision, typename T>
+__device__ __forceinline__ T softplus(T logit, LossProduct<T>& product) {
+  const T e = exp2_of<kPrecision>(-fabs(logit));
+  product.above += logit > 0 ? logit : T(0);
+  product.q = product.q * e + (product.q + e);
+  const T r = reciprocal<kPrecision>(T(1) + e);
+  return logit > 0 ? r : e * r;
+}
+
+template <Precision kPrecision, int kWarps>
+constexpr int kLogitColumns = kPrecision == Precision::kF64 ? 32 : 32 * kWarps;
+
+// Ranges of columns of d QW, each with blocks of its own.
+template <Precision kPrecision, Pass kPass, int kWarps, typename Params>
+__host__ __device__ int64_t column_ranges(const Params& p) {
+  constexpr int kColumns = kLogitColumns<kPrecision, kWarps>;
+  return kPass != Pass::kLogSumExp && p.need_query ? (p.Hp + kColumns - 1) / kColumns : 1;
+}
+
+constexpr int kTilesBetweenFlushes = 16;  // two short sums round less than one long one
+
+template <Precision kPrecision, Pass kPass, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
+    relation_logits(RelationNceParams<SumOf<kPrecision>> p) {
+  using S = StoredOf<kPrecision>;
+  using T = SumOf<kPrecision>;
+  constexpr int kQueries = panel_rows(kPrecision), kTiles = kQueries / 8;
+  constexpr int kColumns = kLogitColumns<kPrecision, kWarps>;  // of d QW that a block makes
+  constexpr int kBlocks = kQueries / 16 < kWarps ? 1 : kQueries / 16 / kWarps;  // of 16 queries
+  constexpr bool kGradient = kPass != Pass::kLogSumExp;
+  CRRCD_DYNAMIC_SHARED(memory);
+  const LogitLayout& layout = p.logit_layout;
+  const int ld = layout.ld_hidden(), ld_slopes = layout.ld_queries(), ld_piece = layout.ld_piece();
+  const int keys = kKeysOfWarp * kWarps, width = piece_columns(kPrecision);
+  S* const tiles_of_keys = reinterpret_cast<S*>(memory + layout.keys_at());
+  S* const slopes = reinterpret_cast<S*>(memory + layout.slopes_at());
+  S* const pieces = reinterpret_cast<S*>(memory + layout.pieces_at());
+  T* const offset = reinterpret_cast<T*>(memory + layout.offset_at());
+  T* const constant = offset + kQueries;  // q . c
+
+  // block = ((panel * column ranges + range) * A + anchor) * chunks + chunk
+  const int64_t ranges = column_ranges<kPrecision, kPass, kWarps>(p);
+  int64_t block = blockIdx.x;
+  const int64_t chunk = block % p.chunks;
+  block /= p.chunks;
+  const int64_t a = block % p.A;
+  block /= p.A;
+  const int first_column = static_cast<int>(block % ranges) * kColumns;
+  const int64_t panel = block / ranges;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
+  const int64_t tiles = (p.keys + keys - 1) / keys;
+  const int64_t begin = tiles * chunk / p.chunks, end = tiles * (chunk + 1) / p.chunks;
+  const int64_t left = p.B - panel * kQueries;
+  const int queries = left < kQueries ? static_cast<int>(left) : kQueries;
+  const int query_tiles = (queries + 15) / 16 * 2;
+  const bool first_range = first_column == 0;  // which also sums what has no columns
+  const int column_tiles = ((p.Hp - first_column < kColumns ? p.Hp - first_column : kColumns)) / 8;
+
+  const S* const anchor = static_cast<const S*>(p.anchor) + a * p.Hp;
+  const S* const x = static_cast<const S*>(p.x);
+  const int64_t pair = a * p.Bp + panel * kQueries;
+  const T scale = *p.scale, to_log2 = scale * T(1.4426950408889634);
+  for (int b = threadIdx.x; b < kQueries; b += 32 * kWarps) {
+    offset[b] = p.offset[pair + b];
+    constant[b] = p.qc ? p.qc[pair + b] : T(0);
+  }
+
+  // W, then QW of these queries, in pieces
+  const int a_panel = layout.pieces_a_panel(), weight_panels = p.Rp / kQueries;
+  const int count = (weight_panels + 1) * a_panel;
+  const auto address = [&](int i) {
+    const int rows = i / a_panel, piece = i - rows * a_panel;
+    const S* from = rows < weight_panels
+                        ? static_cast<const S*>(p.weight) + int64_t(rows) * kQueries * p.Hp
+                        : static_cast<const S*>(p.qw) + pair * p.Hp;
+    return from + piece * width;
+  };
+  const auto columns_of = [&](int i) {
+    const int rest = p.Hp - i % a_panel * width;
+    return rest < width ? rest : width;
+  };
+  Pieces<S> stream{pieces, ld_piece, kQueries, width, p.Hp};
+  const auto piece = [&](int i) -> const S* {
+    return layout.resident ? pieces + i * layout.piece()
+                           : stream.next(i, count, address, columns_of);
+  };
+  if (layout.resident)
+    for (int i = 0; i < count; ++i)
+      fetch_rows(pieces + i * layout.piece(), ld_piece, address(i), p.Hp, kQueries, columns_of(i));
+  const auto fetch_keys = [&](int stage, int64_t tile) {
+    fetch_rows(tiles_of_keys + stage * keys * ld, ld, x + tile * keys * p.Hp, p.Hp, keys, p.Hp);
+    gpu::cp_async_commit();
+  };
+  if (begin < end) fetch_keys(0, begin);
+
+  T d_qw[kBlocks][kColumns / 8][4] = {};
+  T column_sum[kGradient ? kTiles : 1][2] = {};        // of slopes
+  T top[kGradient ? 1 : kTiles][2], sum[kGradient ? 1 : kTiles][2] = {};
+  for (auto& column : top) column[0] = column[1] = T(-kLeftOut);
+  double total[4] = {};  // loss, g cosine, g, c
+  bool fresh = !p.accumulate;
+  const bool want_query = kGradient && p.need_query;
+  const auto flush = [&] {
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i)
+#pragma unroll
+      for (int j = 0; j < kColumns / 8; ++j)
+        for (int half = 0; half < 2; ++half) {
+          const int b = 16 * (warp + kWarps * i) + g + 8 * half;
+          if (b < 8 * query_tiles && j < column_tiles) {
+            T* out = p.d_qw + ((chunk * p.A + a) * p.Bp + panel * kQueries + b) * p.Hp +
+                     first_column + 8 * j + 2 * t;
+            for (int c = 0; c < 2; ++c) {
+              T& cell = d_qw[i][j][2 * half + c];
+              out[c] = fresh ? cell : out[c] + cell;
+            }
+          }
+          d_qw[i][j][2 * half] = d_qw[i][j][2 * half + 1] = 0;
+        }
+    fresh = false;
+  };
+
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int stage = layout.stages == 2 ? static_cast<int>((tile - begin) & 1) : 0;
+    gpu::cp_async_wait<0>();
+    __syncthreads();
+    if (layout.stages == 2 && tile + 1 < end) fetch_keys(stage ^ 1, tile + 1);
+    const int64_t key = tile * keys + warp * kKeysOfWarp + g;  // of this thread, and the 8th after
+    S* const hidden_tile = tiles_of_keys + stage * keys * ld;
+    S* const hidden = hidden_tile + warp * kKeysOfWarp * ld;
+    make_hidden<kPrecision>(hidden, hidden, ld, anchor, p.Hp);
+    __syncwarp();
+
+    T square[2] = {};
+    int at = 0;
+    for (int rows = 0; rows < weight_panels; ++rows) {
+      const int r0 = rows * kQueries;
+      const int relation_tiles = p.R - r0 < kQueries ? (p.R - r0 + 15) / 16 * 2 : kTiles;
+      T w[kTiles][4] = {};
+      if (p.bias)
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j)
+          for (int i = 0; i < 4; ++i) w[j][i] = p.bias[r0 + 8 * j + 2 * t + i % 2];
+      for (int k = 0; k < a_panel; ++k, ++at)
+        multiply<kPrecision, kTiles, false, false>(w, hidden + k * width, ld, piece(at), ld_piece,
+                                                   columns_of(at), relation_tiles);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+        if (j < relation_tiles)
+          for (int i = 0; i < 4; ++i) square[i / 2] += w[j][i] * w[j][i];
+    }
+    T inverse[2];
+    for (int half = 0; half < 2; ++half)
+      inverse[half] = inverse_norm<kPrecision>(warp_sum<4>(square[half]));
+
+    T z[kTiles][4] = {};
+    for (int k = 0; k < a_panel; ++k, ++at)
+      multiply<kPrecision, kTiles, false, false>(z, hidden + k * width, ld, piece(at), ld_piece,
+                                                 columns_of(at), query_tiles);
+    std::uint64_t keep[2];
+    for (int half = 0; half < 2; ++half) {
+      const int64_t n = key + 8 * half;
+      keep[half] = n < p.keys ? p.keep ? p.keep[panel * p.Kp + n] : ~std::uint64_t(0) : 0;
+    }
+    const bool whole = (keep[0] & keep[1]) == ~std::uint64_t(0);
+    T along[2] = {}, sum_g = 0;
+    LossProduct<T> product;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+      if (j < query_tiles) {
+        const int b = 8 * j + 2 * t;
+        T slope[4], logit[4];
+        for (int i = 0; i < 4; ++i) {
+          const int half = i / 2;
+          z[j][i] += constant[b + i % 2];
+          logit[i] = z[j][i] * (inverse[half] * to_log2) - offset[b + i % 2];
+          if (!whole && !(keep[half] >> (b + i % 2) & 1)) logit[i] = T(-kLeftOut);
+        }
+        if constexpr (kPass == Pass::kLogSumExp) {
+          for (int c = 0; c < 2; ++c) {
+            const T most = logit[c] > logit[2 + c] ? logit[c] : logit[2 + c];
+            if (most > top[j][c]) {
+              sum[j][c] *= exp2_of<kPrecision>(top[j][c] - most);
+              top[j][c] = most;
+            }
+            for (int half = 0; half < 2; ++half) {
+              const T e = exp2_of<kPrecision>(logit[2 * half + c] - top[j][c]);
+              // where nothing has been found, top is as low as what was left out
+              sum[j][c] += logit[2 * half + c] == T(-kLeftOut) ? T(0) : e;
+            }
+          }
+        } else {
+          for (int i = 0; i < 4; ++i) {
+            T weight;
+            if constexpr (kPass == Pass::kNce)
+              weight = softplus<kPrecision>(logit[i], product);
+            else
+              weight = exp2_of<kPrecision>(logit[i]);
+            along[i / 2] += weight * z[j][i];
+            sum_g += weight;
+            slope[i] = weight * (inverse[i / 2] * scale * p.boost);
+            if (p.d_logit) column_sum[j][i % 2] += slope[i];
+          }
+          for (int half = 0; half < 2; ++half)
+            store_two<kPrecision>(
+                slopes + (warp * kKeysOfWarp + g + 8 * half) * ld_slopes + b, slope[2 * half],
+                slope[2 * half + 1]);
+        }
+      }
+    if constexpr (kGradient) {
+      T cosines = 0, c_sum = 0;
+      for (int half = 0; half < 2; ++half) {
+        cosines += along[half] * inverse[half];
+        const int64_t n = key + 8 * half;
+        if (p.live) {
+          const T c = -warp_sum<4>(along[half]) * scale * p.boost * inverse[half] *
+                      (inverse[half] * inverse[half]);
+          if (t == 0 && first_range) {
+            p.c[(panel * p.A + a) * p.Kp + n] = c;
+            if (panel == 0) p.inverse_norm[a * p.Kp + n] = inverse[half];
+            c_sum += c;
+          }
+        }
+      }
+      total[0] += product.take(), total[1] += cosines, total[2] += sum_g, total[3] += c_sum;
+    }
+    if (want_query) {
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        const int first = 16 * (warp + kWarps * i);
+        if (first < 8 * query_tiles)
+          multiply<kPrecision, kColumns / 8, true, true>(d_qw[i], slopes + first, ld_slopes,
+                                                         hidden_tile + first_column, ld, keys,
+                                                         column_tiles);
+      }
+      if ((tile - begin) % kTilesBetweenFlushes == kTilesBetweenFlushes - 1) flush();
+    }
+    if (layout.stages == 1) {
+      __syncthreads();
+      if (tile + 1 < end) fetch_keys(0, tile + 1);
+    }
+  }
+
+  if (want_query) flush();
+  if constexpr (kGradient) {
+    if (!first_range) return;
+    __syncthreads();
+    block_sum<32 * kWarps>(total, reinterpret_cast<double*>(memory));
+    if (threadIdx.x == 0)
+      for (int i = 0; i < 4; ++i) {
+        double& out = p.scalars[((panel * p.A + a) * p.chunks + chunk) * 4 + i];
+        out = p.accumulate ? out + total[i] : total[i];
+      }
+    if (!p.d_logit) return;
+  } else if (!first_range) {
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j)
+    for (int c = 0; c < 2; ++c) {
+      const int64_t cell = pair + 8 * j + 2 * t + c;
+      if constexpr (kGradient) {
+        T& x = column_sum[j][c];
+        for (int step = 4; step < kWarp; step *= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+        T& out = p.d_logit[(chunk * kWarps + warp) * p.A * p.Bp + cell];
+        if (g == 0) out = p.accumulate ? out + x : x;
+      } else {
+        T high = top[j][c], all = sum[j][c];
+        for (int step = 4; step < kWarp; step *= 2) {
+          const T other = __shfl_xor_sync(0xffffffffu, high, step);
+          const T more = __shfl_xor_sync(0xffffffffu, all, step);
+          const T most = high > other ? high : other;
+          all = all * exp2_of<kPrecision>(high - most) + more * exp2_of<kPrecision>(other - most);
+          high = most;
+        }
+        const int64_t at = (p.first_part + chunk * kWarps + warp) * p.A * p.Bp + cell;
+        if (g == 0) p.running_max[at] = high, p.running_sum[at] = all;
+      }
+    }
+}
+
+template <Precision kPrecision, Pass kPass, int kWarps>
+void launch_logits(const RelationNceParams<SumOf<kPrecision>>& p, void* stream) {
+  const int64_t ranges = column_ranges<kPrecision, kPass, kWarps>(p);
+  const int64_t blocks = p.query_panels() * ranges * p.A * p.chunks;
+  gpu::launch("relation_logits", relation_logits<kPrecision, kPass, kWarps>,
+              dim3(static_cast<unsigned>(blocks)), dim3(32 * kWarps),
+              static_cast<std::size_t>(p.logit_layout.bytes()), stream, p);
+}
+
+template <Precision kPrecision, int kWarps>
+void launch_logits(const RelationNceParams<SumOf<kPrecision>>& p, void* stream) {
+  if (p.pass == Pass::kNce) return launch_logits<kPrecision, Pass::kNce, kWarps>(p, stream);
+  if (p.pass == Pass::kSoftmax) return launch_logits<kPrecision, Pass::kSoftmax, kWarps>(p, stream);
+  launch_logits<kPrecision, Pass::kLogSumExp, kWarps>(p, stream);
+}
+
+}  // namespace
+}  // namespace crrcd::cuda

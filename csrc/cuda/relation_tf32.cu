@@ -1,0 +1,7 @@
+#include "relation_launch.cuh"
+
+namespace crrcd::cuda {
+
+template struct RelationNceKernels<Precision::kTf32>;
+
+}  // namespace crrcd::cuda

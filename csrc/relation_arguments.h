@@ -1,0 +1,59 @@
+// The arguments of relation_nce, checked; the same on every device.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace crrcd {
+
+// loss, d_query, d_positive, d_anchor, d_bank, d_key_weight, d_weight, d_bias, d_scale, d_offset;
+// empty where nobody needs it.
+using NceResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                             at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using OptionalTensor = std::optional<at::Tensor>;
+
+// Bits of `need`, in the order of the gradients returned.
+enum Need : int64_t {
+  kNeedQuery = 1,
+  kNeedPositive = 2,
+  kNeedAnchor = 4,
+  kNeedBank = 8,
+  kNeedKeyWeight = 16,
+  kNeedWeight = 32,
+  kNeedBias = 64,
+  kNeedScale = 128,
+  kNeedOffset = 256,
+};
+
+struct RelationArguments {
+  at::Tensor query, positive, anchor, bank, weight, scale, offset;
+  at::Tensor bias, key_weight;  // undefined where there is none
+  at::Tensor index;             // undefined or [K] contiguous
+  at::Tensor anchor_id, query_id, key_id, query_label, key_label;
+  bool self_pairs, infonce;
+  int64_t need;
+  at::ScalarType dtype;  // of the operands
+  int64_t A, B, K, H, R, D, N;
+
+  bool needs(int64_t bits) const { return (need & bits) != 0; }
+};
+
+// Shapes and dtypes; whether the index stays within the bank is the device's own question.
+// with_half: float16 operands are fine.
+RelationArguments relation_arguments(
+    const at::Tensor& query, const at::Tensor& positive, const at::Tensor& anchor,
+    const at::Tensor& bank, const at::Tensor& weight, const OptionalTensor& bias,
+    const at::Tensor& scale, const at::Tensor& offset, const OptionalTensor& index,
+    const OptionalTensor& key_weight, const OptionalTensor& anchor_id,
+    const OptionalTensor& query_id, const OptionalTensor& key_id, const OptionalTensor& query_label,
+    const OptionalTensor& key_label, bool self_pairs, const std::string& objective, int64_t need,
+    bool with_half);
+
+// bool [A, B], true for the pairs (anchor, query) that count. Ids may be undefined.
+at::Tensor pair_mask(int64_t anchors, int64_t queries, const at::Tensor& anchor_id,
+                     const at::Tensor& query_id, bool self_pairs, at::Device device);
+
+}  // namespace crrcd
