@@ -1,14 +1,18 @@
-"""``python -m crrcd_ext``: what this installation can run, and what it was built with."""
+"""``python -m crrcd_ext``: what this installation can run, and what it was built with.
+
+``python -m crrcd_ext plan``: how a call would be cut up on a GPU.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
+import sys
 
 import torch
 
 import crrcd_ext
-from crrcd_ext import _backend
+from crrcd_ext import _backend, _plan
 
 
 def report() -> str:
@@ -41,7 +45,13 @@ def report() -> str:
 
 
 def main() -> None:
-    print(report())
+    command, *arguments = sys.argv[1:] or [""]
+    if command == "plan":
+        _plan.main(arguments)
+    elif command:
+        sys.exit(f"python -m crrcd_ext: expected nothing or 'plan', got {command!r}")
+    else:
+        print(report())
 
 
 if __name__ == "__main__":

@@ -30,7 +30,10 @@ class Compiled(NamedTuple):
 
 COMPILED = {
     "cpu": Compiled("cpu"),
-    "cuda": Compiled("cuda", operators=frozenset({"relation_nce", "instance_nce", "bank_update_"})),
+    "cuda": Compiled(
+        "cuda",
+        operators=frozenset({"relation", "relation_nce", "instance_nce", "bank_update_"}),
+    ),
 }
 
 compiled = None

@@ -64,30 +64,37 @@ def _keep_relation(ctx, inputs, output) -> None:
     anchor, sample, weight, _bias = inputs
     ctx.save_for_backward(*output, anchor, sample, weight)
     ctx.mark_non_differentiable(output[1])
-    ctx.need = sum(1 << bit for bit in range(4) if ctx.needs_input_grad[bit])
+    ctx.need = sum(1 << bit for bit in range(4) if ctx.needs_input_grad[-4:][bit])
 
 
-def _relation_backward(ctx, grad, _):
+def _relation_backward(ctx, grad, library: str):
     _refuse_double_backward("relation")
-    gradients = torch.ops.crrcd.relation_backward(grad, *ctx.saved_tensors, ctx.need)
+    operator = getattr(torch.ops, library).relation_backward
+    gradients = operator(grad, *ctx.saved_tensors, ctx.need)
     return tuple(g if ctx.need & 1 << bit else None for bit, g in enumerate(gradients))
 
 
 torch.library.register_autograd(
-    "crrcd::relation", _relation_backward, setup_context=_keep_relation, lib=_schema.library
+    "crrcd::relation",
+    lambda ctx, grad, _: _relation_backward(ctx, grad, "crrcd"),
+    setup_context=_keep_relation,
+    lib=_schema.library,
 )
 
 
 class Relation(torch.autograd.Function):
-    """Eager crrcd::relation, arguments in its order."""
+    """Eager relation of a library's, arguments in its order."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        output = torch.ops.crrcd.relation(*arguments)
+    def forward(ctx, library, *arguments):
+        output = getattr(torch.ops, library).relation(*arguments)
         _keep_relation(ctx, arguments, output)
+        ctx.library = library
         return output
 
-    backward = staticmethod(_relation_backward)
+    @staticmethod
+    def backward(ctx, grad, _):
+        return (None, *_relation_backward(ctx, grad, ctx.library))
 
 
 def _loss_function(formula: Formula) -> type[torch.autograd.Function]:
@@ -128,12 +135,14 @@ def _loss_function(formula: Formula) -> type[torch.autograd.Function]:
 _FUNCTIONS = {f: _loss_function(f) for f in (RELATION_NCE, DIFFERENCE_NCE, INSTANCE_NCE)}
 
 
-def relation(anchor: Tensor, sample: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """functional.relation by the compiled operator; operands share one dtype."""
+def relation(
+    anchor: Tensor, sample: Tensor, weight: Tensor, bias: Tensor | None, library: str
+) -> Tensor:
+    """functional.relation by the operator of ``library``; operands share one dtype."""
     arguments = (anchor, sample, weight, bias)
     if torch.compiler.is_compiling() or not need_bits(*arguments):
-        return torch.ops.crrcd.relation(*arguments)[0]
-    return Relation.apply(*arguments)[0]
+        return getattr(torch.ops, library).relation(*arguments)[0]
+    return Relation.apply(library, *arguments)[0]
 
 
 def loss(

@@ -79,13 +79,12 @@ def relation(
     chosen = resolve(name, backend, anchor.device)
     dtype = _compute_dtype(anchor.device, anchor, sample, weight, bias)
     anchor, sample, weight, bias = _cast(dtype, anchor, sample, weight, bias)
-    if chosen == "reference":
-        run = reference.relation
-    else:
+    if chosen != "reference":
         check_compiled_dtype(name, dtype, chosen)
-        run = autograd.relation
     with _without_autocast(anchor.device):
-        return run(anchor, sample, weight, bias)
+        if chosen == "reference":
+            return reference.relation(anchor, sample, weight, bias)
+        return autograd.relation(anchor, sample, weight, bias, _library(chosen))
 
 
 def relation_nce(

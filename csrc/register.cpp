@@ -13,9 +13,11 @@
 #include "cpu/plan.h"
 #include "cpu/relation.h"
 #include "cpu/relation_nce.h"
+#include "cuda/relation_plan.h"
 #if CRRCD_WITH_CUDA
 #include "cuda/bank_update.h"
 #include "cuda/instance_nce.h"
+#include "cuda/relation.h"
 #include "cuda/relation_nce.h"
 #endif
 
@@ -33,6 +35,8 @@ TORCH_LIBRARY_IMPL(crrcd, CPU, m) {
 
 #if CRRCD_WITH_CUDA
 TORCH_LIBRARY_IMPL(crrcd, CUDA, m) {
+  m.impl("relation", crrcd::cuda::relation);
+  m.impl("relation_backward", crrcd::cuda::relation_backward);
   m.impl("relation_nce", crrcd::cuda::relation_nce);
   m.impl("relation_nce_", crrcd::cuda::relation_nce_update);
   m.impl("instance_nce", crrcd::cuda::instance_nce);
@@ -93,6 +97,56 @@ py::dict plan(int64_t anchors, int64_t queries, int64_t keys, int64_t hidden, in
                             : describe(crrcd::NceParams<float>(), &crrcd::Kernels::nce_scratch_f32);
 }
 
+// Also in a build without CUDA kernels: it is asked before there is a GPU.
+py::dict gpu_plan(int64_t shared_block, int64_t shared_processor, int64_t processors,
+                  int64_t precision, int64_t anchors, int64_t queries, int64_t keys, int64_t hidden,
+                  int64_t relation_dim, bool d_query, bool d_keys, bool d_anchor, bool d_weight) {
+  using namespace crrcd::cuda;
+  RelationShape shape{
+      static_cast<Precision>(precision), anchors, queries, keys, hidden, relation_dim};
+  shape.weight = d_weight, shape.keys = d_keys, shape.anchor = d_anchor;
+  const bool direct = is_direct(shape.precision);
+  shape.query = d_query || (d_weight && !direct);
+  const RelationPlan plan = plan_relation(shape, {shared_block, shared_processor, processors});
+  py::dict out;
+  out["fits"] = plan.fits;
+  if (!plan.fits) return out;
+  out["segment"] = plan.segment;
+  out["work_bytes"] = plan.work_bytes;
+  const auto pass = [&](const char* name, const char* form, int64_t warps, int64_t tile,
+                        int64_t shared, int64_t blocks) {
+    py::dict d;
+    d["form"] = form;
+    d["warps"] = warps;
+    d["keys_of_a_tile"] = tile;
+    d["shared_bytes"] = shared;
+    d["blocks_a_multiprocessor"] = blocks;
+    out[name] = d;
+    return d;
+  };
+  py::dict logits = pass("logits", direct ? "direct" : "gram", plan.logit.warps, plan.logit.keys(),
+                         plan.logit.bytes(), plan.logit_blocks);
+  logits["stages"] = plan.logit.stages;
+  logits["resident"] = static_cast<int>(plan.logit.resident);
+  logits["chunks"] = plan.chunks;
+  if (d_keys || d_anchor || (d_weight && direct)) {
+    py::dict d = direct ? pass("keys", "direct", plan.direct.warps, plan.direct.keys(),
+                               plan.direct.bytes(), plan.key_blocks)
+                        : pass("keys", "gram", plan.key.warps, plan.key.keys(), plan.key.bytes(),
+                               plan.key_blocks);
+    if (!direct) d["resident"] = static_cast<int>(plan.key.resident);
+    d["key_parts"] = plan.key_parts;
+    d["anchor_parts"] = plan.anchor_parts;
+  }
+  if (d_weight && !direct) {
+    py::dict d = pass("weight", "gram", GramLayout::kWarps, plan.gram.keys, plan.gram.bytes(),
+                      plan.gram_blocks);
+    d["stages"] = plan.gram.stages;
+    d["chunks"] = plan.gram_chunks;
+  }
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -122,4 +176,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("need") = 511, py::arg("threads") = py::none(),
         "How relation_nce would cut up a call of these sizes, and the work space that it would "
         "take.");
+  m.def("gpu_plan", &gpu_plan, "The same on a GPU with these limits, see crrcd_ext._plan.");
 }

@@ -4,14 +4,16 @@
 
 namespace crrcd {
 
-RelationArguments relation_arguments(
-    const at::Tensor& query, const at::Tensor& positive, const at::Tensor& anchor,
-    const at::Tensor& bank, const at::Tensor& weight, const OptionalTensor& bias,
-    const at::Tensor& scale, const at::Tensor& offset, const OptionalTensor& index,
-    const OptionalTensor& key_weight, const OptionalTensor& anchor_id,
-    const OptionalTensor& query_id, const OptionalTensor& key_id, const OptionalTensor& query_label,
-    const OptionalTensor& key_label, bool self_pairs, const std::string& objective, int64_t need,
-    bool with_half) {
+RelationArguments relation_arguments(const at::Tensor& query, const at::Tensor& positive,
+                                     const at::Tensor& anchor, const at::Tensor& bank,
+                                     const at::Tensor& weight, const OptionalTensor& bias,
+                                     const at::Tensor& scale, const at::Tensor& offset,
+                                     const OptionalTensor& index, const OptionalTensor& key_weight,
+                                     const OptionalTensor& anchor_id,
+                                     const OptionalTensor& query_id, const OptionalTensor& key_id,
+                                     const OptionalTensor& query_label,
+                                     const OptionalTensor& key_label, bool self_pairs,
+                                     const std::string& objective, int64_t need, bool with_half) {
   constexpr const char* kOp = "relation_nce";
   const auto given = [](const OptionalTensor& t) { return t ? *t : at::Tensor(); };
   RelationArguments x;
@@ -59,12 +61,28 @@ RelationArguments relation_arguments(
   return x;
 }
 
+at::ScalarType check_relation(const at::Tensor& anchor, const at::Tensor& sample,
+                              const at::Tensor& weight, const OptionalTensor& bias,
+                              bool with_half) {
+  constexpr const char* kOp = "relation";
+  TORCH_CHECK_VALUE(weight.dim() == 2, "crrcd_ext.", kOp, ": weight: expected shape [R, H], got ",
+                    weight.sizes());
+  TORCH_CHECK_VALUE(anchor.dim() == 2, "crrcd_ext.", kOp, ": anchor: expected shape [A, H], got ",
+                    anchor.sizes());
+  TORCH_CHECK_VALUE(sample.dim() == 2, "crrcd_ext.", kOp, ": sample: expected shape [M, H], got ",
+                    sample.sizes());
+  CRRCD_CHECK_SHAPE(kOp, "anchor", anchor, {anchor.size(0), weight.size(1)});
+  CRRCD_CHECK_SHAPE(kOp, "sample", sample, {sample.size(0), weight.size(1)});
+  if (bias) CRRCD_CHECK_SHAPE(kOp, "bias", *bias, {weight.size(0)});
+  return check_operands(kOp, {anchor, sample, weight, bias.value_or(weight)}, with_half);
+}
+
 at::Tensor pair_mask(int64_t anchors, int64_t queries, const at::Tensor& anchor_id,
-                     const at::Tensor& query_id, bool self_pairs,
-                     at::Device device) {
+                     const at::Tensor& query_id, bool self_pairs, at::Device device) {
   if (!self_pairs && anchor_id.defined() && query_id.defined())
     return anchor_id.unsqueeze(1).ne(query_id);
-  at::Tensor mask = at::ones({anchors, queries}, at::TensorOptions().dtype(at::kBool).device(device));
+  at::Tensor mask =
+      at::ones({anchors, queries}, at::TensorOptions().dtype(at::kBool).device(device));
   if (!self_pairs && !anchor_id.defined() && !query_id.defined() && anchors == queries)
     mask.fill_diagonal_(0);
   return mask;

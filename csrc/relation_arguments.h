@@ -43,14 +43,20 @@ struct RelationArguments {
 
 // Shapes and dtypes; whether the index stays within the bank is the device's own question.
 // with_half: float16 operands are fine.
-RelationArguments relation_arguments(
-    const at::Tensor& query, const at::Tensor& positive, const at::Tensor& anchor,
-    const at::Tensor& bank, const at::Tensor& weight, const OptionalTensor& bias,
-    const at::Tensor& scale, const at::Tensor& offset, const OptionalTensor& index,
-    const OptionalTensor& key_weight, const OptionalTensor& anchor_id,
-    const OptionalTensor& query_id, const OptionalTensor& key_id, const OptionalTensor& query_label,
-    const OptionalTensor& key_label, bool self_pairs, const std::string& objective, int64_t need,
-    bool with_half);
+RelationArguments relation_arguments(const at::Tensor& query, const at::Tensor& positive,
+                                     const at::Tensor& anchor, const at::Tensor& bank,
+                                     const at::Tensor& weight, const OptionalTensor& bias,
+                                     const at::Tensor& scale, const at::Tensor& offset,
+                                     const OptionalTensor& index, const OptionalTensor& key_weight,
+                                     const OptionalTensor& anchor_id,
+                                     const OptionalTensor& query_id, const OptionalTensor& key_id,
+                                     const OptionalTensor& query_label,
+                                     const OptionalTensor& key_label, bool self_pairs,
+                                     const std::string& objective, int64_t need, bool with_half);
+
+// Shapes and dtypes of the relation operator; the dtype of its operands.
+at::ScalarType check_relation(const at::Tensor& anchor, const at::Tensor& sample,
+                              const at::Tensor& weight, const OptionalTensor& bias, bool with_half);
 
 // bool [A, B], true for the pairs (anchor, query) that count. Ids may be undefined.
 at::Tensor pair_mask(int64_t anchors, int64_t queries, const at::Tensor& anchor_id,

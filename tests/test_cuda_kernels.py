@@ -5,10 +5,13 @@ What they compute is tested with the other backends' tests, where the emulation 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from helpers import emulated
-from helpers.cases import assert_close, cast, distance, make_instance, run, truth
+from helpers.cases import assert_close, cast, distance, make, make_instance, run, truth
 from helpers.emulated import SCHEDULES, emulation
 
 from crrcd_ext import functional
@@ -57,6 +60,128 @@ def test_bank_update_has_no_race_and_stays_in_bounds(storage, schedule, late):
             )
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-6}.get(storage, 2.0**-8)
     assert distance(banks[CHECKED], banks["reference"]) <= tolerance
+
+
+# How relation_nce multiplies, and how far it may be from the truth for that.
+PRECISIONS = {
+    "float64": (torch.float64, "highest", 1e-11),
+    "float32": (torch.float32, "highest", 2e-5),
+    "tf32": (torch.float32, "high", 1e-2),
+    "bfloat16 products": (torch.float32, "medium", 6e-2),
+    "bfloat16": (torch.bfloat16, "highest", 6e-2),
+    "float16": (torch.float16, "highest", 2e-2),
+}
+each_precision = pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS.keys())
+
+
+@contextmanager
+def emulated_gpu(precision: str = "highest", shared_kilobytes: int = 99) -> Iterator[None]:
+    """torch's setting of float32 products, and a GPU whose blocks have so much shared memory."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    for library in emulated.LIBRARIES.values():
+        library.set_shared_bytes(shared_kilobytes * 1024)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        for library in emulated.LIBRARIES.values():
+            library.set_shared_bytes(99 * 1024)
+
+
+@contextmanager
+def segments_of(keys: int) -> Iterator[None]:
+    """relation_nce works off so many keys at a time."""
+    for library in emulated.LIBRARIES.values():
+        library.set_segment(keys)
+    try:
+        yield
+    finally:
+        for library in emulated.LIBRARIES.values():
+            library.set_segment(0)
+
+
+def settled(case: dict) -> dict:
+    """Hidden vectors away from zero, where they have a direction in two-byte numbers."""
+    return case | {"anchor": case["anchor"] + 1.0}
+
+
+@each_schedule
+@each_precision
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_relation_nce_has_no_race_and_stays_in_bounds(precision, objective, schedule, late):
+    dtype, setting, tolerance = precision
+    sizes = [(2, 5, 70, 17, 9, 11, 40), (3, 67, 33, 40, 24, 20, 50)]
+    for A, B, K, H, R, D, N in sizes:
+        case = make(A, B, K, H, R, D, N, ids=True, labels=True, objective=objective)
+        case = cast(settled(case), dtype)
+        true, plain = truth(case), run(case, "reference")
+        with emulated_gpu(setting), emulation(CHECKED, schedule, seed=7, late=late):
+            got = run(copied(case), CHECKED)
+        assert_close(got, true, tolerance, plain)
+
+
+# Sizes that lead to every layout: everything resident, pieces that come and go, one warp a block.
+LAYOUTS = [(96, 100, 72), (64, 130, 150), (227, 260, 70), (227, 100, 72), (48, 72, 40)]
+
+
+@each_precision
+@pytest.mark.parametrize("shared_kilobytes, hidden, relation", LAYOUTS)
+def test_every_layout_of_relation_nce(precision, shared_kilobytes, hidden, relation):
+    dtype, setting, tolerance = precision
+    case = cast(settled(make(3, 9, 200, hidden, relation, 40, 250, index=False)), dtype)
+    true, plain = truth(case), run(case, "reference")
+    with (
+        emulated_gpu(setting, shared_kilobytes),
+        emulation(CHECKED, "random", seed=shared_kilobytes, late=True),
+    ):
+        got = run(copied(case), CHECKED)
+    assert_close(got, true, tolerance, plain)
+
+
+@each_precision
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_relation_nce_in_several_segments(precision, objective):
+    # So many hidden units that the keys do not fit in one segment.
+    dtype, setting, tolerance = precision
+    case = make(2, 3, 1300, 16, 16, 8, 1500, ids=True, objective=objective)
+    case = cast(settled(case), dtype)
+    true, plain = truth(case), run(case, "reference")
+    with emulated_gpu(setting), segments_of(512), emulation("simt"):
+        got = run(copied(case), "simt")
+    assert_close(got, true, tolerance, plain)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@each_precision
+def test_relation_nce_has_the_same_bits_in_every_order(precision, objective):
+    dtype, setting, _ = precision
+    case = cast(settled(make(4, 20, 200, 40, 33, 24, 300, objective=objective)), dtype)
+    with emulated_gpu(setting):
+        expected = run(case, "simt")
+        for schedule, late in SCHEDULES:
+            with emulation("simt", schedule, seed=13, late=late):
+                got = run(copied(case), "simt")
+            assert all(torch.equal(got[k], expected[k]) for k in expected), schedule
+
+
+@pytest.mark.parametrize("row", [-1, 13, 1 << 40])
+def test_relation_nce_traps_a_row_outside_of_the_bank(row):
+    case = make()
+    case["index"] = case["index"].clone()
+    case["index"][-1] = row
+    message = r"relation_nce: index: expected rows of the bank in \[0, N\)"
+    with pytest.raises(RuntimeError, match=message):
+        functional.relation_nce(**case, backend="simt")
+
+
+def test_relation_nce_wider_than_shared_memory_is_refused():
+    case = cast(make(2, 3, 20, 400, 8, 5, 30), torch.float64)
+    message = (
+        "relation_nce: anchor: expected a hidden width whose tiles fit this GPU's shared memory"
+    )
+    with emulated_gpu(shared_kilobytes=48), pytest.raises(ValueError, match=message):
+        functional.relation_nce(**case, backend="simt")
 
 
 @each_schedule

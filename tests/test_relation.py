@@ -6,10 +6,13 @@ import math
 
 import pytest
 import torch
-from helpers.cases import BACKENDS, COMPILED, TINY, angle, distance, strided, unit_rows
+from helpers import cases
+from helpers.cases import TINY, angle, distance, strided, unit_rows
+from helpers.emulated import EMULATED
 
 from crrcd_ext import functional
 
+BACKENDS, COMPILED = (names + EMULATED for names in (cases.BACKENDS, cases.COMPILED))
 SHAPES = [  # A, M, H, R
     (1, 1, 1, 1),
     (1, 3, 2, 5),

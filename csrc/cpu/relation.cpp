@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include "../checks.h"
+#include "../relation_arguments.h"
 #include "host.h"
 #include "kernels.h"
 
@@ -122,16 +123,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
 std::tuple<at::Tensor, at::Tensor> relation_cpu(const at::Tensor& anchor, const at::Tensor& sample,
                                                 const at::Tensor& weight,
                                                 const std::optional<at::Tensor>& bias) {
-  TORCH_CHECK_VALUE(weight.dim() == 2, "crrcd_ext.", kOp, ": weight: expected shape [R, H], got ",
-                    weight.sizes());
-  TORCH_CHECK_VALUE(anchor.dim() == 2, "crrcd_ext.", kOp, ": anchor: expected shape [A, H], got ",
-                    anchor.sizes());
-  TORCH_CHECK_VALUE(sample.dim() == 2, "crrcd_ext.", kOp, ": sample: expected shape [M, H], got ",
-                    sample.sizes());
-  CRRCD_CHECK_SHAPE(kOp, "anchor", anchor, {anchor.size(0), weight.size(1)});
-  CRRCD_CHECK_SHAPE(kOp, "sample", sample, {sample.size(0), weight.size(1)});
-  if (bias) CRRCD_CHECK_SHAPE(kOp, "bias", *bias, {weight.size(0)});
-  const at::ScalarType dtype = check_operands(kOp, {anchor, sample, weight, bias.value_or(weight)});
+  const at::ScalarType dtype = check_relation(anchor, sample, weight, bias, /*with_half=*/false);
   const at::Tensor c = bias.value_or(at::Tensor());
   return dtype == at::kDouble ? forward<double>(anchor, sample, weight, c)
                               : forward<float>(anchor, sample, weight, c);

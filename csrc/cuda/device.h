@@ -20,8 +20,10 @@ class Device {
   explicit Device(const at::Tensor&) {}
   void* stream() const { return nullptr; }
   int64_t multiprocessors() const { return 3; }
-  GpuLimits limits() const { return {emulated_shared_bytes, 2 * emulated_shared_bytes, 3}; }
-  static inline int64_t emulated_shared_bytes = 99 * 1024;
+  GpuLimits limits() const {
+    return {emulated_shared_bytes, 2 * emulated_shared_bytes, 3, emulated_segment};
+  }
+  static inline int64_t emulated_shared_bytes = 99 * 1024, emulated_segment = 0;
 #else
   explicit Device(const at::Tensor& tensor) : guard_(tensor.device()) {}
   void* stream() const { return c10::cuda::getCurrentCUDAStream().stream(); }

@@ -3,5 +3,6 @@
 namespace crrcd::cuda {
 
 template struct RelationNceKernels<Precision::kBF16>;
+template struct RelationPairsKernel<Precision::kBF16>;
 
 }  // namespace crrcd::cuda

@@ -3,5 +3,6 @@
 namespace crrcd::cuda {
 
 template struct RelationNceKernels<Precision::kF16>;
+template struct RelationPairsKernel<Precision::kF16>;
 
 }  // namespace crrcd::cuda

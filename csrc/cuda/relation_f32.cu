@@ -3,5 +3,6 @@
 namespace crrcd::cuda {
 
 template struct RelationNceKernels<Precision::kF32>;
+template struct RelationPairsKernel<Precision::kF32>;
 
 }  // namespace crrcd::cuda

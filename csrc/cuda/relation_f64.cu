@@ -3,5 +3,6 @@
 namespace crrcd::cuda {
 
 template struct RelationNceKernels<Precision::kF64>;
+template struct RelationPairsKernel<Precision::kF64>;
 
 }  // namespace crrcd::cuda

@@ -26,8 +26,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
   const int keys = kKeysOfWarp * kWarps;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
   S* const x_tile = reinterpret_cast<S*>(memory + layout.keys_at());
-  S* const hidden =
-      reinterpret_cast<S*>(memory + layout.hidden_at()) + warp * kKeysOfWarp * ld;
+  S* const hidden = reinterpret_cast<S*>(memory + layout.hidden_at()) + warp * kKeysOfWarp * ld;
   S* const slopes =
       reinterpret_cast<S*>(memory + layout.slopes_at()) + warp * kKeysOfWarp * ld_slopes;
   S* const pieces = reinterpret_cast<S*>(memory + layout.pieces_at());
@@ -61,8 +60,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
   const auto place = [&](int i, int64_t a, int& k) {  // where piece i begins, but for its column k
     if (i < gram_pieces) {
       k = i % a_panel;
-      return static_cast<const S*>(p.gram) +
-             int64_t(first_column + i / a_panel * kQueries) * p.Hp;
+      return static_cast<const S*>(p.gram) + int64_t(first_column + i / a_panel * kQueries) * p.Hp;
     }
     const int rows = (i - gram_pieces) / (a_panel + 1);
     k = (i - gram_pieces) % (a_panel + 1);
@@ -83,7 +81,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
       fetch_rows(pieces + i * layout.piece(), ld_piece, from + k * kColumns, p.Hp, kQueries,
                  width_of(k));
     }
-  Pieces<S> stream{pieces, ld_piece, kQueries, kColumns, p.Hp};
+  Pieces<S> stream{pieces, ld_piece, kQueries, layout.buffers};
   int set = 0;  // of QW's pieces, resident
 
   for (int64_t tile = begin; tile < end; ++tile) {
@@ -104,6 +102,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
                 const S* from = place(n, a, k);
                 return from + k * kColumns;
               },
+              [&](int) { return p.Hp; },
               [&](int n) {
                 int k = 0;
                 place(n, a, k);
@@ -120,8 +119,10 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
         gpu::cp_async_wait<0>();
         __syncthreads();
         if (panel > 0 || a > first_anchor) set ^= 1;
-        if (panel + 1 < panels) fetch_panel(set ^ 1, a, panel + 1);
-        else if (a + 1 < last_anchor) fetch_panel(set ^ 1, a + 1, 0);
+        if (panel + 1 < panels)
+          fetch_panel(set ^ 1, a, panel + 1);
+        else if (a + 1 < last_anchor)
+          fetch_panel(set ^ 1, a + 1, 0);
       };
 
       int at = 0;
@@ -139,9 +140,11 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
       for (int i = 0; i < kParts; ++i)
         for (int k = 0; k < a_panel; ++k, ++at) {
           const int left = columns - i * kQueries;
-          multiply<kPrecision, kTiles, false, false>(
-              d_hidden[i], hidden + k * kColumns, ld, piece(at), ld_piece, width_of(k),
-              left <= 0 ? 0 : left < kQueries ? left / 8 : kTiles);
+          multiply<kPrecision, kTiles, false, false>(d_hidden[i], hidden + k * kColumns, ld,
+                                                     piece(at), ld_piece, width_of(k),
+                                                     left <= 0         ? 0
+                                                     : left < kQueries ? left / 8
+                                                                       : kTiles);
         }
       T inverse[2], c[2] = {};
       for (int half = 0; half < 2; ++half) {
@@ -185,11 +188,12 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
             for (int i = 0; i < 4; ++i) {
               const int half = i / 2;
               const T constant = p.qc ? p.qc[pair + b + i % 2] : T(0);
-              T logit = (z[j][i] + constant) * (inverse[half] * to_log2) - p.offset[pair + b + i % 2];
+              T logit =
+                  (z[j][i] + constant) * (inverse[half] * to_log2) - p.offset[pair + b + i % 2];
               if (!(keep[half] >> (b + i % 2) & 1)) logit = T(-kLeftOut);
-              const T weight = kPass == Pass::kNce ? reciprocal<kPrecision>(
-                                                         T(1) + exp2_of<kPrecision>(-logit))
-                                                   : exp2_of<kPrecision>(logit);
+              const T weight = kPass == Pass::kNce
+                                   ? reciprocal<kPrecision>(T(1) + exp2_of<kPrecision>(-logit))
+                                   : exp2_of<kPrecision>(logit);
               slope[i] = weight * (inverse[half] * scale * p.boost);
             }
             for (int half = 0; half < 2; ++half)
@@ -201,9 +205,11 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
 #pragma unroll
         for (int i = 0; i < kParts; ++i) {
           const int width = columns - i * kQueries;
-          multiply<kPrecision, kTiles, false, true>(
-              d_hidden[i], slopes, ld_slopes, own + i * kQueries, ld_piece, 8 * query_tiles,
-              width <= 0 ? 0 : width < kQueries ? width / 8 : kTiles);
+          multiply<kPrecision, kTiles, false, true>(d_hidden[i], slopes, ld_slopes,
+                                                    own + i * kQueries, ld_piece, 8 * query_tiles,
+                                                    width <= 0         ? 0
+                                                    : width < kQueries ? width / 8
+                                                                       : kTiles);
         }
       }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #define CRRCD_BOTH __host__ __device__ constexpr
@@ -21,10 +22,13 @@ constexpr int kUnit = 16;  // bytes that are moved at a time
 CRRCD_BOTH int round_up_int(int n, int to) { return (n + to - 1) / to * to; }
 
 CRRCD_BOTH int stored_bytes(Precision precision) {
-  return precision == Precision::kF64                                       ? 8
+  return precision == Precision::kF64                                    ? 8
          : precision == Precision::kF32 || precision == Precision::kTf32 ? 4
                                                                          : 2;
 }
+
+template <Precision kPrecision>
+using SumOf = std::conditional_t<kPrecision == Precision::kF64, double, float>;
 
 CRRCD_BOTH int sum_bytes(Precision precision) { return precision == Precision::kF64 ? 8 : 4; }
 
@@ -40,11 +44,17 @@ CRRCD_BOTH int leading(int columns, int bytes) {
 }
 
 // Hidden units as the kernels see them, zeros behind the real ones.
-CRRCD_BOTH int padded_hidden(int64_t hidden) { 
+CRRCD_BOTH int padded_hidden(int64_t hidden) {
   return round_up_int(hidden < 1 ? 1 : static_cast<int>(hidden), 16);
 }
 
 constexpr int kKeysOfWarp = 16;
+
+// Whether products are made as they stand on paper, <Q, W hid>: at full precision, where <QW, hid>
+// and W'W would cancel for hidden vectors that W all but annihilates.
+CRRCD_BOTH bool is_direct(Precision precision) {
+  return precision == Precision::kF64 || precision == Precision::kF32;
+}
 
 // The pass over all (anchor, key): loss, gradient of the queries, norms.
 struct LogitLayout {
@@ -52,6 +62,7 @@ struct LogitLayout {
   int warps = 4, hidden = 0, relation = 0;  // hidden, relation: as padded
   int stages = 2;                           // tiles of keys
   bool resident = true;                     // all of W and QW stay, or pieces come and go
+  int buffers = 2;                          // for those
 
   CRRCD_BOTH int size() const { return stored_bytes(precision); }
   CRRCD_BOTH int keys() const { return kKeysOfWarp * warps; }
@@ -62,14 +73,19 @@ struct LogitLayout {
     return round_up_int(hidden, piece_columns(precision)) / piece_columns(precision);
   }
   CRRCD_BOTH int pieces() const {
-    return (relation / panel_rows(precision) + 1) * pieces_a_panel();
+    const int panels = relation / panel_rows(precision);
+    return panels * pieces_a_panel() + (is_direct(precision) ? panels : pieces_a_panel());
   }
   CRRCD_BOTH int piece() const { return panel_rows(precision) * ld_piece(); }
   CRRCD_BOTH int keys_at() const { return 0; }  // bytes, as all that follow
-  CRRCD_BOTH int slopes_at() const { return keys_at() + stages * keys() * ld_hidden() * size(); }
+  CRRCD_BOTH int ld_relation() const { return leading(relation, size()); }
+  CRRCD_BOTH int relation_at() const { return keys_at() + stages * keys() * ld_hidden() * size(); }
+  CRRCD_BOTH int slopes_at() const {
+    return relation_at() + (is_direct(precision) ? keys() * ld_relation() * size() : 0);
+  }
   CRRCD_BOTH int pieces_at() const { return slopes_at() + keys() * ld_queries() * size(); }
   CRRCD_BOTH int offset_at() const {
-    return pieces_at() + (resident ? pieces() : 2) * piece() * size();
+    return pieces_at() + (resident ? pieces() : buffers) * piece() * size();
   }
   CRRCD_BOTH int bytes() const {
     return offset_at() + 2 * panel_rows(precision) * sum_bytes(precision);
@@ -80,7 +96,8 @@ struct LogitLayout {
 struct KeyLayout {
   Precision precision = Precision::kF32;
   int warps = 8, hidden = 0;
-  bool resident = true;  // all of G and two of QW's panels stay
+  bool resident = true;  // all of G and two of QW's panels stay, or pieces come and go
+  int buffers = 2;       // for those
 
   CRRCD_BOTH int size() const { return stored_bytes(precision); }
   CRRCD_BOTH int keys() const { return kKeysOfWarp * warps; }
@@ -95,7 +112,9 @@ struct KeyLayout {
   CRRCD_BOTH int gram_pieces() const {
     return columns() / panel_rows(precision) * pieces_a_panel();
   }
-  CRRCD_BOTH int pieces() const { return resident ? gram_pieces() + 2 * pieces_a_panel() : 2; }
+  CRRCD_BOTH int pieces() const {
+    return resident ? gram_pieces() + 2 * pieces_a_panel() : buffers;
+  }
   CRRCD_BOTH int keys_at() const { return 0; }
   CRRCD_BOTH int hidden_at() const { return keys_at() + keys() * ld_hidden() * size(); }
   CRRCD_BOTH int slopes_at() const { return hidden_at() + keys() * ld_hidden() * size(); }
@@ -117,6 +136,49 @@ struct GramLayout {
   CRRCD_BOTH int scaled_at() const { return keys_at() + stages * keys * ld_hidden() * size(); }
   CRRCD_BOTH int factor_at() const { return scaled_at() + keys * ld_hidden() * size(); }
   CRRCD_BOTH int bytes() const { return factor_at() + keys * sum_bytes(precision); }
+};
+
+// The same gradients as of both passes before, for the direct form.
+struct DirectLayout {
+  Precision precision = Precision::kF32;
+  int warps = 4, hidden = 0, relation = 0, queries = 0;  // as padded
+  int buffers = 2;                                       // for pieces of matrices
+
+  // Of a weight's gradient, a block makes so many rows and pieces of columns.
+  static CRRCD_BOTH int weight_rows(Precision precision, int warps) {
+    return warps > 1 ? 64 : precision == Precision::kF64 ? 16 : 32;
+  }
+  static CRRCD_BOTH int pieces(int warps) { return warps > 1 ? 2 : 1; }
+  CRRCD_BOTH int size() const { return stored_bytes(precision); }
+  CRRCD_BOTH int keys() const { return kKeysOfWarp * warps; }
+  CRRCD_BOTH int columns() const { return piece_columns(precision); }
+  CRRCD_BOTH int ld_hidden() const { return leading(hidden, size()); }
+  CRRCD_BOTH int ld_relation() const { return leading(relation, size()); }
+  CRRCD_BOTH int ld_queries() const { return leading(queries, size()); }
+  CRRCD_BOTH int ld_piece() const { return leading(piece_columns(precision), size()); }
+  CRRCD_BOTH int piece() const { return panel_rows(precision) * ld_piece(); }
+  CRRCD_BOTH int hidden_at() const { return 0; }
+  CRRCD_BOTH int relation_at() const { return hidden_at() + keys() * ld_hidden() * size(); }
+  CRRCD_BOTH int slopes_at() const { return relation_at() + keys() * ld_relation() * size(); }
+  CRRCD_BOTH int pieces_at() const { return slopes_at() + keys() * ld_queries() * size(); }
+  CRRCD_BOTH int sums_at() const { return pieces_at() + buffers * piece() * size(); }
+  CRRCD_BOTH int bytes() const { return sums_at() + warps * columns() * sum_bytes(precision); }
+};
+
+// The relation of all pairs.
+struct PairsLayout {
+  Precision precision = Precision::kF32;
+  int warps = 4, hidden = 0, buffers = 2;
+
+  CRRCD_BOTH int size() const { return stored_bytes(precision); }
+  CRRCD_BOTH int samples() const { return kKeysOfWarp * warps; }
+  CRRCD_BOTH int ld_hidden() const { return leading(hidden, size()); }
+  CRRCD_BOTH int ld_piece() const { return leading(piece_columns(precision), size()); }
+  CRRCD_BOTH int samples_at() const { return 0; }
+  CRRCD_BOTH int pieces_at() const { return samples_at() + samples() * ld_hidden() * size(); }
+  CRRCD_BOTH int bytes() const {
+    return pieces_at() + buffers * panel_rows(precision) * ld_piece() * size();
+  }
 };
 
 // X = rows Wb'.

@@ -1,8 +1,11 @@
 // relation_nce, pass over all (anchor, key): norms, logits, loss and the gradient of the queries.
 //
-//     hid_an = relu(P_a - X_n)     w = W hid + c     r = 1 / |w|     cosine_abn = r (hid . QW_ab + q.c)
-//     s_abn = scale cosine - offset                g = d loss / d s
-//     d QW_ab = sum_n scale g r hid_an             c_an = -r^2 sum_b scale g cosine
+//     hid_an = relu(P_a - X_n)     w = W hid + c     r = 1 / |w|     cosine_abn = r (hid . QW_ab +
+//     q.c) s_abn = scale cosine - offset                g = d loss / d s d QW_ab = sum_n scale g r
+//     hid_an             c_an = -r^2 sum_b scale g cosine
+//
+// At full precision w . Q_ab takes the place of hid . QW_ab + q.c, and d Q_ab = sum_n scale g r
+// w_an that of d QW_ab, since those could cancel.
 //
 // A block has one anchor and a panel of queries, and goes through a range of key tiles. A warp has
 // 16 keys of a tile, so that norms and c are sums along its own rows. hid is made in place of X.
@@ -39,11 +42,19 @@ __device__ __forceinline__ T softplus(T logit, LossProduct<T>& product) {
 template <Precision kPrecision, int kWarps>
 constexpr int kLogitColumns = kPrecision == Precision::kF64 ? 32 : 32 * kWarps;
 
-// Ranges of columns of d QW, each with blocks of its own.
+// Width of d QW, or of d Q.
+template <Precision kPrecision, typename Params>
+__host__ __device__ int gradient_width(const Params& p) {
+  return is_direct(kPrecision) ? p.Rp : p.Hp;
+}
+
+// Ranges of its columns, each with blocks of its own.
 template <Precision kPrecision, Pass kPass, int kWarps, typename Params>
 __host__ __device__ int64_t column_ranges(const Params& p) {
   constexpr int kColumns = kLogitColumns<kPrecision, kWarps>;
-  return kPass != Pass::kLogSumExp && p.need_query ? (p.Hp + kColumns - 1) / kColumns : 1;
+  return kPass != Pass::kLogSumExp && p.need_query
+             ? (gradient_width<kPrecision>(p) + kColumns - 1) / kColumns
+             : 1;
 }
 
 constexpr int kTilesBetweenFlushes = 16;  // two short sums round less than one long one
@@ -56,6 +67,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
   constexpr int kQueries = panel_rows(kPrecision), kTiles = kQueries / 8;
   constexpr int kColumns = kLogitColumns<kPrecision, kWarps>;  // of d QW that a block makes
   constexpr int kBlocks = kQueries / 16 < kWarps ? 1 : kQueries / 16 / kWarps;  // of 16 queries
+  constexpr bool kDirect = is_direct(kPrecision);
   constexpr bool kGradient = kPass != Pass::kLogSumExp;
   CRRCD_DYNAMIC_SHARED(memory);
   const LogitLayout& layout = p.logit_layout;
@@ -63,6 +75,8 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
   const int keys = kKeysOfWarp * kWarps, width = piece_columns(kPrecision);
   S* const tiles_of_keys = reinterpret_cast<S*>(memory + layout.keys_at());
   S* const slopes = reinterpret_cast<S*>(memory + layout.slopes_at());
+  S* const relation_tile = reinterpret_cast<S*>(memory + layout.relation_at());  // w, direct form
+  const int ld_relation = layout.ld_relation();
   S* const pieces = reinterpret_cast<S*>(memory + layout.pieces_at());
   T* const offset = reinterpret_cast<T*>(memory + layout.offset_at());
   T* const constant = offset + kQueries;  // q . c
@@ -83,7 +97,8 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
   const int queries = left < kQueries ? static_cast<int>(left) : kQueries;
   const int query_tiles = (queries + 15) / 16 * 2;
   const bool first_range = first_column == 0;  // which also sums what has no columns
-  const int column_tiles = ((p.Hp - first_column < kColumns ? p.Hp - first_column : kColumns)) / 8;
+  const int wide = gradient_width<kPrecision>(p), rest = wide - first_column;
+  const int column_tiles = (rest < kColumns ? rest : kColumns) / 8;
 
   const S* const anchor = static_cast<const S*>(p.anchor) + a * p.Hp;
   const S* const x = static_cast<const S*>(p.x);
@@ -94,28 +109,37 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
     constant[b] = p.qc ? p.qc[pair + b] : T(0);
   }
 
-  // W, then QW of these queries, in pieces
+  // W, then QW of these queries, in pieces; or after each panel of W what it meets of Q
   const int a_panel = layout.pieces_a_panel(), weight_panels = p.Rp / kQueries;
-  const int count = (weight_panels + 1) * a_panel;
-  const auto address = [&](int i) {
-    const int rows = i / a_panel, piece = i - rows * a_panel;
-    const S* from = rows < weight_panels
-                        ? static_cast<const S*>(p.weight) + int64_t(rows) * kQueries * p.Hp
-                        : static_cast<const S*>(p.qw) + pair * p.Hp;
-    return from + piece * width;
+  const int count = layout.pieces(), stride = kDirect ? p.Rp : p.Hp;  // of the queries' rows
+  const auto is_query = [&](int i) {
+    return kDirect ? i % (a_panel + 1) == a_panel : i >= weight_panels * a_panel;
   };
+  const auto column_of = [&](int i) {
+    if constexpr (kDirect)
+      return is_query(i) ? i / (a_panel + 1) * width : i % (a_panel + 1) * width;
+    else
+      return i % a_panel * width;
+  };
+  const auto address = [&](int i) {
+    if (is_query(i)) return static_cast<const S*>(p.qw) + pair * stride + column_of(i);
+    const int rows = i / (kDirect ? a_panel + 1 : a_panel);
+    return static_cast<const S*>(p.weight) + int64_t(rows) * kQueries * p.Hp + column_of(i);
+  };
+  const auto stride_of = [&](int i) { return is_query(i) ? stride : p.Hp; };
   const auto columns_of = [&](int i) {
-    const int rest = p.Hp - i % a_panel * width;
+    const int rest = stride_of(i) - column_of(i);
     return rest < width ? rest : width;
   };
-  Pieces<S> stream{pieces, ld_piece, kQueries, width, p.Hp};
+  Pieces<S> stream{pieces, ld_piece, kQueries, layout.buffers};
   const auto piece = [&](int i) -> const S* {
     return layout.resident ? pieces + i * layout.piece()
-                           : stream.next(i, count, address, columns_of);
+                           : stream.next(i, count, address, stride_of, columns_of);
   };
   if (layout.resident)
     for (int i = 0; i < count; ++i)
-      fetch_rows(pieces + i * layout.piece(), ld_piece, address(i), p.Hp, kQueries, columns_of(i));
+      fetch_rows(pieces + i * layout.piece(), ld_piece, address(i), stride_of(i), kQueries,
+                 columns_of(i));
   const auto fetch_keys = [&](int stage, int64_t tile) {
     fetch_rows(tiles_of_keys + stage * keys * ld, ld, x + tile * keys * p.Hp, p.Hp, keys, p.Hp);
     gpu::cp_async_commit();
@@ -123,7 +147,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
   if (begin < end) fetch_keys(0, begin);
 
   T d_qw[kBlocks][kColumns / 8][4] = {};
-  T column_sum[kGradient ? kTiles : 1][2] = {};        // of slopes
+  T column_sum[kGradient ? kTiles : 1][2] = {};  // of slopes
   T top[kGradient ? 1 : kTiles][2], sum[kGradient ? 1 : kTiles][2] = {};
   for (auto& column : top) column[0] = column[1] = T(-kLeftOut);
   double total[4] = {};  // loss, g cosine, g, c
@@ -137,7 +161,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
         for (int half = 0; half < 2; ++half) {
           const int b = 16 * (warp + kWarps * i) + g + 8 * half;
           if (b < 8 * query_tiles && j < column_tiles) {
-            T* out = p.d_qw + ((chunk * p.A + a) * p.Bp + panel * kQueries + b) * p.Hp +
+            T* out = p.d_qw + ((chunk * p.A + a) * p.Bp + panel * kQueries + b) * wide +
                      first_column + 8 * j + 2 * t;
             for (int c = 0; c < 2; ++c) {
               T& cell = d_qw[i][j][2 * half + c];
@@ -160,7 +184,9 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
     make_hidden<kPrecision>(hidden, hidden, ld, anchor, p.Hp);
     __syncwarp();
 
-    T square[2] = {};
+    S* const relation = relation_tile + warp * kKeysOfWarp * ld_relation;
+    S* const own_slopes = slopes + warp * kKeysOfWarp * ld_slopes;
+    T square[2] = {}, z[kTiles][4] = {};
     int at = 0;
     for (int rows = 0; rows < weight_panels; ++rows) {
       const int r0 = rows * kQueries;
@@ -177,15 +203,25 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
       for (int j = 0; j < kTiles; ++j)
         if (j < relation_tiles)
           for (int i = 0; i < 4; ++i) square[i / 2] += w[j][i] * w[j][i];
+      if constexpr (kDirect) {
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j)
+          for (int half = 0; half < 2; ++half)
+            store_two<kPrecision>(relation + (g + 8 * half) * ld_relation + r0 + 8 * j + 2 * t,
+                                  w[j][2 * half], w[j][2 * half + 1]);
+        __syncwarp();
+        multiply<kPrecision, kTiles, false, false>(z, relation + r0, ld_relation, piece(at++),
+                                                   ld_piece, kQueries, query_tiles);
+      }
     }
     T inverse[2];
     for (int half = 0; half < 2; ++half)
       inverse[half] = inverse_norm<kPrecision>(warp_sum<4>(square[half]));
 
-    T z[kTiles][4] = {};
-    for (int k = 0; k < a_panel; ++k, ++at)
-      multiply<kPrecision, kTiles, false, false>(z, hidden + k * width, ld, piece(at), ld_piece,
-                                                 columns_of(at), query_tiles);
+    if constexpr (!kDirect)
+      for (int k = 0; k < a_panel; ++k, ++at)
+        multiply<kPrecision, kTiles, false, false>(z, hidden + k * width, ld, piece(at), ld_piece,
+                                                   columns_of(at), query_tiles);
     std::uint64_t keep[2];
     for (int half = 0; half < 2; ++half) {
       const int64_t n = key + 8 * half;
@@ -231,9 +267,8 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
             if (p.d_logit) column_sum[j][i % 2] += slope[i];
           }
           for (int half = 0; half < 2; ++half)
-            store_two<kPrecision>(
-                slopes + (warp * kKeysOfWarp + g + 8 * half) * ld_slopes + b, slope[2 * half],
-                slope[2 * half + 1]);
+            store_two<kPrecision>(own_slopes + (g + 8 * half) * ld_slopes + b, slope[2 * half],
+                                  slope[2 * half + 1]);
         }
       }
     if constexpr (kGradient) {
@@ -259,9 +294,10 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
       for (int i = 0; i < kBlocks; ++i) {
         const int first = 16 * (warp + kWarps * i);
         if (first < 8 * query_tiles)
-          multiply<kPrecision, kColumns / 8, true, true>(d_qw[i], slopes + first, ld_slopes,
-                                                         hidden_tile + first_column, ld, keys,
-                                                         column_tiles);
+          multiply<kPrecision, kColumns / 8, true, true>(
+              d_qw[i], slopes + first, ld_slopes,
+              (kDirect ? relation_tile : hidden_tile) + first_column, kDirect ? ld_relation : ld,
+              keys, column_tiles);
       }
       if ((tile - begin) % kTilesBetweenFlushes == kTilesBetweenFlushes - 1) flush();
     }

@@ -1,12 +1,11 @@
 #include "relation_nce.h"
 
-#include <ATen/Context.h>
-
 #include <algorithm>
 
 #include "../checks.h"
 #include "bank_update.h"
 #include "device.h"
+#include "operands.h"
 #include "relation_nce_params.h"
 #include "relation_plan.h"
 
@@ -17,23 +16,11 @@ namespace {
 constexpr const char* kOp = "relation_nce";
 constexpr double kLog2 = 0.69314718055994530942;
 
-at::ScalarType stored_type(Precision precision) {
-  switch (precision) {
-    case Precision::kF64:
-      return at::kDouble;
-    case Precision::kBF16:
-      return at::kBFloat16;
-    case Precision::kF16:
-      return at::kHalf;
-    default:
-      return at::kFloat;
-  }
-}
-
 template <Precision kPrecision>
 class RelationNce {
   using T = SumOf<kPrecision>;
   using Kernels = RelationNceKernels<kPrecision>;
+  static constexpr bool kDirect = is_direct(kPrecision);
 
  public:
   RelationNce(const RelationArguments& arguments, const Device& device)
@@ -78,29 +65,8 @@ class RelationNce {
   }
 
  private:
-  // A copy of the last two dimensions as an operand, with zeros behind.
   at::Tensor operand(const at::Tensor& t, int64_t rows, int64_t columns, bool rounded = true) {
-    std::vector<int64_t> shape = t.sizes().vec();
-    const int64_t last = t.dim() - 1;
-    shape[last] = columns, shape[last - 1] = rows;
-    at::Tensor out = at::zeros(shape, options.dtype(stored_type(kPrecision)));
-    at::Tensor inner = out.narrow(last, 0, t.size(last)).narrow(last - 1, 0, t.size(last - 1));
-    inner.copy_(t);
-    if (kPrecision == Precision::kTf32 && rounded) {
-      // to the nearest, as tensor cores would cut off what they do not use
-      const at::Tensor nearest = out.view(at::kInt).add(0x1000).bitwise_and(~0x1fff);
-      out = at::where(out.isfinite(), nearest.view(at::kFloat), out);
-    }
-    return out;
-  }
-
-  at::Tensor padded(const at::Tensor& t, int64_t columns, double value = 0) {
-    std::vector<int64_t> shape = t.sizes().vec();
-    const int64_t width = shape.back();
-    shape.back() = columns;
-    at::Tensor out = at::full(shape, value, options);
-    out.narrow(-1, 0, width).copy_(t);
-    return out;
+    return cuda::operand(kPrecision, t, rows, columns, rounded);
   }
 
   template <typename U>
@@ -123,24 +89,26 @@ class RelationNce {
   }
 
   void set_up() {
-    RelationShape shape{kPrecision, x.A, x.B, x.K, x.H, x.R, x.D};
+    RelationShape shape{kPrecision, x.A, x.B, x.K, x.H, x.R};
     shape.weight = x.needs(kNeedWeight | kNeedBias);
-    shape.query = x.needs(kNeedQuery) || shape.weight;
+    shape.query = x.needs(kNeedQuery) || (shape.weight && !kDirect);
     shape.keys = x.needs(kNeedBank | kNeedKeyWeight);
     shape.anchor = x.needs(kNeedAnchor);
     wanted = shape;
     plan = plan_relation(shape, device.limits());
-    TORCH_CHECK_VALUE(plan.fits, "crrcd_ext.", kOp,
-                      ": anchor: expected a hidden width whose tiles fit this GPU's shared memory (",
-                      device.limits().shared_block, " bytes a block), got ", x.H,
-                      "; choose backend 'reference' or fewer hidden units");
+    TORCH_CHECK_VALUE(
+        plan.fits, "crrcd_ext.", kOp,
+        ": anchor: expected a hidden width whose tiles fit this GPU's shared memory (",
+        device.limits().shared_block, " bytes a block), got ", x.H,
+        "; choose backend 'reference' or fewer hidden units");
     p.A = x.A, p.B = x.B, p.D = x.D, p.N = x.N;
     p.H = static_cast<int>(x.H), p.R = static_cast<int>(x.R);
     p.Hp = plan.logit.hidden, p.Rp = plan.logit.relation;
-    p.Bp = static_cast<int>(round_up_int(static_cast<int>(std::max<int64_t>(x.B, 1)),
-                                         panel_rows(kPrecision)));
+    p.Bp = static_cast<int>(
+        round_up_int(static_cast<int>(std::max<int64_t>(x.B, 1)), panel_rows(kPrecision)));
     p.Kp = plan.segment;
     p.logit_layout = plan.logit, p.key_layout = plan.key, p.gram_layout = plan.gram;
+    p.direct_layout = plan.direct;
     p.chunks = plan.chunks, p.key_blocks = plan.key_parts;
     p.anchor_parts = plan.anchor_parts, p.gram_chunks = plan.gram_chunks;
     p.boost = kPrecision == Precision::kF16 ? 256 : 1;
@@ -169,17 +137,20 @@ class RelationNce {
 
     anchor = operand(x.anchor, x.A, p.Hp, /*rounded=*/false);
     weight_stored = operand(weight, p.Rp, p.Hp);
-    qw_stored = operand(at::matmul(query, weight), p.Bp, p.Hp);
+    // products of weights in double, since their rounding would shift all keys alike
+    qw_stored =
+        kDirect ? operand(query, p.Bp, p.Rp)
+                : operand(at::matmul(query.to(at::kDouble), weight.to(at::kDouble)), p.Bp, p.Hp);
     p.anchor = anchor.const_data_ptr();
     p.weight = weight_stored.const_data_ptr();
     p.qw = qw_stored.const_data_ptr();
     if (bias.defined()) {
       bias_padded = padded(bias, p.Rp);
-      qc = padded(at::matmul(query, bias), p.Bp);
-      p.bias = data(bias_padded), p.qc = data(qc);
+      p.bias = data(bias_padded);
+      if (!kDirect) qc = padded(at::matmul(query, bias), p.Bp);
+      p.qc = data(qc);
     }
-    if (wanted.keys || wanted.anchor) {
-      // in double, since its rounding would shift all keys alike
+    if (!kDirect && (wanted.keys || wanted.anchor)) {
       const at::Tensor w = weight.to(at::kDouble);
       gram = operand(at::mm(w.t(), w), round_up_int(p.Hp, piece), p.Hp);
       p.gram = gram.const_data_ptr();
@@ -241,15 +212,20 @@ class RelationNce {
     const bool some = x.K > 0 && x.A > 0 && x.B > 0;
     if (!some) return;
     p.scalars = make<double>(scalars, {p.query_panels() * x.A * p.chunks, 4});
-    if (p.need_query) p.d_qw = make<T>(d_qw, {p.chunks, x.A, p.Bp, p.Hp});
-    if (bias.defined() && p.need_query) p.d_logit = make<T>(d_logit, {slices, x.A, p.Bp});
+    if (p.need_query) p.d_qw = make<T>(d_qw, {p.chunks, x.A, p.Bp, kDirect ? p.Rp : p.Hp});
+    if (bias.defined() && p.need_query && !kDirect)
+      p.d_logit = make<T>(d_logit, {slices, x.A, p.Bp});
     if (p.live) {
       p.inverse_norm = make<T>(inverse_norm, {x.A, p.Kp});
       p.c = make<T>(c, {p.query_panels(), x.A, p.Kp});
     }
     if (wanted.keys) p.d_x = make<T>(d_x, {p.anchor_parts, p.Kp, p.Hp});
     if (wanted.anchor) p.d_anchor = make<T>(d_anchor, {p.key_blocks, x.A, p.Hp});
-    if (wanted.weight) {
+    if (wanted.weight && kDirect) {
+      const int64_t slices = p.anchor_parts * p.key_blocks;
+      p.d_weight = make<T>(d_weight_parts, {slices, p.Rp, p.Hp});
+      if (bias.defined()) p.d_bias = make<T>(d_bias_parts, {slices, p.Rp});
+    } else if (wanted.weight) {
       const int64_t rows = round_up_int(p.Hp, GramLayout::kRows);
       p.d_gram = make<T>(d_gram, {p.gram_chunks, rows, p.Hp});
       if (bias.defined()) p.hidden_sum = make<T>(hidden_sum, {p.gram_chunks, rows});
@@ -259,16 +235,15 @@ class RelationNce {
     for_segments([&] {
       Kernels::logits(p, device.stream());
       if (wanted.keys || wanted.anchor) Kernels::keys(p, device.stream());
-      if (wanted.weight) Kernels::gram(p, device.stream());
+      if (wanted.weight) Kernels::weight(p, device.stream());
       if (wanted.keys) add_key_gradients();
     });
   }
 
   // From the gradient of a segment's keys to that of the bank's rows and of what projects them.
   void add_key_gradients() {
-    const at::Tensor d_keys = (p.anchor_parts > 1 ? d_x.sum(0) : d_x.select(0, 0))
-                                  .narrow(0, 0, p.keys)
-                                  .narrow(1, 0, x.H);
+    const at::Tensor d_keys =
+        (p.anchor_parts > 1 ? d_x.sum(0) : d_x.select(0, 0)).narrow(0, 0, p.keys).narrow(1, 0, x.H);
     at::Tensor index;
     if (x.index.defined()) index = x.index.narrow(0, p.first_key, p.keys);
     if (x.needs(kNeedKeyWeight)) {
@@ -298,14 +273,15 @@ class RelationNce {
       return parts.size(0) > 1 ? parts.sum(0) : parts.select(0, 0);
     };
     at::Tensor d_query_weight, logits;
-    if (d_qw.defined()) d_query_weight = summed(d_qw).narrow(1, 0, x.B).narrow(2, 0, x.H);
+    if (d_qw.defined())
+      d_query_weight = summed(d_qw).narrow(1, 0, x.B).narrow(2, 0, kDirect ? x.R : x.H);
     if (d_logit.defined()) logits = summed(d_logit).narrow(1, 0, x.B);
 
     at::Tensor d_query = none(x.query);
     if (x.needs(kNeedQuery)) {
       at::Tensor g = pull * positive;
       if (d_qw.defined()) {
-        at::Tensor negatives = at::matmul(d_query_weight, weight.t());
+        at::Tensor negatives = kDirect ? d_query_weight : at::matmul(d_query_weight, weight.t());
         if (logits.defined()) negatives = negatives + logits.unsqueeze(-1) * bias;
         g = negatives * factor + g;
       }
@@ -315,9 +291,8 @@ class RelationNce {
     if (x.needs(kNeedPositive)) d_positive = result(pull * query, x.positive);
     at::Tensor d_anchors = none(x.anchor);
     if (x.needs(kNeedAnchor))
-      d_anchors = d_anchor.defined()
-                      ? result(summed(d_anchor).narrow(1, 0, x.H) * factor, x.anchor)
-                      : at::zeros_like(x.anchor);
+      d_anchors = d_anchor.defined() ? result(summed(d_anchor).narrow(1, 0, x.H) * factor, x.anchor)
+                                     : at::zeros_like(x.anchor);
     at::Tensor d_rows = none(x.bank);
     if (x.needs(kNeedBank))
       d_rows = d_bank.defined() ? result(d_bank * factor, x.bank) : at::zeros_like(x.bank);
@@ -327,7 +302,14 @@ class RelationNce {
                                       : at::zeros_like(x.key_weight);
 
     at::Tensor d_weight = none(x.weight), d_biases = bias.defined() ? none(x.bias) : none(x.query);
-    if (wanted.weight && d_gram.defined()) {
+    if (d_weight_parts.defined()) {
+      // the positives have no part in it
+      if (x.needs(kNeedWeight))
+        d_weight =
+            result(summed(d_weight_parts).narrow(0, 0, x.R).narrow(1, 0, x.H) * factor, x.weight);
+      if (x.needs(kNeedBias))
+        d_biases = result(summed(d_bias_parts).narrow(0, 0, x.R) * factor, x.bias);
+    } else if (d_gram.defined()) {
       const at::Tensor lower = summed(d_gram).narrow(0, 0, x.H).narrow(1, 0, x.H).tril();
       const at::Tensor whole = lower + lower.tril(-1).t();
       at::Tensor g = at::addbmm(at::mm(weight, whole), query.transpose(1, 2), d_query_weight);
@@ -348,10 +330,11 @@ class RelationNce {
     const at::Tensor inverse = inverse_pairs.to(at::kDouble);
     at::Tensor d_scale = none(x.scale), d_offset = none(x.offset);
     if (x.needs(kNeedScale))
-      d_scale =
-          result(total.select(0, 1) * inverse + (d_logit_positive * cosine).sum(at::kDouble), x.scale);
+      d_scale = result(total.select(0, 1) * inverse + (d_logit_positive * cosine).sum(at::kDouble),
+                       x.scale);
     if (x.needs(kNeedOffset))
-      d_offset = result(-total.select(0, 2) * inverse - d_logit_positive.sum(at::kDouble), x.offset);
+      d_offset =
+          result(-total.select(0, 2) * inverse - d_logit_positive.sum(at::kDouble), x.offset);
     return {loss,   d_query,  d_positive, d_anchors, d_rows,
             d_keys, d_weight, d_biases,   d_scale,   d_offset};
   }
@@ -367,7 +350,7 @@ class RelationNce {
   at::Tensor query, positive, weight, bias, scale, offset, pair, inverse_pairs, cosine, bank;
   at::Tensor key_weight, keys, keep, anchor, weight_stored, qw_stored, bias_padded, qc, gram;
   at::Tensor gram_bias, offset_padded, scalars, d_qw, d_logit, inverse_norm, c, d_x, d_anchor;
-  at::Tensor d_gram, hidden_sum, d_bank, d_key_weight;
+  at::Tensor d_gram, hidden_sum, d_weight_parts, d_bias_parts, d_bank, d_key_weight;
 };
 
 }  // namespace
@@ -384,35 +367,31 @@ NceResult relation_nce(const at::Tensor& query, const at::Tensor& positive,
       query, positive, anchor, bank, weight, bias, scale, offset, index, key_weight, anchor_id,
       query_id, key_id, query_label, key_label, self_pairs, objective, need, /*with_half=*/true);
   const Device device(query);
-  switch (x.dtype) {
-    case at::kDouble:
+  switch (precision_of(x.dtype, 4 * x.R <= x.H)) {
+    case Precision::kF64:
       return RelationNce<Precision::kF64>(x, device).run();
-    case at::kBFloat16:
-      return RelationNce<Precision::kBF16>(x, device).run();
-    case at::kHalf:
-      return RelationNce<Precision::kF16>(x, device).run();
-    default:
-      break;
-  }
-  switch (at::globalContext().float32MatmulPrecision()) {
-    case at::Float32MatmulPrecision::HIGHEST:
+    case Precision::kF32:
       return RelationNce<Precision::kF32>(x, device).run();
-    case at::Float32MatmulPrecision::HIGH:
+    case Precision::kTf32:
       return RelationNce<Precision::kTf32>(x, device).run();
-    default:
+    case Precision::kBF16:
       return RelationNce<Precision::kBF16>(x, device).run();
+    default:
+      return RelationNce<Precision::kF16>(x, device).run();
   }
 }
 
-NceResult relation_nce_update(
-    const at::Tensor& query, const at::Tensor& positive, const at::Tensor& anchor,
-    const at::Tensor& bank, const at::Tensor& weight, const OptionalTensor& bias,
-    const at::Tensor& scale, const at::Tensor& offset, const OptionalTensor& index,
-    const OptionalTensor& key_weight, const OptionalTensor& anchor_id,
-    const OptionalTensor& query_id, const OptionalTensor& key_id, const OptionalTensor& query_label,
-    const OptionalTensor& key_label, bool self_pairs, const std::string& objective, int64_t need,
-    const at::Tensor& update_index, const at::Tensor& update_value, double momentum,
-    bool normalize) {
+NceResult relation_nce_update(const at::Tensor& query, const at::Tensor& positive,
+                              const at::Tensor& anchor, const at::Tensor& bank,
+                              const at::Tensor& weight, const OptionalTensor& bias,
+                              const at::Tensor& scale, const at::Tensor& offset,
+                              const OptionalTensor& index, const OptionalTensor& key_weight,
+                              const OptionalTensor& anchor_id, const OptionalTensor& query_id,
+                              const OptionalTensor& key_id, const OptionalTensor& query_label,
+                              const OptionalTensor& key_label, bool self_pairs,
+                              const std::string& objective, int64_t need,
+                              const at::Tensor& update_index, const at::Tensor& update_value,
+                              double momentum, bool normalize) {
   TORCH_CHECK_VALUE((need & kNeedBank) == 0, "crrcd_ext.", kOp,
                     ": update: a bank that is updated in the call cannot have a gradient");
   const Device device(query);

@@ -4,7 +4,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
 
 #include "../bank.h"
 #include "relation_layout.h"
@@ -28,7 +27,7 @@ struct RelationNceParams {
   T boost = 1;              // of what is stored narrow: slopes, and all that is made of them
 
   // rows of the bank, and what makes keys of them
-  BankView bank;                      // index of all K
+  BankView bank;                     // index of all K
   const void* key_weight = nullptr;  // [Hp up to a piece, Dp], null: rows are keys
   int Dp = 0;
   void* x = nullptr;  // [Kp, Hp]
@@ -40,22 +39,22 @@ struct RelationNceParams {
   const int64_t* key_label = nullptr;    // [N]
   uint64_t* keep = nullptr;              // [panels of queries, Kp] a bit a query; null: all
 
-  const void* anchor = nullptr;    // [A, Hp]
-  const void* weight = nullptr;    // [Rp, Hp]
-  const T* bias = nullptr;           // [Rp] or null
-  const void* qw = nullptr;        // [A, Bp, Hp]: Q W
-  const T* qc = nullptr;             // [A, Bp] or null: Q c
-  const void* gram = nullptr;      // [Hp up to a piece, Hp]: W'W
-  const T* gram_bias = nullptr;      // [Hp] or null: W'c
-  const T* offset = nullptr;         // [A, Bp], in units of log 2; kLeftOut for what does not count
-  const T* scale = nullptr;          // a number
+  const void* anchor = nullptr;  // [A, Hp]
+  const void* weight = nullptr;  // [Rp, Hp]
+  const T* bias = nullptr;       // [Rp] or null
+  const void* qw = nullptr;      // [A, Bp, Hp]: Q W; [A, Bp, Rp]: Q, for the direct form
+  const T* qc = nullptr;         // [A, Bp] or null: Q c
+  const void* gram = nullptr;    // [Hp up to a piece, Hp]: W'W
+  const T* gram_bias = nullptr;  // [Hp] or null: W'c
+  const T* offset = nullptr;     // [A, Bp], in units of log 2; kLeftOut for what does not count
+  const T* scale = nullptr;      // a number
 
   // Of the pass over (anchor, key): `chunks` ranges of tiles
   LogitLayout logit_layout;
   int64_t chunks = 1, first_part = 0;
   bool need_query = false, live = false;
   double* scalars = nullptr;  // [blocks, 4]: loss, sum of g cosine, sum of g, sum of c
-  T* d_qw = nullptr;          // [chunks, A, Bp, Hp]
+  T* d_qw = nullptr;          // [chunks, A, Bp, Hp]; of Q, [chunks, A, Bp, Rp], for the direct form
   T* d_logit = nullptr;       // [chunks, warps, A, Bp] or null: sums of slopes
   T* running_max = nullptr;   // [parts, A, Bp], in units of log 2 (InfoNCE's first sweep)
   T* running_sum = nullptr;   // [parts, A, Bp]
@@ -68,17 +67,19 @@ struct RelationNceParams {
   T* d_x = nullptr;       // [anchor_parts, Kp, Hp]
   T* d_anchor = nullptr;  // [key_blocks, A, Hp]
 
+  // The direct form's, which makes all of these
+  DirectLayout direct_layout;
+  T* d_weight = nullptr;  // [anchor_parts key_blocks, Rp, Hp]
+  T* d_bias = nullptr;    // [anchor_parts key_blocks, Rp] or null
+
   // Of the pass for G's gradient
   GramLayout gram_layout;
   int64_t gram_chunks = 1;
-  T* d_gram = nullptr;     // [gram_chunks, Hp up to 64, Hp], of which only the lower triangle
+  T* d_gram = nullptr;      // [gram_chunks, Hp up to 64, Hp], of which only the lower triangle
   T* hidden_sum = nullptr;  // [gram_chunks, Hp up to 64] or null: sums of c hid
 
   CRRCD_BOTH int64_t query_panels() const { return Bp / panel_rows(logit_layout.precision); }
 };
-
-template <Precision kPrecision>
-using SumOf = std::conditional_t<kPrecision == Precision::kF64, double, float>;
 
 // Each starts its kernels for one segment of keys on the stream.
 template <Precision kPrecision>
@@ -87,7 +88,7 @@ struct RelationNceKernels {
   static void project(const Params& params, void* stream);  // x and keep
   static void logits(const Params& params, void* stream);
   static void keys(const Params& params, void* stream);
-  static void gram(const Params& params, void* stream);
+  static void weight(const Params& params, void* stream);
 };
 
 }  // namespace crrcd::cuda

@@ -3,5 +3,6 @@
 namespace crrcd::cuda {
 
 template struct RelationNceKernels<Precision::kTf32>;
+template struct RelationPairsKernel<Precision::kTf32>;
 
 }  // namespace crrcd::cuda

@@ -7,6 +7,7 @@
 
 #include "reduce.cuh"
 #include "relation_nce_params.h"
+#include "relation_pairs_params.h"
 #include "rows.cuh"
 
 namespace crrcd::cuda {
@@ -78,14 +79,18 @@ __device__ __forceinline__ void store_two(StoredOf<kPrecision>* to, T x, T y) {
 // 2^x, 1 / x and 1 / sqrt(x): as exact as the products are.
 template <Precision kPrecision, typename T>
 __device__ __forceinline__ T exp2_of(T x) {
-  if constexpr (kPrecision == Precision::kF64 || kPrecision == Precision::kF32) return exp2(x);
-  else return gpu::exp2_approx(x);
+  if constexpr (kPrecision == Precision::kF64 || kPrecision == Precision::kF32)
+    return exp2(x);
+  else
+    return gpu::exp2_approx(x);
 }
 
 template <Precision kPrecision, typename T>
 __device__ __forceinline__ T reciprocal(T x) {
-  if constexpr (kPrecision == Precision::kF64 || kPrecision == Precision::kF32) return T(1) / x;
-  else return gpu::rcp_approx(x);
+  if constexpr (kPrecision == Precision::kF64 || kPrecision == Precision::kF32)
+    return T(1) / x;
+  else
+    return gpu::rcp_approx(x);
 }
 
 template <Precision kPrecision, typename T>
@@ -93,7 +98,8 @@ __device__ __forceinline__ T inverse_norm(T square) {
   if (square <= T(kZeroNormSquared)) return 0;
   if constexpr (kPrecision == Precision::kF64 || kPrecision == Precision::kF32)
     return T(1) / sqrt(square);
-  else return gpu::rsqrt_approx(square);
+  else
+    return gpu::rsqrt_approx(square);
 }
 
 // ---------------------------------------------------------------------------------------- products
@@ -110,7 +116,8 @@ __device__ __forceinline__ void load_a(std::uint32_t (&r)[4], const S* a, int ld
       gpu::ldmatrix_x4(r, a + (row + 8 * odd) * lda + 8 * high);
   } else if constexpr (kTransposed) {
     const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 4; ++i) r[i] = __float_as_uint(a[(t + 4 * (i / 2)) * lda + g + 8 * (i % 2)]);
+    for (int i = 0; i < 4; ++i)
+      r[i] = __float_as_uint(a[(t + 4 * (i / 2)) * lda + g + 8 * (i % 2)]);
   } else {
     gpu::ldmatrix_x4(r, a + (row + 8 * odd) * lda + 4 * high);
   }
@@ -127,15 +134,16 @@ __device__ __forceinline__ void load_b(std::uint32_t (&r)[4], const S* b, int ld
       gpu::ldmatrix_x4(r, b + (row + 8 * high) * ldb + 8 * odd);
   } else if constexpr (kTransposed) {
     const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 4; ++i) r[i] = __float_as_uint(b[(t + 4 * (i % 2)) * ldb + g + 8 * (i / 2)]);
+    for (int i = 0; i < 4; ++i)
+      r[i] = __float_as_uint(b[(t + 4 * (i % 2)) * ldb + g + 8 * (i / 2)]);
   } else {
     gpu::ldmatrix_x4(r, b + (row + 8 * high) * ldb + 4 * odd);
   }
 }
 
-// sum[j] += A B for the first `tiles` tiles (an even number) of 8 columns. A lies as [16, depth] or,
-// transposed, as [depth, 16]; B as [8 tiles, depth] or, transposed, as [depth, 8 tiles]. depth is a
-// multiple of 16.
+// sum[j] += A B for the first `tiles` tiles (an even number) of 8 columns. A lies as [16, depth]
+// or, transposed, as [depth, 16]; B as [8 tiles, depth] or, transposed, as [depth, 8 tiles]. depth
+// is a multiple of 16.
 template <Precision kPrecision, int kTiles, bool kATransposed, bool kBTransposed, typename S,
           typename T>
 __device__ __forceinline__ void multiply(T (&sum)[kTiles][4], const S* a, int lda, const S* b,
@@ -186,10 +194,11 @@ __device__ __forceinline__ void multiply(T (&sum)[kTiles][4], const S* a, int ld
               const Unit<S> unit = load_unit(b + (column + c) * ldb + k);
               for (int d = 0; d < kCount; ++d) y[d] = unit.x[d];
             }
-            for (int d = 0; d < kCount; ++d) {
-              sum[j][c] += x[0][d] * y[d];
-              sum[j][2 + c] += x[1][d] * y[d];
-            }
+            // sums of few, then of those: they round less than one long one
+            T upper = x[0][0] * y[0], lower = x[1][0] * y[0];
+            for (int d = 1; d < kCount; ++d) upper += x[0][d] * y[d], lower += x[1][d] * y[d];
+            sum[j][c] += upper;
+            sum[j][2 + c] += lower;
           }
         }
     }
@@ -229,29 +238,32 @@ __device__ __forceinline__ void fetch_rows(S* to, int ld_to, const S* from, int6
                     from + at.row * ld_from + at.column * kCount);
 }
 
-// Rectangles of matrices, 256 bytes wide, that a block goes through again and again: each is
-// fetched while the one before is used.
+// Rectangles of matrices, 256 bytes wide, that a block goes through again and again. With two
+// buffers each is fetched while the one before is used.
 template <typename S>
 struct Pieces {
-  S* memory;  // two pieces
-  int ld, rows, columns;
-  int64_t ld_from;
+  S* memory;
+  int ld, rows, buffers;
 
-  // The piece `index` of `count`; address(i) is where piece i begins, width(i) its columns. For all
-  // threads of the block at the same time; the one before may not be used any more.
-  template <class Address, class Width>
+  // The piece `index` of `count`; address(i), stride(i), width(i): where piece i begins, elements
+  // between its rows, its columns. For all threads of the block at the same time; the one before
+  // may not be used any more.
+  template <class Address, class Stride, class Width>
   __device__ __forceinline__ const S* next(int index, int count, const Address& address,
-                                           const Width& width) {
-    if (index == 0) start(0, address(0), width(0));
+                                           const Stride& stride, const Width& width) {
+    const bool ahead = buffers == 2;
+    if (!ahead) __syncthreads();
+    if (index == 0 || !ahead) start(index, address(index), stride(index), width(index));
     gpu::cp_async_wait<0>();
     __syncthreads();
-    if (index + 1 < count) start(index + 1, address(index + 1), width(index + 1));
-    return memory + index % 2 * rows * ld;
+    if (ahead && index + 1 < count)
+      start(index + 1, address(index + 1), stride(index + 1), width(index + 1));
+    return memory + index % buffers * rows * ld;
   }
 
  private:
-  __device__ __forceinline__ void start(int index, const S* from, int width) {
-    fetch_rows(memory + index % 2 * rows * ld, ld, from, ld_from, rows, width);
+  __device__ __forceinline__ void start(int index, const S* from, int64_t stride, int width) {
+    fetch_rows(memory + index % buffers * rows * ld, ld, from, stride, rows, width);
     gpu::cp_async_commit();
   }
 };
@@ -282,8 +294,7 @@ __device__ __forceinline__ void make_hidden(S* to, const S* x, int ld, const S* 
   Walk at(gpu::lane_id(), width / kCount, kWarp);
   for (; at.row < kKeysOfWarp; at.advance()) {
     const int column = at.column * kCount, cell = at.row * ld + column;
-    store_unit(to + cell,
-               hidden_unit<kPrecision>(load_unit(anchor + column), load_unit(x + cell)));
+    store_unit(to + cell, hidden_unit<kPrecision>(load_unit(anchor + column), load_unit(x + cell)));
   }
 }
 

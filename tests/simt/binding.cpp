@@ -10,7 +10,9 @@
 #include <mutex>
 
 #include "../../csrc/cuda/bank_update.h"
+#include "../../csrc/cuda/device.h"
 #include "../../csrc/cuda/instance_nce.h"
+#include "../../csrc/cuda/relation.h"
 #include "../../csrc/cuda/relation_nce.h"
 #include "simt.h"
 
@@ -70,9 +72,21 @@ extern "C" __attribute__((visibility("default"))) void simt_watch_tensors(int on
   if (!on) simt::forget();
 }
 
+// Shared memory that a block of the emulated GPU can ask for.
+extern "C" __attribute__((visibility("default"))) void simt_set_shared_bytes(int64_t bytes) {
+  crrcd::cuda::Device::emulated_shared_bytes = bytes;
+}
+
+// Keys that relation_nce works off at a time; 0: as many as it likes.
+extern "C" __attribute__((visibility("default"))) void simt_set_segment(int64_t keys) {
+  crrcd::cuda::Device::emulated_segment = keys;
+}
+
 #define CRRCD_IMPL(library, key, m) TORCH_LIBRARY_IMPL(library, key, m)
 
 CRRCD_IMPL(CRRCD_SIMT_LIBRARY, CPU, m) {
+  m.impl("relation", crrcd::cuda::relation);
+  m.impl("relation_backward", crrcd::cuda::relation_backward);
   m.impl("relation_nce", crrcd::cuda::relation_nce);
   m.impl("relation_nce_", crrcd::cuda::relation_nce_update);
   m.impl("instance_nce", crrcd::cuda::instance_nce);

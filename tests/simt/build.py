@@ -153,6 +153,14 @@ class Library:
         """Makes new tensors in memory that the checker watches, the only one to be used; or not."""
         self.handle.simt_watch_tensors(int(on))
 
+    def set_shared_bytes(self, count: int) -> None:
+        """Shared memory that a block of the emulated GPU can ask for."""
+        self.handle.simt_set_shared_bytes(ctypes.c_int64(count))
+
+    def set_segment(self, keys: int) -> None:
+        """Keys that relation_nce works off at a time; 0: as many as it likes."""
+        self.handle.simt_set_segment(ctypes.c_int64(keys))
+
     def launches(self) -> int:
         """Kernels started since the library was loaded."""
         return self.handle.simt_launches()
