@@ -44,7 +44,7 @@ struct DifferenceScratch {
   T* bias;           // [B, ldT] as drop for pairs (query, key), shared
   T* weight;         // [B, ldT] W, shared
   T* logit;          // [tile] one anchor's and query's, shared
-  T* d_rows;         // [tile, ldD]
+  T* d_rows;         // [tile, ldD], null where no gradient of the bank is wanted
   T* exact_u;        // [lanes, ldD]
   T* exact_w;        // [lanes, ldD]
   Bucket bucket[2];  // the one that is worked off and the next, own
@@ -86,7 +86,7 @@ size_t carve(const DifferenceParams<T>& p, std::byte* base, DifferenceScratch<T>
   s.bias = c.take<T>(shared);
   s.weight = c.take<T>(shared);
   s.logit = c.take<T>(p.tile);
-  s.d_rows = c.take<T>(keys ? p.tile * p.ldD : 0);
+  s.d_rows = p.d_rows || p.d_bank ? c.take<T>(p.tile * p.ldD) : nullptr;
   s.exact_u = c.take<T>(Simd<T>::kLanes * p.ldD);
   s.exact_w = c.take<T>(Simd<T>::kLanes * p.ldD);
   for (Bucket& bucket : s.bucket) {
@@ -248,6 +248,13 @@ CRRCD_INLINE void add_multiple(int64_t width, T factor, const T* x, T* sum) {
     store(sum + d, load(sum + d) + factor * load(x + d));
 }
 
+template <typename T>
+CRRCD_INLINE T sum_of(int64_t width, const T* x) {
+  typename Simd<T>::V sum{};
+  for (int64_t i = 0; i < width; i += Simd<T>::kLanes) sum += load(x + i);
+  return horizontal_sum<T>(sum);
+}
+
 template <typename T, Pass kPass, Want kWant>
 __attribute__((noinline)) void work_off(const DifferenceParams<T>& p, const DifferenceScratch<T>& s,
                                         ExactQueue<T>& queue, DifferenceSums<T>& sums) {
@@ -286,8 +293,10 @@ __attribute__((noinline)) void work_off(const DifferenceParams<T>& p, const Diff
     if (p.need_query) add_multiple(p.Dp, c, w, s.d_query + b * p.ldD);
     if (kWant == Want::kKeys) {
       const T f = along * p.weight[at] * queue.inverse[i] * queue.inverse[i];
-      add_multiple(p.Dp, c, u, s.d_rows + n * p.ldD);
-      add_multiple(p.Dp, -f, w, s.d_rows + n * p.ldD);
+      if (s.d_rows) {
+        add_multiple(p.Dp, c, u, s.d_rows + n * p.ldD);
+        add_multiple(p.Dp, -f, w, s.d_rows + n * p.ldD);
+      }
       add_multiple(p.Dp, -c, u, s.d_anchor + a * p.ldD);
       add_multiple(p.Dp, f - c, w, s.d_anchor + a * p.ldD);
     }
@@ -675,6 +684,20 @@ void shared_sweep(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, i
   }
 }
 
+// The gradient of the tile's keys.
+template <typename T>
+void shared_rows(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64_t m) {
+  const int64_t ld_t = tile_stride(p);
+  dense_gemm<T, Product::kFull, true>(m, p.Dp, p.B, s.weight, ld_t, p.query_seen, p.ldD, s.d_rows,
+                                      p.ldD, true);
+  dense_gemm<T, Product::kFull, true>(m, p.Dp, p.A, s.y, ld_t, p.anchor_seen, p.ldD, s.d_rows,
+                                      p.ldD, false);
+  clear(m, s.row_square);
+  for (int64_t a = 0; a < p.A; ++a) add_to(m, s.f + a * ld_t, s.row_square);
+  for (int64_t n = 0; n < m; ++n)
+    add_multiple(p.Dp, -s.row_square[n], s.rows + n * p.ldD, s.d_rows + n * p.ldD);
+}
+
 template <typename T, Pass kPass, Want kWant>
 void shared_pass(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64_t part,
                  DifferenceSums<T>& sums) {
@@ -699,21 +722,11 @@ void shared_pass(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, in
     if (kWant == Want::kKeys) {
       combine(s, p.A, width, ld_t);
       dense_gemm<T>(p.A, p.Dp, m, s.y, ld_t, s.rows, p.ldD, s.d_anchor, p.ldD, false);
-      dense_gemm<T, Product::kFull, true>(m, p.Dp, p.B, s.weight, ld_t, p.query_seen, p.ldD,
-                                          s.d_rows, p.ldD, true);
-      dense_gemm<T, Product::kFull, true>(m, p.Dp, p.A, s.y, ld_t, p.anchor_seen, p.ldD, s.d_rows,
-                                          p.ldD, false);
-      for (int64_t a = 0; a < p.A; ++a)
-        for (int64_t n = 0; n < m; ++n) {
-          const T f = s.f[a * ld_t + n];
-          s.sum_f[a] += f;
-          s.row_square[n] = a == 0 ? f : s.row_square[n] + f;
-        }
-      for (int64_t n = 0; n < m; ++n)
-        add_multiple(p.Dp, -s.row_square[n], s.rows + n * p.ldD, s.d_rows + n * p.ldD);
+      for (int64_t a = 0; a < p.A; ++a) s.sum_f[a] += sum_of(width, s.f + a * ld_t);
+      if (s.d_rows) shared_rows(p, s, m);
     }
     if (exact || p.near_begin) shared_exact<T, kPass, kWant>(p, s, first, m, masked, exact, sums);
-    if (p.d_rows)
+    if (s.d_rows)
       for (int64_t n = 0; n < m; ++n)
         for (int64_t d = 0; d < p.D; ++d) p.d_rows[(first + n) * p.D + d] = s.d_rows[n * p.ldD + d];
   }
@@ -839,7 +852,7 @@ __attribute__((noinline)) void own_entries(const DifferenceParams<T>& p,
       if (kWant != Want::kLoss) {
         const T weight = horizontal_sum<T>(total);
         if (p.need_query) add_multiple(p.Dp, weight, m, s.d_query + b * p.ldD);
-        if (kWant == Want::kKeys)
+        if (kWant == Want::kKeys && s.d_rows)
           add_multiple(p.Dp, weight, p.query_seen + b * p.ldD, s.d_rows + u * p.ldD);
       }
       if (exact || p.near_begin)
@@ -892,7 +905,7 @@ void own_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, const
     for (int64_t u = 0; u < rows; ++u) {
       clear(p.Ap, s.y + u * p.ldA);
       clear(p.Ap, s.f + u * p.ldA);
-      clear(p.ldD, s.d_rows + u * p.ldD);
+      if (s.d_rows) clear(p.ldD, s.d_rows + u * p.ldD);
     }
   if (masked)
     own_entries<T, kPass, kWant, true>(p, s, tile, exact, sums);
@@ -902,16 +915,13 @@ void own_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, const
   combine(s, rows, p.Ap, p.ldA);
   dense_gemm<T, Product::kFull, true>(p.A, p.Dp, rows, s.y, p.ldA, s.rows, p.ldD, s.d_anchor, p.ldD,
                                       false);
+  for (int64_t u = 0; u < rows; ++u) add_to(p.Ap, s.f + u * p.ldA, s.sum_f);
+  if (!s.d_rows) return;
   dense_gemm<T>(rows, p.Dp, p.A, s.y, p.ldA, p.anchor_seen, p.ldD, s.d_rows, p.ldD, false);
   for (int64_t u = 0; u < rows; ++u) {
-    T total = 0;
-    for (int64_t a = 0; a < p.A; ++a) {
-      total += s.f[u * p.ldA + a];
-      s.sum_f[a] += s.f[u * p.ldA + a];
-    }
-    add_multiple(p.Dp, -total, s.rows + u * p.ldD, s.d_rows + u * p.ldD);
-    if (p.d_bank)
-      for (int64_t d = 0; d < p.D; ++d) p.d_bank[(tile.row[u]) * p.D + d] = s.d_rows[u * p.ldD + d];
+    const T f = sum_of(p.Ap, s.f + u * p.ldA);
+    add_multiple(p.Dp, -f, s.rows + u * p.ldD, s.d_rows + u * p.ldD);
+    for (int64_t d = 0; d < p.D; ++d) p.d_bank[tile.row[u] * p.D + d] = s.d_rows[u * p.ldD + d];
   }
 }
 
