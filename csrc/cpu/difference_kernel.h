@@ -86,7 +86,7 @@ size_t carve(const DifferenceParams<T>& p, std::byte* base, DifferenceScratch<T>
   s.bias = c.take<T>(shared);
   s.weight = c.take<T>(shared);
   s.logit = c.take<T>(p.tile);
-  s.d_rows = p.d_rows || p.d_bank ? c.take<T>(p.tile * p.ldD) : nullptr;
+  s.d_rows = keys && p.need_bank ? c.take<T>(p.tile * p.ldD) : nullptr;
   s.exact_u = c.take<T>(Simd<T>::kLanes * p.ldD);
   s.exact_w = c.take<T>(Simd<T>::kLanes * p.ldD);
   for (Bucket& bucket : s.bucket) {
@@ -360,10 +360,12 @@ struct Ahead {
 
 constexpr int64_t kDistanceDepth = 32;  // two short sums round less than one long one
 
-// out[i, j] = |x_i - y_j|^2 for y given as [depth, columns].
-template <typename T, int kRows, int kVectors>
-CRRCD_INLINE void distance_block(int64_t depth, const T* x, int64_t ld_x, const T* y, int64_t ld_y,
-                                 T* out, int64_t ld_out, Ahead& ahead) {
+// out[i, j] = |x_i - y_j|^2, or <x_i, y_j>, for y given as [depth, columns].
+enum class Compare { kDistance, kProduct };
+
+template <typename T, Compare kCompare, int kRows, int kVectors>
+CRRCD_INLINE void compare_block(int64_t depth, const T* x, int64_t ld_x, const T* y, int64_t ld_y,
+                                T* out, int64_t ld_out, Ahead& ahead) {
   using V = typename Simd<T>::V;
   constexpr int kLanes = Simd<T>::kLanes;
   int64_t first = 0;
@@ -375,8 +377,8 @@ CRRCD_INLINE void distance_block(int64_t depth, const T* x, int64_t ld_x, const 
       for (int i = 0; i < kRows; ++i) {
         const V level = splat(x[i * ld_x + d]);
         for (int j = 0; j < kVectors; ++j) {
-          const V w = load(y + d * ld_y + j * kLanes) - level;
-          sum[i][j] += w * w;
+          const V other = load(y + d * ld_y + j * kLanes), w = other - level;
+          sum[i][j] += kCompare == Compare::kProduct ? level * other : w * w;
         }
       }
     for (int i = 0; i < kRows; ++i)
@@ -388,33 +390,41 @@ CRRCD_INLINE void distance_block(int64_t depth, const T* x, int64_t ld_x, const 
   } while (first < depth);
 }
 
-template <typename T, int kVectors>
-__attribute__((noinline)) void distance_panel(int64_t rows, int64_t depth, const T* x, int64_t ld_x,
-                                              const T* y, int64_t ld_y, T* out, int64_t ld_out,
-                                              Ahead& ahead) {
+template <typename T, Compare kCompare, int kVectors>
+__attribute__((noinline)) void compare_panel(int64_t rows, int64_t depth, const T* x, int64_t ld_x,
+                                             const T* y, int64_t ld_y, T* out, int64_t ld_out,
+                                             Ahead& ahead) {
   int64_t i = 0;
   for (; i + kDenseRows <= rows; i += kDenseRows)
-    distance_block<T, kDenseRows, kVectors>(depth, x + i * ld_x, ld_x, y, ld_y, out + i * ld_out,
-                                            ld_out, ahead);
+    compare_block<T, kCompare, kDenseRows, kVectors>(depth, x + i * ld_x, ld_x, y, ld_y,
+                                                     out + i * ld_out, ld_out, ahead);
   for (; i < rows; ++i)
-    distance_block<T, 1, kVectors>(depth, x + i * ld_x, ld_x, y, ld_y, out + i * ld_out, ld_out,
-                                   ahead);
+    compare_block<T, kCompare, 1, kVectors>(depth, x + i * ld_x, ld_x, y, ld_y, out + i * ld_out,
+                                            ld_out, ahead);
 }
 
-template <typename T>
-void squared_distances(int64_t rows, int64_t columns, int64_t depth, const T* x, int64_t ld_x,
-                       const T* y, int64_t ld_y, T* out, int64_t ld_out, Ahead ahead = {}) {
+template <typename T, Compare kCompare>
+void compare(int64_t rows, int64_t columns, int64_t depth, const T* x, int64_t ld_x, const T* y,
+             int64_t ld_y, T* out, int64_t ld_out, Ahead ahead = {}) {
   constexpr int kLanes = Simd<T>::kLanes;
   int64_t j = 0;
   for (; j + 4 * kLanes <= columns; j += 4 * kLanes)
-    distance_panel<T, 4>(rows, depth, x, ld_x, y + j, ld_y, out + j, ld_out, ahead);
+    compare_panel<T, kCompare, 4>(rows, depth, x, ld_x, y + j, ld_y, out + j, ld_out, ahead);
   for (; j < columns; j += kLanes)
-    distance_panel<T, 1>(rows, depth, x, ld_x, y + j, ld_y, out + j, ld_out, ahead);
+    compare_panel<T, kCompare, 1>(rows, depth, x, ld_x, y + j, ld_y, out + j, ld_out, ahead);
 }
 
-// From squared distances in s.inverse: 1/|w| and |w|/2, 0 for those that need exact differences,
-// whose bits are set in s.exact. Returns whether there are any.
+// Whether |w|^2 = |m|^2 + |a|^2 - 2 <m, a> of such squares cannot overflow before |w|^2 does.
 template <typename T>
+bool has_room(int64_t count, const T* square) {
+  bool room = true;
+  for (int64_t i = 0; i < count; ++i) room &= square[i] < std::numeric_limits<T>::max() / 8;
+  return room;
+}
+
+// From squared distances in s.inverse, or products: 1/|w| and |w|/2, 0 for those that need exact
+// differences, whose bits are set in s.exact. Returns whether there are any.
+template <typename T, Compare kCompare>
 bool inverse_norms(const DifferenceScratch<T>& s, int64_t rows, int64_t columns, int64_t ld,
                    const T* row_square, const T* column_square) {
   using V = typename Simd<T>::V;
@@ -423,8 +433,9 @@ bool inverse_norms(const DifferenceScratch<T>& s, int64_t rows, int64_t columns,
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < columns; j += kLanes) {
       const int64_t at = i * ld + j;
-      const V square = load(s.inverse + at);
       const V sum = load(column_square + j) + row_square[i];
+      const V square =
+          kCompare == Compare::kProduct ? sum - T(2) * load(s.inverse + at) : load(s.inverse + at);
       const V near = sum * T(kNearDifference) + T(2 * kZeroNormSquared) - square;
       const V inverse = near > 0 ? V{} : T(1) / square_root<T>(square);
       store(s.inverse + at, inverse);
@@ -608,9 +619,11 @@ bool load_shared_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& 
     s.row_square[n] = 0;
   }
   transpose<T>(width, p.D, s.rows, p.ldD, s.rows_t, ld_t);
-  squared_distances<T>(p.B, width, p.D, p.query_seen, p.ldD, s.rows_t, ld_t, s.distance, ld_t);
-  squared_distances<T>(p.A, width, p.D, p.anchor_seen, p.ldD, s.rows_t, ld_t, s.inverse, ld_t);
-  exact = inverse_norms(s, p.A, width, ld_t, p.anchor_square, s.row_square);
+  compare<T, Compare::kDistance>(p.B, width, p.D, p.query_seen, p.ldD, s.rows_t, ld_t, s.distance,
+                                 ld_t);
+  compare<T, Compare::kDistance>(p.A, width, p.D, p.anchor_seen, p.ldD, s.rows_t, ld_t, s.inverse,
+                                 ld_t);
+  exact = inverse_norms<T, Compare::kDistance>(s, p.A, width, ld_t, p.anchor_square, s.row_square);
 
   bool masked = false;
   const auto prepare = [&] {
@@ -878,10 +891,18 @@ void own_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, const
   const int64_t blocks = (rows + kDenseRows - 1) / kDenseRows;
   for (int64_t u = rows; u < blocks * kDenseRows; ++u) clear(p.ldD, s.rows + u * p.ldD);
   const int64_t steps = blocks * (p.D / kDistanceDepth + 1);
-  squared_distances<T>(
-      blocks * kDenseRows, p.Ap, p.D, s.rows, p.ldD, p.anchor_seen_t, p.ldA, s.inverse, p.ldA,
-      Ahead{&p.bank, tile.next, tile.next_rows, p.D, (tile.next_rows + steps - 1) / steps});
-  const bool exact = inverse_norms(s, rows, p.Ap, p.ldA, s.row_square, p.anchor_square);
+  // A product is cheaper than a distance. The digits that |w|^2 loses where it is not much above
+  // kNearDifference are lost in the sums of all gradients but the keys', which keep them.
+  const auto norms = [&]<Compare kCompare>() {
+    compare<T, kCompare>(
+        blocks * kDenseRows, p.Ap, p.D, s.rows, p.ldD, p.anchor_seen_t, p.ldA, s.inverse, p.ldA,
+        Ahead{&p.bank, tile.next, tile.next_rows, p.D, (tile.next_rows + steps - 1) / steps});
+    return inverse_norms<T, kCompare>(s, rows, p.Ap, p.ldA, s.row_square, p.anchor_square);
+  };
+  const bool products =
+      !p.need_bank && has_room(rows, s.row_square) && has_room(p.A, p.anchor_square);
+  const bool exact = products ? norms.template operator()<Compare::kProduct>()
+                              : norms.template operator()<Compare::kDistance>();
   bool masked = false;
   const auto prepare = [&] {
     if (!masked)

@@ -149,7 +149,7 @@ class DifferenceNce {
     p.A = x.A, p.B = x.B, p.K = x.K, p.D = x.D;
     p.Ap = round_up(x.A, lanes), p.Dp = round_up(x.D, lanes);
     p.ldA = leading_dimension(p.Ap, size), p.ldD = leading_dimension(p.Dp, size);
-    p.need_query = x.needs(kQuery);
+    p.need_query = x.needs(kQuery), p.need_bank = x.needs(kBank);
     p.want = x.needs(kAnchor | kBank)             ? Want::kKeys
              : x.needs(kQuery | kScale | kOffset) ? Want::kQuery
                                                   : Want::kLoss;

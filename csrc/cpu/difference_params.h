@@ -33,7 +33,7 @@ struct DifferenceParams {
   int64_t pair_parts = 1;    // ranges of queries and of anchors
   Pass pass = Pass::kNce;
   Want want = Want::kLoss;
-  bool need_query = false;
+  bool need_query = false, need_bank = false;
 
   BankView bank;  // with the index of shared negatives
   // each query's own negatives: query << tile_shift | row within the bucket, sorted by bucket.
