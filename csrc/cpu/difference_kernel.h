@@ -437,7 +437,7 @@ bool inverse_norms(const DifferenceScratch<T>& s, int64_t rows, int64_t columns,
       const V square =
           kCompare == Compare::kProduct ? sum - T(2) * load(s.inverse + at) : load(s.inverse + at);
       const V near = sum * T(kNearDifference) + T(2 * kZeroNormSquared) - square;
-      const V inverse = near > 0 ? V{} : T(1) / square_root<T>(square);
+      const V inverse = near > 0 ? V{} : inverse_root<T>(square);
       store(s.inverse + at, inverse);
       store(s.half_norm + at, square * T(0.5) * inverse);
       const uint32_t bits = positive_bits(near);

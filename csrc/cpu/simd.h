@@ -231,6 +231,18 @@ CRRCD_INLINE typename Simd<T>::V square_root(typename Simd<T>::V x) {
 #endif
 }
 
+// 1 / sqrt(x) for x > 0 that is neither tiny nor infinite.
+template <typename T>
+CRRCD_INLINE typename Simd<T>::V inverse_root(typename Simd<T>::V x) {
+#if CRRCD_VECTOR_BYTES == 64 && defined(__x86_64__)
+  if constexpr (sizeof(T) == 4) {
+    const typename Simd<T>::V r = (typename Simd<T>::V)_mm512_rsqrt14_ps((__m512)x);
+    return r + r * T(0.5) * (T(1) - x * r * r);  // one Newton step: 14 bits become 24
+  }
+#endif
+  return T(1) / square_root<T>(x);
+}
+
 // -|x|; NaN stays NaN.
 CRRCD_INLINE Simd<float>::V minus_magnitude(Simd<float>::V x) {
   return (Simd<float>::V)((Simd<float>::I)x | INT32_MIN);
