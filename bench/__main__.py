@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import difference_nce, instance_nce, losses, module_step, relation_nce
+from bench import difference_nce, instance_nce, losses, module_step, relation_nce, static
 
 COMMANDS = {
     "relation_nce": relation_nce,
@@ -13,6 +13,7 @@ COMMANDS = {
     "difference_nce": difference_nce,
     "module_step": module_step,
     "losses": losses,
+    "static": static,
 }
 
 

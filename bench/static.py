@@ -1,0 +1,259 @@
+"""`python -m bench static`: resources, instructions and modelled times of the CUDA kernels."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bench import report, sass, static_model, suite
+from bench.sass import Counts, Kernel
+from bench.table import markdown_table, terminal_table
+
+OPERATORS = ("relation", "relation_nce", "difference_nce", "instance_nce", "bank_update_")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a multiprocessor; all have 65,536 registers."""
+
+    threads: int
+    blocks: int
+    shared: int  # bytes
+
+
+_LARGE, _SMALL = 228 * 1024, 100 * 1024
+LIMITS = {
+    80: Limits(2048, 32, 164 * 1024),
+    86: Limits(1536, 16, _SMALL),
+    87: Limits(1536, 16, 164 * 1024),
+    89: Limits(1536, 24, _SMALL),
+    90: Limits(2048, 32, _LARGE),
+    100: Limits(2048, 32, _LARGE),
+    103: Limits(2048, 32, _LARGE),
+    120: Limits(1536, 24, _SMALL),
+    121: Limits(1536, 24, _SMALL),
+}
+
+
+def blocks_per_multiprocessor(arch: str, registers: int, threads: int, shared: int) -> int | None:
+    """Blocks of `threads` threads that one multiprocessor holds; None for an unknown one."""
+    limits = LIMITS.get(sass.generation(arch))
+    if limits is None:
+        return None
+    warps = -(-threads // 32)
+    # Registers are given to warps in units of 256, by four partitions of the multiprocessor, and
+    # warps to a block four at a time.
+    of_warp = -(-registers * 32 // 256) * 256
+    by_registers = 4 * (16384 // of_warp) // (-(-warps // 4) * 4)
+    by_shared = limits.shared // (-(-shared // 128) * 128 + sass.SYSTEM_SHARED)
+    return min(limits.blocks, limits.threads // (32 * warps), by_registers, by_shared)
+
+
+def operator_of(source: str) -> str:
+    """The operator that a file of csrc/cuda belongs to, by its name; "" for none."""
+    stem = source.rstrip("_") + "_"
+    named = [op for op in OPERATORS if stem.startswith(op.rstrip("_") + "_")]
+    if not named:  # instance_f32 is part of instance_nce
+        named = [op for op in OPERATORS if op.split("_")[0] == source.split("_")[0]]
+    return max(named, key=len, default="")
+
+
+def describe(kernel: Kernel) -> dict[str, object]:
+    """A kernel for JSON."""
+    name, use = kernel.name, kernel.resources
+    dynamic = static_model.DYNAMIC_SHARED.get(name.kernel, lambda _: 0)(name)
+    threads = use.max_threads or 1024
+    return {
+        "arch": kernel.arch,
+        "operator": operator_of(name.source),
+        "source": name.source,
+        "kernel": name.kernel,
+        "types": list(name.types),
+        "variant": list(name.variant),
+        "name": str(name),
+        "symbol": kernel.symbol,
+        "resources": asdict(use) | {"dynamic_shared": dynamic},
+        "blocks_per_multiprocessor": blocks_per_multiprocessor(
+            kernel.arch, use.registers, threads, use.shared + dynamic
+        ),
+        "counts": asdict(kernel.counts),
+        "main_loop": kernel.loop and asdict(kernel.loop) | {"contains": kernel.loop_contains},
+    }
+
+
+HEADER = ["kernel", "regs", "stack", "spill", "shared", "threads", "blocks", "MMA", "LDSM"]
+HEADER += ["LDGSTS", "LDG", "STG", "atomics", "BAR", "loop", "MMA", "FMA", "MUFU", "LDS"]
+
+NOTES = """\
+regs: registers of a thread. stack: bytes of a thread's stack, which holds spilled registers; spill:
+loads and stores of it. shared: bytes, static + dynamic. threads: most of a block, by the source
+(blank: 1024). blocks: that many such blocks at once on a multiprocessor. MMA: tensor-core
+instructions; LDSM: ldmatrix; LDGSTS: cp.async; LDG, STG: loads and stores of device memory, bits of
+a thread x how many; atomics: RED and ATOM; BAR: barriers of a block. All count what stands in the
+kernel, not what is run. loop: instructions in the main loop, each branch once, and of those tensor
+core, multiply-adds, special functions, loads of shared memory; the main loop is the one with the
+most tensor-core work, or the innermost with the most multiply-adds; +: it has loops within it."""
+
+MODEL_HEADER = ["model, not measured", "GPU", "MB", "x least", "GFLOP", "x least"]
+MODEL_HEADER += ["memory us", "tensor", "FMA", "special", "issue", "most ms", "sum ms"]
+MODEL_NOTES = """\
+Model, not measured. MB: to and from device memory by the plan; x least: over each input once and
+each output once. GFLOP: on tensor cores, over the least that the formula needs. Then the time of
+each limit alone, in microseconds; issue is the main loop's instructions as compiled, every branch
+of it taken (blank: this build has no such kernel for that GPU). most: the longest of these, if all
+overlap; sum: if none does."""
+
+
+def _widths(counts: dict[int, int]) -> str:
+    return " ".join(f"{bits}x{number}" for bits, number in sorted(counts.items(), reverse=True))
+
+
+def _number(value: int) -> str:
+    return str(value) if value else ""
+
+
+def row(kernel: Kernel) -> list[str]:
+    about, use, counts = describe(kernel), kernel.resources, kernel.counts
+    dynamic = about["resources"]["dynamic_shared"]
+    loop = kernel.loop or Counts()
+    blocks = about["blocks_per_multiprocessor"]
+    return [
+        f"{kernel.name}",
+        str(use.registers),
+        str(use.stack + use.local),
+        str(counts.local),
+        f"{use.shared}+{dynamic}" if dynamic else str(use.shared),
+        str(use.max_threads or ""),
+        "" if blocks is None else str(blocks),
+        *map(_number, (counts.tensor_core, counts.ldmatrix, counts.async_copy)),
+        _widths(counts.global_loads),
+        _widths(counts.global_stores),
+        *map(_number, (counts.atomic, counts.barrier)),
+        (str(loop.instructions) + ("+" if kernel.loop_contains else "")) if kernel.loop else "",
+        *map(_number, (loop.tensor_core, loop.multiply_add, loop.special)),
+        _number(sum(loop.shared_loads.values())),
+    ]
+
+
+def tables(kernels: Sequence[Kernel]) -> dict[str, list[list[str]]]:
+    """Rows of one table for each architecture and operator."""
+    found: dict[str, list[list[str]]] = {}
+    for kernel in sorted(kernels, key=lambda k: (sass.generation(k.arch), k.name.source, k.symbol)):
+        operator = operator_of(kernel.name.source) or kernel.name.source
+        found.setdefault(f"{kernel.arch}, {operator}", []).append(row(kernel))
+    return {title: sorted(rows) for title, rows in found.items()}
+
+
+def modelled(kernels: Sequence[Kernel]) -> list[dict[str, object]]:
+    """Every case of the operators that have kernels here, on every GPU of the model."""
+    operators = {operator_of(kernel.name.source) for kernel in kernels}
+    results = []
+    for case in static_model.CASES:
+        if case.operator not in operators:
+            continue
+        for gpu in static_model.GPUS:
+            times = static_model.seconds(case.work, gpu, kernels)
+            known = [time for time in times.values() if time is not None]
+            results.append(
+                {
+                    "operator": case.operator,
+                    "case": case.label,
+                    "gpu": gpu.name,
+                    "measured": False,
+                    "work": asdict(case.work),
+                    "seconds": times,
+                    "most_s": max(known),
+                    "sum_s": sum(known),
+                }
+            )
+    return results
+
+
+def _ratio(value: float, least: float) -> str:
+    return f"{value / least:.2f}" if least else ""
+
+
+def model_rows(results: Sequence[dict]) -> list[list[str]]:
+    rows = []
+    for result in results:
+        work = result["work"]
+        tensor = sum(work["tensor"].values())
+        times = result["seconds"].values()
+        rows.append(
+            [
+                f"{result['operator']}, {result['case']}",
+                result["gpu"],
+                f"{work['bytes'] / 1e6:,.1f}",
+                _ratio(work["bytes"], work["least_bytes"]),
+                f"{tensor / 1e9:,.1f}" if tensor else "",
+                _ratio(tensor, work["least_tensor"]),
+                *("" if time is None else f"{time * 1e6:,.1f}" if time else "" for time in times),
+                f"{result['most_s'] * 1e3:.3f}",
+                f"{result['sum_s'] * 1e3:.3f}",
+            ]
+        )
+    return rows
+
+
+def module_with_kernels() -> Path:
+    """The compiled module of this installation, if it has CUDA kernels."""
+    try:
+        from crrcd_ext import _C
+    except ImportError as error:
+        raise RuntimeError(f"crrcd_ext._C is not built ({error}): run `pip install .`") from error
+    if not _C.build_info()["cuda"]:
+        raise RuntimeError(
+            "this build has no CUDA kernels (CRRCD_CUDA=1 pip install . makes one that has)"
+        )
+    return Path(_C.__file__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--arch", nargs="+", metavar="SM", help="architectures, as sm_90a (default: all there are)"
+    )
+    parser.add_argument(
+        "--kernel",
+        default="",
+        metavar="EXPRESSION",
+        help="regular expression that finds 'FILE KERNEL<ARGUMENTS>' of those wanted",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/bench"), help="folder of the results"
+    )
+    parser.set_defaults(threads=None)
+
+
+def main(options: argparse.Namespace) -> int:
+    module = module_with_kernels()
+    present = sass.architectures(module)
+    archs = options.arch or present
+    if absent := [arch for arch in archs if arch not in present]:
+        raise ValueError(f"--arch: expected some of {', '.join(present)}, got {absent[0]}")
+    try:
+        re.compile(options.kernel)
+    except re.error as error:
+        raise ValueError(f"--kernel: {options.kernel!r} is no expression: {error}") from error
+    about = suite.begin(options)
+    kernels = sass.kernels(module, archs, options.kernel)
+    if not kernels:
+        raise ValueError(f"--kernel: {options.kernel!r} finds none of the kernels")
+    parts = [NOTES]
+    for title, rows in tables(kernels).items():
+        print(f"\n{title}\n{terminal_table(HEADER, rows)}", flush=True)
+        parts += [f"## {title}", markdown_table(HEADER, rows)]
+    print("\n" + NOTES)
+    results = modelled(kernels)
+    if results:
+        rows, stated = model_rows(results), static_model.assumptions()
+        print(f"\n{terminal_table(MODEL_HEADER, rows)}\n\n{MODEL_NOTES}\n" + "\n".join(stated))
+        parts += ["## Model, not measured", markdown_table(MODEL_HEADER, rows), MODEL_NOTES]
+        parts += ["\n".join(f"- {line}" for line in stated)]
+    document = {"kernels": [describe(kernel) for kernel in kernels], "model": results}
+    document["assumptions"] = static_model.assumptions()
+    paths = report.write_files("static", options.output, about, document, parts)
+    print("\nwritten: " + ", ".join(map(str, paths)))
+    return 0

@@ -1,0 +1,286 @@
+"""`python -m bench static`: reading compiled kernels, limits of multiprocessors, the model."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from bench import sass, static, static_model
+from bench.__main__ import main
+from bench.sass import Counts, Instruction, Kernel, Name, Resources
+from bench.static_model import Case, Gpu, MainLoop, Work
+from crrcd_ext import _backend
+
+SYMBOL = (
+    "_ZN5crrcd4cuda48_GLOBAL__N__1a2b3c4d_15_instance_f32_cu_0f1e2d3c11own_entriesIf13__nv_bfloat16"
+    "Li32ELi4ELNS_4PassE0EEEvNS0_14InstanceParamsIT_EE"
+)
+
+RESOURCES = """
+Fatbin elf code:
+arch = sm_80
+Resource usage:
+ Function first:
+  REG:90 STACK:16 SHARED:32 LOCAL:0 CONSTANT[0]:440 TEXTURE:0 SURFACE:0 SAMPLER:0
+Fatbin elf code:
+arch = sm_90a
+ Function first:
+  REG:64 STACK:0 SHARED:1056 LOCAL:8 CONSTANT[0]:440 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+
+ELF = """
+arch = sm_80
+.nv.info.first
+\t<0x1>
+\tAttribute:\tEIATTR_CRS_STACK_SIZE
+\tFormat:\tEIFMT_SVAL
+\tValue:\t0x0
+\t<0x2>
+\tAttribute:\tEIATTR_MAX_THREADS
+\tFormat:\tEIFMT_SVAL
+\tValue:\t0x80 0x2 0x1
+"""
+
+# Two loops, one in the other; code behind the exit that the inner one jumps to and that comes back;
+# the inner loop is left by a call; the branch to itself that ends a kernel's code.
+SASS = """
+Fatbin elf code:
+arch = sm_80
+\tcode for sm_80
+\t\tFunction : nested
+\t.headerflags\t@"EF_CUDA_SM80"
+        /*0000*/                   MOV R1, c[0x0][0x28] ;          /* 0x00000a0000017a02 */
+                                                                   /* 0x000fe40000000f00 */
+        /*0010*/                   LDG.E.128 R4, [R2.64] ;         /* 0x00000a0000017a02 */
+        /*0020*/                   FFMA R5, R5, R5, R5 ;           /* 0x00000a0000017a02 */
+        /*0030*/                   LDSM.16.M88.4 R8, [R2] ;        /* 0x00000a0000017a02 */
+        /*0040*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ; /* 0x0 */
+        /*0050*/                   HFMA2.MMA R9, -RZ, RZ, 0, 0 ;   /* 0x00000a0000017a02 */
+        /*0060*/                   BRA.DIV ~URZ, 0x00f0 ;          /* 0x00000a0000017a02 */
+        /*0070*/                   MUFU.EX2 R9, R9 ;               /* 0x00000a0000017a02 */
+        /*0080*/              @!P0 CALL.REL.NOINC 0x00a0 ;         /* 0x00000a0000017a02 */
+        /*0090*/                   BRA 0x0030 ;                    /* 0x00000a0000017a02 */
+        /*00a0*/                   STG.E.U16 [R2.64], R4 ;         /* 0x00000a0000017a02 */
+        /*00b0*/             @!UP1 BRA 0x0010 ;                    /* 0x00000a0000017a02 */
+        /*00c0*/                   BAR.SYNC 0x0 ;                  /* 0x00000a0000017a02 */
+        /*00d0*/                   RED.E.ADD.F32.FTZ.RN [R2.64], R4 ; /* 0x0 */
+        /*00e0*/                   EXIT ;                          /* 0x00000a0000017a02 */
+        /*00f0*/                   SHFL.BFLY R4, R4, R5, R6 ;      /* 0x00000a0000017a02 */
+        /*0100*/                   BRA 0x0070 ;                    /* 0x00000a0000017a02 */
+        /*0110*/                   BRA 0x110;                      /* 0x00000a0000017a02 */
+        /*0120*/                   NOP ;                           /* 0x00000a0000017a02 */
+arch = sm_90a
+\t\tFunction : straight
+        /*0000*/                   LDGSTS.E.BYPASS.128 [R3], desc[UR4][R2.64], P1 ; /* 0x0 */
+        /*0010*/              @P0  EXIT ;                          /* 0x00000a0000017a02 */
+        /*0020*/                   STL.64 [R1], R4 ;               /* 0x00000a0000017a02 */
+        /*0030*/                   EXIT ;                          /* 0x00000a0000017a02 */
+"""
+
+
+def code_of(symbol: str) -> list[Instruction]:
+    return next(code for _, name, code in sass.parse_sass(SASS.splitlines()) if name == symbol)
+
+
+def test_names_are_readable():
+    name = sass.name_of(SYMBOL)
+    assert str(name) == "own_entries<float, bf16, 32, 4, kNce>"
+    assert (name.types, name.variant) == (("float", "bf16"), ("32", "4", "kNce"))
+    assert name.source == "instance_f32"
+    assert str(sass.name_of("plain_c_name")) == "plain_c_name"
+    nested = sass.name_of("_Z4passIN5crrcd6TraitsI6__halfLi64EEELb1EEvPT_")
+    assert nested.arguments == ("Traits<fp16, 64>", "true")
+
+
+@pytest.mark.parametrize(
+    ("source", "operator"),
+    [
+        ("instance_f32", "instance_nce"),
+        ("bank_update_kernel", "bank_update_"),
+        ("relation_kernel", "relation"),
+        ("relation_nce_bf16", "relation_nce"),
+        ("difference_f64", "difference_nce"),
+        ("other", ""),
+    ],
+)
+def test_operator_of_a_file(source, operator):
+    assert static.operator_of(source) == operator
+
+
+def test_operators_are_those_of_the_package():
+    from crrcd_ext import _schema
+
+    known = {schema.split("(")[0] for schema in _schema.SCHEMAS}
+    assert set(static.OPERATORS) <= known
+
+
+def test_resources_and_threads():
+    found = sass.parse_resources(RESOURCES.splitlines())
+    assert found["sm_80", "first"] == Resources(registers=90, stack=16, local=0, shared=32)
+    # What the system keeps of a block's shared memory is not the kernel's.
+    assert found["sm_90a", "first"] == Resources(registers=64, stack=0, local=8, shared=32)
+    assert sass.parse_max_threads(ELF.splitlines()) == {("sm_80", "first"): 256}
+
+
+def test_instructions_are_counted():
+    kernels = [(arch, name) for arch, name, _ in sass.parse_sass(SASS.splitlines())]
+    assert kernels == [("sm_80", "nested"), ("sm_90a", "straight")]
+    counts = sass.count(code_of("nested"))
+    assert counts.instructions == 18  # no NOP
+    assert (counts.tensor_core, counts.tensor_operations) == (1, 2 * 16 * 8 * 16)
+    assert (counts.ldmatrix, counts.multiply_add, counts.special) == (1, 1, 1)
+    assert (counts.barrier, counts.atomic, counts.local) == (1, 1, 0)
+    assert (counts.global_loads, counts.global_stores) == ({128: 1}, {16: 1})
+    counts = sass.count(code_of("straight"))
+    assert (counts.async_copy, counts.local, counts.global_loads) == (1, 1, {})
+
+
+def test_loops_nest_and_the_one_with_tensor_cores_is_the_main_one():
+    outer, inner = sorted(sass.loops(code_of("nested")), key=lambda loop: loop.head)
+    assert (outer.head, outer.depth, outer.contains) == (0x10, 0, 1)
+    assert (inner.head, inner.depth, inner.contains) == (0x30, 1, 0)
+    # With what stands behind the exit, without what comes after the loop.
+    assert [i.address for i in inner.code] == [*range(0x30, 0xA0, 0x10), 0xF0, 0x100]
+    assert outer.own.instructions == 4 and len(outer.code) == 13
+    assert sass.main_loop(code_of("nested")).head == 0x30
+    assert sass.main_loop(code_of("straight")) is None
+
+
+def test_without_tensor_cores_the_main_loop_is_the_innermost_one_that_multiplies():
+    code = [
+        replace(i, opcode="FADD" if sass.is_tensor_core(i) else i.opcode) for i in code_of("nested")
+    ]
+    assert sass.main_loop(code).head == 0x30  # innermost, though the outer one has the FFMA
+
+
+@pytest.mark.parametrize(
+    ("opcode", "operations"),
+    [
+        ("HMMA.16816.F32.BF16", 2 * 16 * 8 * 16),
+        ("HMMA.1688.F32.TF32", 2 * 16 * 8 * 8),
+        ("DMMA.884", 2 * 8 * 8 * 4),
+        ("IMMA.16832.S8.S8", 2 * 16 * 8 * 32),
+        ("HGMMA.64x128x16.F32.BF16", 2 * 64 * 128 * 16 // 4),
+        ("FFMA", 0),
+    ],
+)
+def test_operations_of_a_tensor_core_instruction(opcode, operations):
+    assert sass.tensor_operations(Instruction(0, opcode)) == operations
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "threads", "shared", "blocks"),
+    [
+        ("sm_80", 32, 128, 0, 16),  # threads
+        ("sm_80", 128, 256, 0, 2),  # registers
+        ("sm_80", 129, 256, 0, 1),  # registers, in units of 8 for each thread
+        ("sm_80", 32, 128, 80 * 1024, 2),  # shared memory
+        ("sm_80", 32, 128, 82 * 1024, 1),  # what the system takes does not fit twice
+        ("sm_80", 16, 32, 0, 32),  # blocks
+        ("sm_86", 32, 128, 0, 12),
+        ("sm_90a", 32, 128, 112 * 1024, 2),
+        ("sm_75", 32, 128, 0, None),
+    ],
+)
+def test_blocks_per_multiprocessor(arch, registers, threads, shared, blocks):
+    assert static.blocks_per_multiprocessor(arch, registers, threads, shared) == blocks
+
+
+GPU = Gpu("test", "sm_80", multiprocessors=10, gigahertz=1.0, bandwidth=100, tensor={"bf16": 2})
+
+
+def kernel_with(loop: Counts) -> Kernel:
+    name = Name("pass", ("bf16",), "relation_nce_bf16")
+    return Kernel("sm_80", "symbol", name, Resources(64, 0, 0, 0, 128), loop, loop)
+
+
+def test_the_model_in_numbers():
+    loop = Counts(instructions=40, tensor_core=2, tensor_operations=8192, multiply_add=5)
+    work = Work(
+        bytes=1e9,
+        least_bytes=5e8,
+        tensor={"bf16": 4e9},
+        multiply_adds=1.28e12,
+        special=1.6e11,
+        main_loops=(MainLoop("pass<bf16>", tensor_operations=8.192e9),),
+    )
+    times = static_model.seconds(work, GPU, [kernel_with(loop)])
+    assert times == {
+        "memory": pytest.approx(0.01),
+        "tensor": pytest.approx(0.002),
+        "multiply-add": pytest.approx(1.0),
+        "special": pytest.approx(1.0),
+        "issue": pytest.approx(1e6 * 40 / (4 * 10 * 1e9)),
+    }
+    for part, passes in (
+        (MainLoop("pass<bf16>", multiply_adds=3200.0), 20),
+        (MainLoop("pass<bf16>", passes=7), 7),
+    ):
+        known = static_model.issue_seconds(
+            replace(work, main_loops=(part,)), GPU, [kernel_with(loop)]
+        )
+        assert known == pytest.approx(passes * 40 / (4 * 10 * 1e9))
+    elsewhere = replace(GPU, arch="sm_100a")
+    assert static_model.seconds(work, elsewhere, [kernel_with(loop)])["issue"] is None
+
+
+def test_a_new_case_is_a_line_of_the_table(monkeypatch):
+    work = Work(bytes=3e6, least_bytes=2e6, tensor={"bf16": 3e9}, least_tensor=2e9)
+    monkeypatch.setattr(static_model, "CASES", [Case("relation_nce", "A=64", work)])
+    kernels = [kernel_with(Counts())]
+    rows = static.model_rows(static.modelled(kernels))
+    assert [row[1] for row in rows] == [gpu.name for gpu in static_model.GPUS]
+    assert rows[0][:6] == ["relation_nce, A=64", "A100", "3.0", "1.50", "3.0", "1.50"]
+    assert all(not result["measured"] for result in static.modelled(kernels))
+    monkeypatch.setattr(static_model, "CASES", [Case("relation", "A=64", work)])
+    assert static.modelled(kernels) == []
+
+
+def test_bytes_of_instance_nce():
+    work = static_model.instance_own(64, 1024, 128, 1 << 40, "bf16")
+    rows = 64 * 1024 * 128 * 2
+    assert work.bytes == rows + 3 * 64 * 128 * 4 + 64 * 1024 * 8
+    assert math.isclose(work.least_bytes, work.bytes, rel_tol=1e-6)  # hardly a row is drawn twice
+    work = static_model.instance_shared(64, 1024, 128, 1 << 40, "float")
+    assert work.bytes == 1024 * 128 * 4 + 3 * 64 * 128 * 4 + 1024 * 8
+
+
+def test_command_on_the_built_module(tmp_path, capsys):
+    built = _backend.compiled is not None and _backend.compiled.build_info()["cuda"]
+    if not built:
+        assert main(["static", "--output", str(tmp_path)]) == 1
+        assert "no CUDA kernels" in capsys.readouterr().err
+        return
+    try:
+        sass.cuobjdump()
+    except sass.ToolMissing as missing:
+        pytest.skip(str(missing))
+    arch = sass.architectures(static.module_with_kernels())[0]
+    command = ["static", "--output", str(tmp_path), "--arch", arch]
+    assert main([*command, "--kernel", "instance.*<float, float"]) == 0
+    assert "model, not measured" in capsys.readouterr().out
+    document = json.loads((tmp_path / "static.json").read_text())
+    assert {"command", "date", "commit"} <= set(document["about"])
+    kernels = {kernel["name"]: kernel for kernel in document["kernels"]}
+    own = kernels["own_entries<float, float, 32, 4, kNce>"]
+    assert (own["operator"], own["types"]) == ("instance_nce", ["float", "float"])
+    assert own["resources"]["max_threads"] == 128 and own["resources"]["stack"] == 0
+    # The logit's and the gradient's multiply-adds: four rows of four columns each.
+    assert own["main_loop"]["multiply_add"] >= 32 and own["main_loop"]["contains"] == 0
+    assert own["counts"]["global_loads"]["128"] >= 1
+    tile = kernels["shared_tiles<float, float, kNce>"]
+    assert tile["resources"]["dynamic_shared"] > 30_000 and tile["counts"]["barrier"] > 0
+    assert tile["main_loop"]["multiply_add"] >= 0.5 * tile["main_loop"]["instructions"]
+    assert "| own_entries<float, float, 32, 4, kNce> |" in (tmp_path / "static.md").read_text()
+    assert main([*command, "--kernel", "no such"]) == 1
+    assert "finds none of the kernels" in capsys.readouterr().err
+    assert main([*command[:-1], "sm_10"]) == 1
+    assert f"--arch: expected some of {arch}" in capsys.readouterr().err
+
+
+def test_dynamic_shared_memory_of_tiles():
+    # operand and weight of 64 x 68, a factor for each of 64 rows, 24 doubles
+    assert static_model.DYNAMIC_SHARED["shared_tiles"](Name("shared_tiles", ("float",))) == 35264
