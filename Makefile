@@ -1,6 +1,7 @@
 # make demo        everything from nothing: environment, build, data, training, report
 # make test        everything from nothing: environment, build, test suite
 # make build       environment and build only
+# make sanitize    tests of the CPU backend and of the emulated CUDA kernels under ASan and UBSan
 # make bench       speed and memory of relation_nce against plain PyTorch
 # make format      ruff and clang-format; 'make lint' only looks
 # make dist        source distribution and wheel, in dist/
@@ -32,7 +33,7 @@ TORCH_READY := $(VENV)/.stamp-torch
 INSTALLED := $(VENV)/.stamp-installed
 FORMATTERS_READY := $(VENV)/.stamp-formatters
 
-.PHONY: help demo test build bench format lint dist clean distclean FORCE
+.PHONY: help demo test build sanitize bench format lint dist clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -46,6 +47,9 @@ test: $(INSTALLED)
 	@$(BIN)/python -m pytest tests -q
 
 build: $(INSTALLED)
+
+sanitize: $(INSTALLED)
+	@$(BIN)/python tests/sanitize.py
 
 bench: $(INSTALLED)
 	@$(BIN)/python -m bench relation_nce --output $(BENCH_OUTPUT)

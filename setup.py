@@ -6,6 +6,8 @@ TORCH_CUDA_ARCH_LIST
              the GPUs to build for (default: this machine's; where it has none, "8.0+PTX;9.0a",
              which newer ones can run too; `make dist` names them all)
 DEBUG        1: no optimisation, debug symbols
+CRRCD_SANITIZE
+             1: under AddressSanitizer and UBSan, for tests/sanitize.py, which builds and runs it
 MAX_JOBS     parallel compilations (default: one per processor)
 """
 
@@ -36,6 +38,7 @@ except ImportError:
 
 ROOT = Path(__file__).parent
 DEBUG = os.environ.get("DEBUG", "0") == "1"
+SANITIZE = os.environ.get("CRRCD_SANITIZE", "0") == "1"
 
 
 def with_cuda() -> bool:
@@ -67,6 +70,12 @@ def compiler_version() -> str:
 
 cuda = with_cuda()
 flags = ["-O0", "-g"] if DEBUG else ["-O3", "-DNDEBUG"]
+link_flags = ["-fopenmp"] if platform.system() == "Linux" else []
+if SANITIZE:
+    link_flags += ["-fsanitize=address,undefined"]
+    # vptr asks for type information that torch hides
+    flags = ["-O1", "-g1", *link_flags[-1:], "-fno-sanitize-recover=undefined"]
+    flags += ["-fno-sanitize=vptr", "-fno-omit-frame-pointer", "-fno-wrapv", "-UNDEBUG"]
 # contraction to fused multiply-add is wanted; no other relaxation of floating-point rules is
 flags += ["-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden"]
 flags += ["-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
@@ -99,7 +108,7 @@ setup(
                 ("CRRCD_TORCH_VERSION", f'"{torch.__version__}"'),
             ],
             extra_compile_args=arguments,
-            extra_link_args=["-fopenmp"] if platform.system() == "Linux" else [],
+            extra_link_args=link_flags,
         )
     ],
     cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)},

@@ -34,6 +34,12 @@ COMMON = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-DCRRCD
 COMMON += ["-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-attributes"]
 # Kernels look at memory as other types, as on a GPU.
 KERNEL = ["-x", "c++", "-O1", "-fno-strict-aliasing"]
+# CRRCD_SIMT_SANITIZE=1: everything under AddressSanitizer and UBSan, for tests/sanitize.py. Their
+# hooks exclude the checker's.
+SANITIZE: list[str] = []
+if os.environ.get("CRRCD_SIMT_SANITIZE", "0") == "1":
+    SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    SANITIZE += ["-fno-sanitize=vptr", "-fno-omit-frame-pointer"]
 CHECKED = ["-fsanitize=thread,alignment,bounds,shift"]
 CHECKED += ["--param=tsan-instrument-func-entry-exit=0"]
 
@@ -107,7 +113,7 @@ def run(command: list[str], target: Path) -> None:
 def compile_object(source: Path, flags: list[str]) -> Path:
     folders = ["-I", str(HERE), "-I", str(ROOT / "csrc"), "-I", str(CUDA)]
     folders += ["-isystem", str(toolkit_include())]
-    command = [compiler(), *COMMON, *flags, *folders, "-c", str(source)]
+    command = [compiler(), *COMMON, *flags, *SANITIZE, *folders, "-c", str(source)]
     key = digest(" ".join(command).encode(), source.read_bytes(), fixed_inputs())
     target = BUILD / "objects" / f"{source.stem}-{key}.o"
     if not target.exists():
@@ -122,7 +128,7 @@ def link(name: str, jobs: list[tuple[Path, list[str]]], flags: Sequence[str] = (
     target = BUILD / f"{name}-{digest(*(o.name.encode() for o in objects))}.so"
     if not target.exists():
         hidden = ["-shared", "-Wl,-Bsymbolic", "-Wl,-z,now"]
-        run([compiler(), *hidden, *map(str, objects), *flags], target)
+        run([compiler(), *hidden, *SANITIZE, *map(str, objects), *flags], target)
     return target
 
 

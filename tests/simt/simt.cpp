@@ -19,6 +19,11 @@
 
 #include "engine.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 #if !defined(__x86_64__)
 #error "tests/simt: the context switch is written for x86-64"
 #endif
@@ -101,11 +106,44 @@ void reserve_stacks() {
   }
 }
 
+// AddressSanitizer has to be told which stack is in use, and that what an abandoned thread had on
+// its stack is gone.
+namespace sanitizer {
+#if defined(__SANITIZE_ADDRESS__)
+const void* host_stack = nullptr;
+std::size_t host_bytes = 0;
+
+void to_thread(const Fiber& fiber) {
+  const auto* lowest = static_cast<const char*>(stack_of(fiber.index)) + kPage;
+  __sanitizer_start_switch_fiber(nullptr, lowest, kStackBytes - kPage);
+}
+void in_thread() { __sanitizer_finish_switch_fiber(nullptr, &host_stack, &host_bytes); }
+void to_host() { __sanitizer_start_switch_fiber(nullptr, host_stack, host_bytes); }
+void on_host() { __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr); }
+void clear_stack(int thread) {
+  __asan_unpoison_memory_region(static_cast<const char*>(stack_of(thread)) + kPage,
+                                kStackBytes - kPage);
+}
+// Of the shared memory that there is a launch has what it asked for.
+void limit_shared(const Range& all, const Range& used) {
+  __asan_poison_memory_region(reinterpret_cast<void*>(all.begin), all.end - all.begin);
+  __asan_unpoison_memory_region(reinterpret_cast<void*>(used.begin), used.end - used.begin);
+}
+#else
+void to_thread(const Fiber&) {}
+void in_thread() {}
+void to_host() {}
+void on_host() {}
+void clear_stack(int) {}
+void limit_shared(const Range&, const Range&) {}
+#endif
+}  // namespace sanitizer
+
 // Dynamic shared memory ends at a page that cannot be touched, so that overruns show unchecked too.
 void reserve_shared(std::size_t bytes) {
   static std::uintptr_t end = 0;
+  constexpr std::size_t reserved = (kMaxShared + kPage - 1) / kPage * kPage;
   if (end == 0) {
-    const std::size_t reserved = (kMaxShared + kPage - 1) / kPage * kPage;
     void* memory =
         mmap(nullptr, reserved + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::runtime_error("simt: no memory for shared memory");
@@ -114,13 +152,18 @@ void reserve_shared(std::size_t bytes) {
   }
   shared_memory.begin = (end - bytes) / 16 * 16;
   shared_memory.end = shared_memory.begin + bytes;
+  sanitizer::limit_shared({end - reserved, end + kPage}, shared_memory);
 }
 
 // ---------------------------------------------------------------------------------------------
 // Turns
 
 // Back to the scheduler; returns at this thread's next turn.
-void leave() { simt_switch(&self->stack_pointer, scheduler); }
+void leave() {
+  sanitizer::to_host();
+  simt_switch(&self->stack_pointer, scheduler);
+  sanitizer::in_thread();
+}
 
 void set_ready(Fiber& fiber) {
   fiber.state = State::ready;
@@ -171,6 +214,7 @@ void collective(const char* name, Collective run, unsigned mask, void* arguments
 
 // A thread's first turn, and its end. Lanes that wait for a returned one can go on without it.
 void thread_main() {
+  sanitizer::in_thread();
   running.invoke(running.arguments);
   Warp& warp = *self->warp;
   park(State::done);
@@ -335,6 +379,7 @@ void release_barrier() {
 
 void start_thread(int index) {
   Fiber& fiber = fibers[index];
+  sanitizer::clear_stack(index);
   fiber.open_group.clear();
   fiber.groups.clear();
   std::memset(fiber.seen, 0, sizeof(fiber.seen));
@@ -395,7 +440,9 @@ void run_block(std::uint64_t linear, int threads) {
     }
     cursor = thread;
     self = &fibers[thread];
+    sanitizer::to_thread(*self);
     simt_switch(&scheduler, self->stack_pointer);
+    sanitizer::on_host();
     self = nullptr;
     if (faulted) report_fault();
   }
@@ -443,6 +490,7 @@ class FaultHandler {
     fault_address = info->si_addr;
     fault_thread = self;
     fault_pc = reinterpret_cast<const char*>(registers[REG_RIP]) + 1;
+    sanitizer::to_host();
     registers[REG_RSP] = reinterpret_cast<greg_t>(scheduler);
     registers[REG_RIP] = reinterpret_cast<greg_t>(&simt_resume);
   }
