@@ -3,6 +3,7 @@
 # make build       environment and build only
 # make sanitize    tests of the CPU backend and of the emulated CUDA kernels under ASan and UBSan
 # make bench       speed and memory of relation_nce against plain PyTorch
+# make gpu-check   on a machine with a GPU: build, tests, sanitizers, benchmarks, a report of them
 # make format      ruff and clang-format; 'make lint' only looks
 # make dist        source distribution and wheel, in dist/
 # make clean       what the build made; 'make distclean' the environment too
@@ -33,7 +34,7 @@ TORCH_READY := $(VENV)/.stamp-torch
 INSTALLED := $(VENV)/.stamp-installed
 FORMATTERS_READY := $(VENV)/.stamp-formatters
 
-.PHONY: help demo test build sanitize bench format lint dist clean distclean FORCE
+.PHONY: help demo test build sanitize bench gpu-check format lint dist clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -53,6 +54,9 @@ sanitize: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@$(BIN)/python -m bench relation_nce --output $(BENCH_OUTPUT)
+
+gpu-check: $(INSTALLED)
+	@$(BIN)/python -m bench gpu_check
 
 format: $(FORMATTERS_READY)
 	@$(BIN)/ruff check -q --fix . ; $(BIN)/ruff format -q .

@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import difference_nce, instance_nce, losses, module_step, relation_nce, static
+from bench import (
+    difference_nce,
+    gpu_check,
+    instance_nce,
+    losses,
+    module_step,
+    relation_nce,
+    static,
+)
 
 COMMANDS = {
     "relation_nce": relation_nce,
@@ -14,10 +22,11 @@ COMMANDS = {
     "module_step": module_step,
     "losses": losses,
     "static": static,
+    "gpu_check": gpu_check,
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
@@ -28,7 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         module.add_arguments(command)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = make_parser().parse_args(arguments)
     try:
         return COMMANDS[options.command].main(options)
     except (OSError, RuntimeError, ValueError) as error:

@@ -68,8 +68,8 @@ def positives_loss(problem: Problem) -> torch.Tensor:
     return (problem.pair_weight * F.softplus(-logits)).sum()
 
 
-def _autocast(dtype: str) -> AbstractContextManager:
-    return torch.autocast("cpu", dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+def _autocast(dtype: str, device: str) -> AbstractContextManager:
+    return torch.autocast(device, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 
 def baseline_step(problem: Problem, name: str, dtype: str, chunk: int = 512) -> Step:
@@ -96,7 +96,7 @@ def baseline_step(problem: Problem, name: str, dtype: str, chunk: int = 512) -> 
             cast_anchor=not compiled,
         )
 
-    autocast = partial(_autocast, dtype)
+    autocast = partial(_autocast, dtype, problem.query.device.type)
     if style != "backward":
 
         def finish(negatives: torch.Tensor) -> torch.Tensor:
@@ -139,7 +139,7 @@ def operator_step(problem: Problem, dtype: str, backend: str = "cpu") -> Step:
             backend=backend,
         )
 
-    return as_step(problem, loss, partial(_autocast, dtype))
+    return as_step(problem, loss, partial(_autocast, dtype, problem.query.device.type))
 
 
 def make_step(

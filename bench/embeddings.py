@@ -56,7 +56,7 @@ def make_bank(rows: int, dim: int, dtype: str, generator: torch.Generator) -> to
 
 def make_problem(shape, negatives: str, dtype: str, anchors: int | None = None) -> Problem:
     """`shape` has queries, keys, dim and rows; Zbar of the offset is that of random unit rows."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     size = (shape.keys,) if negatives == "shared" else (shape.queries, shape.keys)
     spread = SCALE**2 / (2 * shape.dim)  # log of mean exp(SCALE x), x of variance 1 / D
     return Problem(

@@ -87,7 +87,7 @@ class Problem:
     """
 
     def __init__(self, shape: Shape, job: str) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(0)
 
         def head(width: int) -> torch.nn.Linear:
             layer = torch.nn.Linear(width, shape.dim)
@@ -212,7 +212,9 @@ def metric_learning_truth(problem: Problem) -> dict[str, torch.Tensor]:
         for head, features in zip(problem.heads, (problem.student, problem.teacher), strict=True)
     )
     rows = torch.cat([key.detach(), problem.memories[0][len(key) :]])
-    F.cross_entropy(query @ rows.T / TEMPERATURE, torch.arange(len(query))).backward()
+    F.cross_entropy(
+        query @ rows.T / TEMPERATURE, torch.arange(len(query), device=query.device)
+    ).backward()
     return problem.gradients()
 
 

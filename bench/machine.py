@@ -27,8 +27,10 @@ def _memory_gib() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
-def available_bytes() -> int:
-    """Memory that can be had without swapping."""
+def available_bytes(device: str = "cpu") -> int:
+    """Memory that can be had without swapping; on a GPU its own."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
@@ -62,8 +64,9 @@ def _native() -> dict[str, object]:
     return {"compiled": True, "isa": _C.isa_active(), "build": _C.build_info()}
 
 
-def describe() -> dict[str, object]:
+def describe(device: str = "cpu") -> dict[str, object]:
     """Everything about this run that is not a measurement."""
+    gpu = torch.device(device).type == "cuda"
     return {
         "command": "python -m bench " + shlex.join(sys.argv[1:]),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -73,6 +76,7 @@ def describe() -> dict[str, object]:
         else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(_memory_gib(), 1),
+        "device": torch.cuda.get_device_name(device) if gpu else device,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -84,9 +88,10 @@ def describe() -> dict[str, object]:
 def headline(about: dict[str, object]) -> list[str]:
     """The same in two lines for a person."""
     native = about["crrcd_ext"]
+    device = "" if about["device"] == "cpu" else f"{about['device']}; "
     path = f"instruction set {native['isa']}" if native["compiled"] else "not compiled"
     return [
         f"{about['command']}   ({about['date']}, commit {about['commit'] or 'unknown'})",
-        f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads, "
+        f"{device}{about['cpu']}, {about['cores']} cores, {about['threads']} threads, "
         f"{about['memory_gib']} GiB; torch {about['torch']}, crrcd_ext {path}",
     ]

@@ -34,14 +34,25 @@ class Timing:
         )
 
 
-def time_once(step: Callable[[], object]) -> float:
+def wait_for(device: str) -> None:
+    """Until all that was asked of the device is done; the CPU does it at once."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_once(step: Callable[[], object], device: str = "cpu") -> float:
+    wait_for(device)
     start = time.perf_counter()
     step()
+    wait_for(device)
     return time.perf_counter() - start
 
 
 def interleave(
-    steps: Mapping[str, Callable[[], object]], repeats: int, budget: float = float("inf")
+    steps: Mapping[str, Callable[[], object]],
+    repeats: int,
+    budget: float = float("inf"),
+    device: str = "cpu",
 ) -> dict[str, Timing]:
     """Run the steps in turn, `repeats` rounds, and return each one's times.
 
@@ -61,7 +72,7 @@ def interleave(
                 break
             turn = round_number % len(names)
             for name in names[turn:] + names[:turn]:
-                timings[name].seconds.append(time_once(steps[name]))
+                timings[name].seconds.append(time_once(steps[name], device))
     finally:
         if gc_was_on:
             gc.enable()
@@ -69,7 +80,10 @@ def interleave(
 
 
 class Meter(Protocol):
-    """Something that can be timed and does `amount` of the work that a limit counts."""
+    """Something that can be timed and does `amount` of the work that a limit counts.
+
+    Made within `with torch.device(...)`, it works there.
+    """
 
     amount: float
 
@@ -98,7 +112,7 @@ class MatrixProduct:
     """torch.mm of two square matrices: the rate that the nominal rate is compared with."""
 
     def __init__(self, dtype: str, size: int = 2048) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(0)
         kind = getattr(torch, dtype)
         self.left, self.right = (
             torch.randn(size, size, generator=generator).to(kind) for _ in range(2)
@@ -132,7 +146,7 @@ class RowSums:
     def __init__(self, bank: torch.Tensor, index: torch.Tensor, length: int = 256) -> None:
         self.bank = bank
         self.index = index.reshape(-1)
-        self.starts = torch.arange(0, len(self.index), length)
+        self.starts = torch.arange(0, len(self.index), length, device=index.device)
         self.amount = float(len(self.index) * bank.shape[1] * bank.element_size())
 
     def __call__(self) -> None:
@@ -148,7 +162,7 @@ class RowCopies:
     def __init__(self, bank: torch.Tensor, index: torch.Tensor, length: int = 2048) -> None:
         self.bank = bank
         self.pieces = index.reshape(-1).split(length)
-        self.buffer = torch.empty(length, bank.shape[1], dtype=bank.dtype)
+        self.buffer = torch.empty(length, bank.shape[1], dtype=bank.dtype, device=bank.device)
         self.amount = float(index.numel() * bank.shape[1] * bank.element_size())
 
     def __call__(self) -> None:

@@ -28,12 +28,19 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}: peak memory needs Linux")
 
 
-def peak_extra_bytes(step: Callable[[], object]) -> int:
-    """How far the resident set rises above its size before `step`, at its highest.
+def peak_extra_bytes(step: Callable[[], object], device: str = "cpu") -> int:
+    """How far the resident set rises above its size before `step`, at its highest; on a GPU, what
+    PyTorch has allocated there.
 
     The kernel's high-water mark is reset right before. The gradients that the step leaves count.
     """
     gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
     with suppress(AttributeError):  # another C library than glibc
         # Hand freed blocks back, or the step would reuse them unseen.
         ctypes.CDLL(None).malloc_trim(0)
@@ -43,21 +50,27 @@ def peak_extra_bytes(step: Callable[[], object]) -> int:
     return _status("VmHWM") - before
 
 
-def measure_here(case: Case, name: str, backend: str, chunk: int) -> int:
+def measure_here(case: Case, name: str, backend: str, chunk: int, device: str = "cpu") -> int:
     """Body of the fresh process: warm up without touching what is measured, then measure."""
+    there = torch.device(device)
     if not case.compiled(name):
         # Libraries load code and thread pools at their first call; a small problem brings them in.
         tiny = case.tiny()
-        tiny.make_step(tiny.make_problem(), name, backend, 8)()
-    problem = case.make_problem()
-    step = case.make_step(problem, name, backend, chunk)
+        with there:
+            warm_up = tiny.make_step(tiny.make_problem(), name, backend, 8)
+        warm_up()
+    with there:
+        problem = case.make_problem()
+        step = case.make_step(problem, name, backend, chunk)
     if case.compiled(name):
         step()  # the compilation itself is not to be counted
         problem.clear_gradients()
-    return peak_extra_bytes(step)
+    return peak_extra_bytes(step, device)
 
 
-def peak_extra_memory(case: Case, name: str, backend: str = "cpu", chunk: int = 512) -> int:
+def peak_extra_memory(
+    case: Case, name: str, backend: str = "cpu", chunk: int = 512, device: str = "cpu"
+) -> int:
     """Bytes of memory that one step of `name` needs beyond its inputs, from a fresh process."""
     request = {
         "command": case.command,
@@ -65,6 +78,7 @@ def peak_extra_memory(case: Case, name: str, backend: str = "cpu", chunk: int = 
         "name": name,
         "backend": backend,
         "chunk": chunk,
+        "device": device,
         "threads": torch.get_num_threads(),
     }
     # Without a fixed threshold glibc keeps freed blocks of up to 32 MB for later.

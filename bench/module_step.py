@@ -79,13 +79,15 @@ def run_case(
     repeats: int = 30,
     budget: float = 60.0,
     backend: str | None = "cpu",
+    device: str = "cpu",
 ) -> dict[str, object]:
-    steps, student = make_steps(anchors, batch, negatives, samples, backend)
+    with torch.device(device):
+        steps, student = make_steps(anchors, batch, negatives, samples, backend)
     for step in steps.values():
         step()
     if student.grad is None or not torch.isfinite(student.grad).all():
         raise RuntimeError("the module's step left no finite gradient in the student's features")
-    timings = interleave(steps, repeats, budget)
+    timings = interleave(steps, repeats, budget, device)
     return {
         "anchors": anchors,
         "batch": batch,
@@ -144,7 +146,8 @@ def main(options: argparse.Namespace) -> int:
             samples=options.samples,
             repeats=options.repeats,
             budget=options.budget,
-            backend=options.backend,
+            backend=suite.backend_of(options),
+            device=options.device,
         )
         cases.append(case)
     print("\n" + terminal_table(HEADER, rows(cases)) + "\n\n" + NOTES)

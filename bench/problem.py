@@ -86,7 +86,7 @@ class Problem:
 
 def make_problem(shape: Shape, grads: str = "all", seed: int = 0) -> Problem:
     """Random float32 inputs, scaled as CRRCDLoss initialises its relation module."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator)

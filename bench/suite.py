@@ -120,11 +120,12 @@ class ChunkChoice:
         self.keys = keys
         self.known: dict[tuple[Case, str], int] = {}
 
-    def __call__(self, case: Case, name: str, backend: str = "cpu") -> int:
+    def __call__(self, case: Case, name: str, backend: str = "cpu", device: str = "cpu") -> int:
         sample = case.with_keys(min(case.shape.keys, self.keys))
         key = (sample, name)
         if key not in self.known:
-            problem = sample.make_problem()
+            with torch.device(device):
+                problem = sample.make_problem()
             candidates = self.candidates
             if sample.compiled(name) and len(candidates) > 2:
                 candidates = candidates[1:4:2]  # each is compiled anew, which takes its time
@@ -133,9 +134,10 @@ class ChunkChoice:
                 return candidates[0]
             seconds = {}
             for chunk in candidates:
-                step = sample.make_step(problem, name, backend, chunk)
+                with torch.device(device):
+                    step = sample.make_step(problem, name, backend, chunk)
                 step()
-                seconds[chunk] = min(time_once(step) for _ in range(2))
+                seconds[chunk] = min(time_once(step, device) for _ in range(2))
             self.known[key] = min(seconds, key=seconds.__getitem__)
         return self.known[key]
 
@@ -191,21 +193,27 @@ def run_case(
     variants: Iterable[str],
     *,
     backend: str = "cpu",
+    device: str = "cpu",
     repeats: int = 7,
     budget: float = 60.0,
     memory: bool = True,
     choose_chunk: ChunkChoice | None = None,
     patience: Patience | None = None,
 ) -> dict[str, Any]:
-    """Times, memory and agreement of the variants of one case, as a dictionary for JSON."""
+    """Times, memory and agreement of the variants of one case, as a dictionary for JSON.
+
+    What is measured is made within `torch.device(device)` and run outside of it, where that costs
+    no time.
+    """
     choose_chunk = choose_chunk or ChunkChoice()
     patience = patience or Patience()
     torch._dynamo.reset()  # each shape is compiled for itself, as in a training run of that shape
-    problem = case.make_problem()
+    with torch.device(device):
+        problem = case.make_problem()
     results: dict[str, dict[str, Any]] = {name: {} for name in variants}
     steps: dict[str, Step] = {}
     for name in variants:
-        if case.needed_bytes(name) > 0.7 * machine.available_bytes():
+        if case.needed_bytes(name) > 0.7 * machine.available_bytes(device):
             results[name]["skipped"] = f"needs about {case.needed_bytes(name) / 1e9:.0f} GB"
             continue
         if not name.startswith(OPERATOR) and patience.expected(case, name) > patience.seconds:
@@ -213,21 +221,24 @@ def run_case(
             continue
         chunk = 512
         if case.style(name) in ("checkpoint", "backward"):
-            chunk = results[name]["chunk"] = choose_chunk(case, name, backend)
+            chunk = results[name]["chunk"] = choose_chunk(case, name, backend, device)
         try:
-            steps[name] = case.make_step(problem, name, backend, chunk)
+            with torch.device(device):
+                steps[name] = case.make_step(problem, name, backend, chunk)
         except Absent as absent:
             results[name]["skipped"] = str(absent)
     differences = _warm(case, problem, steps)
 
-    limits = case.limits(problem)
+    with torch.device(device):
+        limits = case.limits(problem)
     for meter, _ in limits.values():
         meter()
     meters = {limit.label: meter for limit, (meter, _) in limits.items()}
-    timings = interleave({**steps, **meters}, repeats, budget)
-    copy = Copy()
+    timings = interleave({**steps, **meters}, repeats, budget, device)
+    with torch.device(device):
+        copy = Copy()
     copy()
-    bandwidth = copy.amount / min(time_once(copy) for _ in range(3))
+    bandwidth = copy.amount / min(time_once(copy, device) for _ in range(3))
     for name in steps:
         timing = timings[name]
         patience.learn(case, name, timing.median)
@@ -254,7 +265,7 @@ def run_case(
     if memory:
         for name in names:
             results[name]["peak_bytes"] = peak_extra_memory(
-                case, name, backend, results[name].get("chunk", 512)
+                case, name, backend, results[name].get("chunk", 512), device
             )
     return {
         **case.as_dict(),
@@ -284,7 +295,10 @@ def add_run_arguments(
     parser: argparse.ArgumentParser, *, repeats: int = 7, unit: str = "a case"
 ) -> None:
     """What every command takes."""
-    parser.add_argument("--backend", default="cpu", help="backend of the operator")
+    parser.add_argument("--device", default="cpu", help="where the tensors are")
+    parser.add_argument(
+        "--backend", help="backend of the operator (default: cpu; on another device its own)"
+    )
     parser.add_argument(
         "--repeats", type=int, default=repeats, help="rounds, in each of which all run"
     )
@@ -342,12 +356,20 @@ def add_patience_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def backend_of(options: argparse.Namespace) -> str | None:
+    """The backend that was asked for; None, as for any call, on another device than the CPU."""
+    return options.backend or ("cpu" if torch.device(options.device).type == "cpu" else None)
+
+
 def begin(options: argparse.Namespace) -> dict[str, object]:
     """Threads, output folder and headline of a run; what machine.describe says."""
+    device = getattr(options, "device", "cpu")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no CUDA device")
     if options.threads:
         torch.set_num_threads(options.threads)
     options.output.mkdir(parents=True, exist_ok=True)
-    about = machine.describe()
+    about = machine.describe(device)
     print("\n".join(machine.headline(about)))
     return about
 
@@ -371,7 +393,8 @@ def run(
         result = run_case(
             case,
             [name for name in options.variants if name == OPERATOR or name in case.baselines],
-            backend=options.backend,
+            backend=backend_of(options),
+            device=options.device,
             repeats=options.repeats,
             budget=options.budget,
             memory=not options.no_memory,
@@ -384,7 +407,7 @@ def run(
     if not options.no_memory and OPERATOR in options.variants:
         for case in memory_cases:
             say(f"memory of the operator alone: {case}")
-            peak = peak_extra_memory(case, OPERATOR, options.backend)
+            peak = peak_extra_memory(case, OPERATOR, backend_of(options), device=options.device)
             memory_only.append({**case.as_dict(), "peak_bytes": peak})
     report.finish(benchmark, options.output, about, results, memory_only)
     return 0

@@ -216,7 +216,7 @@ def test_an_absent_package_is_named(package, small_meters, monkeypatch):
 
 
 def test_what_does_not_fit_is_left_out(small_meters, monkeypatch):
-    monkeypatch.setattr("bench.machine.available_bytes", lambda: 4_000_000)
+    monkeypatch.setattr("bench.machine.available_bytes", lambda device: 4_000_000)
     case = difference_nce.Case(replace(DIFFERENCE, keys=1000), "own", "nce", "float32")
     # Two of [A, B, K, D] and four of [A, B, K] in float32.
     assert case.needed_bytes("public way") == 2 * 4 * 320_000 + 4 * 4 * 20_000

@@ -20,6 +20,7 @@ from helpers.cases import (
     truth,
 )
 from helpers.emulated import EMULATED
+from helpers.on_device import ON_DEVICE
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -525,6 +526,8 @@ def test_double_backward_is_refused(backend):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @each_order
 def test_bits_repeat_and_threads_agree(backend, threads, objective, how):
+    if backend in ON_DEVICE and how[0] == "own" and "bank" in how[2]:
+        pytest.skip("rows are added to atomically, in any order")
     case, runs = prepared(how, 20, 1000, 33, 700, objective=objective, ids=True)
     case = cast(case, torch.float32)
     torch.set_num_threads(threads)

@@ -14,6 +14,7 @@ import torch
 from simt import build
 
 from crrcd_ext import _backend, _schema
+from helpers.on_device import ON_DEVICE
 
 SCHEDULES = [(name, late) for name in build.SCHEDULES for late in (False, True)]
 
@@ -41,8 +42,9 @@ try:
     }
 except build.BuildError as error:
     missing = str(error)
-EMULATED = ["simt"] if missing is None else []
-"""To be added to the backends of tests of operators that have CUDA kernels."""
+EMULATED = [*(["simt"] if missing is None else []), *ON_DEVICE]
+"""To be added to the backends of tests of operators that have CUDA kernels; on a machine with a GPU
+its own are among them."""
 
 
 @contextmanager
