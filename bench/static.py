@@ -12,8 +12,6 @@ from bench import report, sass, static_model, suite
 from bench.sass import Counts, Kernel
 from bench.table import markdown_table, terminal_table
 
-OPERATORS = ("relation", "relation_nce", "difference_nce", "instance_nce", "bank_update_")
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -53,12 +51,9 @@ def blocks_per_multiprocessor(arch: str, registers: int, threads: int, shared: i
 
 
 def operator_of(source: str) -> str:
-    """The operator that a file of csrc/cuda belongs to, by its name; "" for none."""
-    stem = source.rstrip("_") + "_"
-    named = [op for op in OPERATORS if stem.startswith(op.rstrip("_") + "_")]
-    if not named:  # instance_f32 is part of instance_nce
-        named = [op for op in OPERATORS if op.split("_")[0] == source.split("_")[0]]
-    return max(named, key=len, default="")
+    """The operator that a file of csrc/cuda belongs to; "" for one that SOURCES does not know."""
+    known = [name for name in static_model.SOURCES if f"{source}_".startswith(f"{name}_")]
+    return static_model.SOURCES[max(known, key=len)] if known else ""
 
 
 def describe(kernel: Kernel) -> dict[str, object]:

@@ -10,7 +10,8 @@
    out: `tensor_operations` or `multiply_adds`, or, where the loop does more of these than the
    formula has, `passes`, how often a warp goes through it. The instructions of that loop in the
    compiled kernel then give the time that issuing them takes;
-3. add the shapes to CASES, and kernels with dynamic shared memory to DYNAMIC_SHARED.
+3. add the shapes to CASES, kernels with dynamic shared memory to DYNAMIC_SHARED, and files whose
+   names begin otherwise than those there to SOURCES.
 """
 
 from __future__ import annotations
@@ -127,6 +128,18 @@ CASES: list[Case] = [
         for work in [instance_shared(64, 65536, 128, 2_000_000, storage)]
     ),
 ]
+
+
+# ---------------------------------------------------------------------------------------------
+# Files of csrc/cuda
+
+SOURCES = {
+    "relation": "relation_nce",
+    "difference": "difference_nce",
+    "instance": "instance_nce",
+    "bank_update": "bank_update_",
+}
+"""What the name of a file begins with -> the operator of its kernels; the longest one counts."""
 
 
 # ---------------------------------------------------------------------------------------------

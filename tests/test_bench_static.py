@@ -100,8 +100,8 @@ def test_names_are_readable():
     [
         ("instance_f32", "instance_nce"),
         ("bank_update_kernel", "bank_update_"),
-        ("relation_kernel", "relation"),
-        ("relation_nce_bf16", "relation_nce"),
+        ("relation_bf16", "relation_nce"),
+        ("relationship", ""),
         ("difference_f64", "difference_nce"),
         ("other", ""),
     ],
@@ -110,11 +110,16 @@ def test_operator_of_a_file(source, operator):
     assert static.operator_of(source) == operator
 
 
+def test_every_file_with_kernels_has_an_operator():
+    files = sorted((sass.ROOT / "csrc" / "cuda").glob("*.cu"))
+    assert files and all(static.operator_of(path.stem) for path in files)
+
+
 def test_operators_are_those_of_the_package():
     from crrcd_ext import _schema
 
     known = {schema.split("(")[0] for schema in _schema.SCHEMAS}
-    assert set(static.OPERATORS) <= known
+    assert set(static_model.SOURCES.values()) <= known
 
 
 def test_resources_and_threads():
@@ -235,7 +240,7 @@ def test_a_new_case_is_a_line_of_the_table(monkeypatch):
     assert [row[1] for row in rows] == [gpu.name for gpu in static_model.GPUS]
     assert rows[0][:6] == ["relation_nce, A=64", "A100", "3.0", "1.50", "3.0", "1.50"]
     assert all(not result["measured"] for result in static.modelled(kernels))
-    monkeypatch.setattr(static_model, "CASES", [Case("relation", "A=64", work)])
+    monkeypatch.setattr(static_model, "CASES", [Case("difference_nce", "A=64", work)])
     assert static.modelled(kernels) == []
 
 
