@@ -42,10 +42,11 @@ def blocks_per_multiprocessor(arch: str, registers: int, threads: int, shared: i
     if limits is None:
         return None
     warps = -(-threads // 32)
-    # Registers are given to warps in units of 256, by four partitions of the multiprocessor, and
-    # warps to a block four at a time.
+    # Registers are given to warps in units of 256, by four partitions of the multiprocessor. A
+    # block whose warps do not fit when they are counted by fours is not started at all.
     of_warp = -(-registers * 32 // 256) * 256
-    by_registers = 4 * (16384 // of_warp) // (-(-warps // 4) * 4)
+    starts = of_warp * (-(-warps // 4) * 4) <= 65536
+    by_registers = 4 * (16384 // of_warp) // warps if starts else 0
     by_shared = limits.shared // (-(-shared // 128) * 128 + sass.SYSTEM_SHARED)
     return min(limits.blocks, limits.threads // (32 * warps), by_registers, by_shared)
 

@@ -182,6 +182,9 @@ def test_operations_of_a_tensor_core_instruction(opcode, operations):
         ("sm_80", 32, 128, 0, 16),  # threads
         ("sm_80", 128, 256, 0, 2),  # registers
         ("sm_80", 129, 256, 0, 1),  # registers, in units of 8 for each thread
+        ("sm_80", 255, 32, 0, 8),  # each partition holds two warps
+        ("sm_80", 255, 96, 0, 2),
+        ("sm_80", 255, 257, 0, 0),
         ("sm_80", 32, 128, 80 * 1024, 2),  # shared memory
         ("sm_80", 32, 128, 82 * 1024, 1),  # what the system takes does not fit twice
         ("sm_80", 16, 32, 0, 32),  # blocks
