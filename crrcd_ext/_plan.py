@@ -45,8 +45,8 @@ def plan(
     """Tiles, stages, warps, blocks, segments and work space of relation_nce on ``arch``.
 
     ``gradients``: of what, out of "query", "keys", "anchor", "weight"; the last three make the
-    teacher's side live. Every pass that runs is a dict of its own with the bytes of shared memory of
-    a block and the blocks that a multiprocessor holds by shared memory and registers. ``fits`` is
+    teacher's side live. Every pass that runs is a dict of its own: bytes of shared memory that
+    a block takes, blocks that a multiprocessor holds by shared memory and registers. ``fits`` is
     False where no tile of these sizes goes into the shared memory.
 
     Raises ValueError for an unknown architecture, precision or gradient, or a size below 1;

@@ -1,4 +1,4 @@
-"""The launch planner: no plan exceeds a limit of any GPU, and what runs most has the room it needs."""
+"""The launch planner: no plan exceeds a limit of any GPU, and what runs most has its room."""
 
 from __future__ import annotations
 

@@ -60,7 +60,8 @@ ALLOWED = {
     "modules": {"functional", "reference", "modules"},
     "compat": {"functional", "modules"},
     "__init__": {"functional", "_backend", "modules"},
-    "__main__": {"_backend"},
+    "_plan": {"_backend"},
+    "__main__": {"_backend", "_plan"},
 }
 
 

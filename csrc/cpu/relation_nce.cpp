@@ -375,7 +375,7 @@ NceResult relation_nce_cpu(const at::Tensor& query, const at::Tensor& positive,
   if (x.dtype == at::kDouble) return RelationNce<double>(x, false).run();
   // "medium" allows bfloat16 products of float32 matrices everywhere else in torch, so here too
   const bool bf16 = x.dtype == at::kBFloat16 || at::globalContext().float32MatmulPrecision() ==
-                                                  at::Float32MatmulPrecision::MEDIUM;
+                                                    at::Float32MatmulPrecision::MEDIUM;
   return RelationNce<float>(x, bf16).run();
 }
 

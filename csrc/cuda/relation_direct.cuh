@@ -29,7 +29,8 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
   CRRCD_DYNAMIC_SHARED(memory);
   const DirectLayout& layout = p.direct_layout;
   const int ld = layout.ld_hidden(), ld_relation = layout.ld_relation();
-  const int ld_slopes = layout.ld_queries(), ld_piece = layout.ld_piece();
+  constexpr int ld_piece = kPieceLead<kPrecision>;
+  const int ld_slopes = layout.ld_queries();
   const int keys = kKeysOfWarp * kWarps;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
   S* const hidden_tile = reinterpret_cast<S*>(memory + layout.hidden_at());

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(32 * GramLayout::kWarps, 2)
   const int first_column = static_cast<int>(block % column_ranges) * kColumns;
   const int first_row = static_cast<int>(block / column_ranges) * GramLayout::kRows;
   if (first_column >= first_row + GramLayout::kRows) return;  // above the diagonal
-  const int row = first_row + 16 * warp;  // of this warp
+  const int row = first_row + 16 * warp;                      // of this warp
   int tiles = p.Hp - first_column < kColumns ? (p.Hp - first_column) / 8 : kTiles;
   const int below = (row + 16 - first_column) / 8;  // tiles up to the diagonal
   if (tiles > below) tiles = below;
@@ -72,8 +72,7 @@ __global__ void __launch_bounds__(32 * GramLayout::kWarps, 2)
           hidden_unit<kPrecision>(load_unit(anchor + column), load_unit(hidden + cell));
       Unit<S> times;
       for (int n = 0; n < kCount; ++n)
-        times.x[n] =
-            to_stored<kPrecision>(static_cast<T>(widen(unit.x[n])) * factor[at.row]);
+        times.x[n] = to_stored<kPrecision>(static_cast<T>(widen(unit.x[n])) * factor[at.row]);
       store_unit(hidden + cell, unit);
       store_unit(scaled + cell, times);
     }
@@ -83,8 +82,7 @@ __global__ void __launch_bounds__(32 * GramLayout::kWarps, 2)
                                                keys, tiles);
     if (sum_hidden && threadIdx.x < GramLayout::kRows && first_row + threadIdx.x < p.Hp)
       for (int n = 0; n < keys; ++n)
-        hidden_sum +=
-            factor[n] * static_cast<T>(widen(hidden[n * ld + first_row + threadIdx.x]));
+        hidden_sum += factor[n] * static_cast<T>(widen(hidden[n * ld + first_row + threadIdx.x]));
     if ((i - begin) % 16 == 15 || i + 1 == end) {
       for (int j = 0; j < kTiles; ++j)
         for (int n = 0; n < 4; ++n) total[j][n] += sum[j][n], sum[j][n] = 0;

@@ -22,7 +22,8 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
   constexpr int kColumns = piece_columns(kPrecision), kParts = kColumns / kQueries;
   CRRCD_DYNAMIC_SHARED(memory);
   const KeyLayout& layout = p.key_layout;
-  const int ld = layout.ld_hidden(), ld_slopes = layout.ld_queries(), ld_piece = layout.ld_piece();
+  constexpr int ld_slopes = kPanelLead<kPrecision>, ld_piece = kPieceLead<kPrecision>;
+  const int ld = layout.ld_hidden();
   const int keys = kKeysOfWarp * kWarps;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
   S* const x_tile = reinterpret_cast<S*>(memory + layout.keys_at());
@@ -31,6 +32,8 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
       reinterpret_cast<S*>(memory + layout.slopes_at()) + warp * kKeysOfWarp * ld_slopes;
   S* const pieces = reinterpret_cast<S*>(memory + layout.pieces_at());
   T* const sums = reinterpret_cast<T*>(memory + layout.sums_at());  // [warps, columns]
+  // Products below go through one loop for all numbers of tiles: two, as in multiply, take more
+  // registers than there are.
 
   // block = (column range * anchor parts + anchor part) * key blocks + key block
   int64_t block = blockIdx.x;
@@ -140,11 +143,11 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
       for (int i = 0; i < kParts; ++i)
         for (int k = 0; k < a_panel; ++k, ++at) {
           const int left = columns - i * kQueries;
-          multiply<kPrecision, kTiles, false, false>(d_hidden[i], hidden + k * kColumns, ld,
-                                                     piece(at), ld_piece, width_of(k),
-                                                     left <= 0         ? 0
-                                                     : left < kQueries ? left / 8
-                                                                       : kTiles);
+          multiply_tiles<kPrecision, kTiles, false, false, false>(
+              d_hidden[i], hidden + k * kColumns, ld, piece(at), ld_piece, width_of(k),
+              left <= 0         ? 0
+              : left < kQueries ? left / 8
+                                : kTiles);
         }
       T inverse[2], c[2] = {};
       for (int half = 0; half < 2; ++half) {
@@ -171,8 +174,8 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
         const int query_tiles = left < kQueries ? (static_cast<int>(left) + 15) / 16 * 2 : kTiles;
         T z[kTiles][4] = {};
         for (int k = 0; k < a_panel; ++k, ++at)
-          multiply<kPrecision, kTiles, false, false>(z, hidden + k * kColumns, ld, piece(at),
-                                                     ld_piece, width_of(k), query_tiles);
+          multiply_tiles<kPrecision, kTiles, false, false, false>(
+              z, hidden + k * kColumns, ld, piece(at), ld_piece, width_of(k), query_tiles);
         const int64_t pair = a * p.Bp + int64_t(panel) * kQueries;
         std::uint64_t keep[2];
         for (int half = 0; half < 2; ++half) {
@@ -205,11 +208,11 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
 #pragma unroll
         for (int i = 0; i < kParts; ++i) {
           const int width = columns - i * kQueries;
-          multiply<kPrecision, kTiles, false, true>(d_hidden[i], slopes, ld_slopes,
-                                                    own + i * kQueries, ld_piece, 8 * query_tiles,
-                                                    width <= 0         ? 0
-                                                    : width < kQueries ? width / 8
-                                                                       : kTiles);
+          multiply_tiles<kPrecision, kTiles, false, true, false>(
+              d_hidden[i], slopes, ld_slopes, own + i * kQueries, ld_piece, 8 * query_tiles,
+              width <= 0         ? 0
+              : width < kQueries ? width / 8
+                                 : kTiles);
         }
       }
 

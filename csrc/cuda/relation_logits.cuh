@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
   constexpr bool kGradient = kPass != Pass::kLogSumExp;
   CRRCD_DYNAMIC_SHARED(memory);
   const LogitLayout& layout = p.logit_layout;
-  const int ld = layout.ld_hidden(), ld_slopes = layout.ld_queries(), ld_piece = layout.ld_piece();
+  constexpr int ld_slopes = kPanelLead<kPrecision>, ld_piece = kPieceLead<kPrecision>;
+  const int ld = layout.ld_hidden();
   const int keys = kKeysOfWarp * kWarps, width = piece_columns(kPrecision);
   S* const tiles_of_keys = reinterpret_cast<S*>(memory + layout.keys_at());
   S* const slopes = reinterpret_cast<S*>(memory + layout.slopes_at());

@@ -96,11 +96,11 @@ class RelationNce {
     shape.anchor = x.needs(kNeedAnchor);
     wanted = shape;
     plan = plan_relation(shape, device.limits());
-    TORCH_CHECK_VALUE(
-        plan.fits, "crrcd_ext.", kOp,
-        ": anchor: expected a hidden width whose tiles fit this GPU's shared memory (",
-        device.limits().shared_block, " bytes a block), got ", x.H,
-        "; choose backend 'reference' or fewer hidden units");
+    TORCH_CHECK_VALUE(plan.fits, "crrcd_ext.", kOp,
+                      ": anchor: expected widths whose tiles fit this GPU's shared memory (",
+                      device.limits().shared_block, " bytes a block), got ", x.H, " hidden units, ",
+                      x.R, " of the relation and ", x.B,
+                      " queries; choose backend 'reference', smaller ones or a lower precision");
     p.A = x.A, p.B = x.B, p.D = x.D, p.N = x.N;
     p.H = static_cast<int>(x.H), p.R = static_cast<int>(x.R);
     p.Hp = plan.logit.hidden, p.Rp = plan.logit.relation;

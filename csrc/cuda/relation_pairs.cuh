@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
     const int panel = i / a_panel % panels;
     return static_cast<const S*>(p.weight) + int64_t(panel) * kRows * p.Hp + i % a_panel * kColumns;
   };
-  Pieces<S> stream{reinterpret_cast<S*>(memory + layout.pieces_at()), layout.ld_piece(), kRows,
+  Pieces<S> stream{reinterpret_cast<S*>(memory + layout.pieces_at()), kPieceLead<kPrecision>, kRows,
                    layout.buffers};
   T square[2] = {}, inverse[2] = {};
   int at = 0;
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
             w, hidden + k * kColumns, ld,
             stream.next(
                 at, 2 * panels * a_panel, address, [&](int) { return p.Hp; }, width_of),
-            layout.ld_piece(), width_of(k), kTiles);
+            kPieceLead<kPrecision>, width_of(k), kTiles);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j)
         for (int i = 0; i < 4; ++i) {

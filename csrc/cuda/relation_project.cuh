@@ -18,15 +18,14 @@ __device__ __forceinline__ int64_t bank_position(const RelationNceParams<T>& p, 
 
 template <Precision kPrecision, typename Row>
 __device__ __forceinline__ Unit<StoredOf<kPrecision>> row_unit(const BankView& bank, int64_t row,
-                                                               int64_t first, int64_t width,
-                                                               Row) {
+                                                               int64_t first, int64_t width, Row) {
   using S = StoredOf<kPrecision>;
   using T = SumOf<kPrecision>;
   const Row* from = bank_row<Row>(bank, row);
   Unit<S> unit;
   for (int i = 0; i < Unit<S>::kCount; ++i)
-    unit.x[i] = to_stored<kPrecision>(first + i < width ? static_cast<T>(widen(from[first + i]))
-                                                        : T(0));
+    unit.x[i] =
+        to_stored<kPrecision>(first + i < width ? static_cast<T>(widen(from[first + i])) : T(0));
   return unit;
 }
 
@@ -70,8 +69,7 @@ __global__ void __launch_bounds__(32 * ProjectLayout::kWarps, 2)
     for (; at.row < kKeys; at.advance()) {
       const int64_t key = first_key + at.row, column = first_column + at.column * kCount;
       Unit<S> unit{};
-      if (key < p.keys)
-        unit = row_unit<kKept>(p.bank, bank_position(p, key), column, p.H);
+      if (key < p.keys) unit = row_unit<kKept>(p.bank, bank_position(p, key), column, p.H);
       store_unit(x + key * p.Hp + column, unit);
     }
     return;
@@ -131,10 +129,10 @@ void launch_project(const RelationNceParams<SumOf<kPrecision>>& p, void* stream)
               dim3(32 * ProjectLayout::kWarps),
               static_cast<std::size_t>(p.key_weight ? layout.bytes() : 0), stream, p);
   if (p.keep)
-    gpu::launch("relation_keep", relation_keep<SumOf<kPrecision>>,
-                dim3(static_cast<unsigned>((p.keys + 127) / 128),
-                     static_cast<unsigned>(p.query_panels())),
-                dim3(128), 0, stream, p, panel_rows(kPrecision));
+    gpu::launch(
+        "relation_keep", relation_keep<SumOf<kPrecision>>,
+        dim3(static_cast<unsigned>((p.keys + 127) / 128), static_cast<unsigned>(p.query_panels())),
+        dim3(128), 0, stream, p, panel_rows(kPrecision));
 }
 
 }  // namespace

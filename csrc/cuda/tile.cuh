@@ -36,6 +36,12 @@ struct Operand<Precision::kF16> {
   using Stored = __half;
 };
 
+// Leading dimensions that do not depend on the call: of pieces, and of a panel of queries.
+template <Precision kPrecision>
+constexpr int kPieceLead = leading(piece_columns(kPrecision), stored_bytes(kPrecision));
+template <Precision kPrecision>
+constexpr int kPanelLead = leading(panel_rows(kPrecision), stored_bytes(kPrecision));
+
 template <Precision kPrecision>
 using StoredOf = typename Operand<kPrecision>::Stored;
 
@@ -144,10 +150,10 @@ __device__ __forceinline__ void load_b(std::uint32_t (&r)[4], const S* b, int ld
 // sum[j] += A B for the first `tiles` tiles (an even number) of 8 columns. A lies as [16, depth]
 // or, transposed, as [depth, 16]; B as [8 tiles, depth] or, transposed, as [depth, 8 tiles]. depth
 // is a multiple of 16.
-template <Precision kPrecision, int kTiles, bool kATransposed, bool kBTransposed, typename S,
-          typename T>
-__device__ __forceinline__ void multiply(T (&sum)[kTiles][4], const S* a, int lda, const S* b,
-                                         int ldb, int depth, int tiles) {
+template <Precision kPrecision, int kTiles, bool kATransposed, bool kBTransposed, bool kAll,
+          typename S, typename T>
+__device__ __forceinline__ void multiply_tiles(T (&sum)[kTiles][4], const S* a, int lda, const S* b,
+                                               int ldb, int depth, int tiles) {
   if constexpr (kPrecision != Precision::kF64 && kPrecision != Precision::kF32) {
     constexpr int kStep = sizeof(S) == 2 ? 16 : 8;
 #pragma unroll 2
@@ -156,7 +162,7 @@ __device__ __forceinline__ void multiply(T (&sum)[kTiles][4], const S* a, int ld
       load_a<kATransposed>(x, a + (kATransposed ? k * lda : k), lda);
 #pragma unroll
       for (int j = 0; j < kTiles; j += 2)
-        if (j < tiles) {
+        if (kAll || j < tiles) {
           std::uint32_t y[4];
           load_b<kBTransposed>(y, b + (kBTransposed ? k * ldb + 8 * j : 8 * j * ldb + k), ldb);
           const std::uint32_t left[2] = {y[0], y[1]}, right[2] = {y[2], y[3]};
@@ -184,7 +190,7 @@ __device__ __forceinline__ void multiply(T (&sum)[kTiles][4], const S* a, int ld
       }
 #pragma unroll
       for (int j = 0; j < kTiles; ++j)
-        if (j < tiles) {
+        if (kAll || j < tiles) {
           const int column = 8 * j + 2 * t;
           for (int c = 0; c < 2; ++c) {
             S y[kCount];
@@ -203,6 +209,19 @@ __device__ __forceinline__ void multiply(T (&sum)[kTiles][4], const S* a, int ld
         }
     }
   }
+}
+
+template <Precision kPrecision, int kTiles, bool kATransposed, bool kBTransposed, typename S,
+          typename T>
+__device__ __forceinline__ void multiply(T (&sum)[kTiles][4], const S* a, int lda, const S* b,
+                                         int ldb, int depth, int tiles) {
+  // the usual case without a question for every tile
+  if constexpr (!is_direct(kPrecision))
+    if (tiles >= kTiles)
+      return multiply_tiles<kPrecision, kTiles, kATransposed, kBTransposed, true>(
+          sum, a, lda, b, ldb, depth, tiles);
+  multiply_tiles<kPrecision, kTiles, kATransposed, kBTransposed, false>(sum, a, lda, b, ldb, depth,
+                                                                        tiles);
 }
 
 // ------------------------------------------------------------------------------------------- tiles
