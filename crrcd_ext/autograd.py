@@ -60,11 +60,11 @@ def _refuse_double_backward(operator: str) -> None:
         )
 
 
-def _keep_relation(ctx, inputs, output) -> None:
+def _keep_relation(ctx, inputs, output, first: int = 0) -> None:
     anchor, sample, weight, _bias = inputs
     ctx.save_for_backward(*output, anchor, sample, weight)
     ctx.mark_non_differentiable(output[1])
-    ctx.need = sum(1 << bit for bit in range(4) if ctx.needs_input_grad[-4:][bit])
+    ctx.need = sum(1 << bit for bit in range(4) if ctx.needs_input_grad[first + bit])
 
 
 def _relation_backward(ctx, grad, library: str):
@@ -88,7 +88,7 @@ class Relation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, library, *arguments):
         output = getattr(torch.ops, library).relation(*arguments)
-        _keep_relation(ctx, arguments, output)
+        _keep_relation(ctx, arguments, output, first=1)
         ctx.library = library
         return output
 
