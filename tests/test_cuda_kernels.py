@@ -66,7 +66,7 @@ def test_bank_update_has_no_race_and_stays_in_bounds(storage, schedule, late):
 PRECISIONS = {
     "float64": (torch.float64, "highest", 1e-11),
     "float32": (torch.float32, "highest", 2e-5),
-    "tf32": (torch.float32, "high", 1e-2),
+    "tf32": (torch.float32, "high", 3e-2),  # keys near an anchor change sides of the ReLU
     "bfloat16 products": (torch.float32, "medium", 6e-2),
     "bfloat16": (torch.bfloat16, "highest", 6e-2),
     "float16": (torch.float16, "highest", 2e-2),
@@ -177,9 +177,7 @@ def test_relation_nce_traps_a_row_outside_of_the_bank(row):
 
 def test_relation_nce_wider_than_shared_memory_is_refused():
     case = cast(make(2, 3, 20, 400, 8, 5, 30), torch.float64)
-    message = (
-        "relation_nce: anchor: expected a hidden width whose tiles fit this GPU's shared memory"
-    )
+    message = "relation_nce: anchor: expected widths whose tiles fit this GPU's shared memory"
     with emulated_gpu(shared_kilobytes=48), pytest.raises(ValueError, match=message):
         functional.relation_nce(**case, backend="simt")
 

@@ -22,6 +22,9 @@ extern "C" __host__ __device__ void __assert_fail(const char* assertion, const c
                                                   unsigned int line, const char* function) noexcept
     __attribute__((__noreturn__));
 
+// A function that host and kernels call.
+#define CRRCD_BOTH __host__ __device__ constexpr
+
 // Dynamic shared memory of the launch, 16-byte aligned.
 #define CRRCD_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 

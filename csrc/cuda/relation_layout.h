@@ -5,9 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#ifdef __CUDACC__
-#define CRRCD_BOTH __host__ __device__ constexpr
-#else
+#ifndef CRRCD_BOTH  // gpu.cuh has it for kernels
 #define CRRCD_BOTH constexpr
 #endif
 
