@@ -39,6 +39,11 @@ struct RelationArguments {
   int64_t A, B, K, H, R, D, N;
 
   bool needs(int64_t bits) const { return (need & bits) != 0; }
+
+  // With so few rows or columns of W most norms cancel, which hidden units rounded to bfloat16 or
+  // tf32 would show; and narrower products save nothing.
+  bool narrow() const { return H < kFewest || R < kFewest; }
+  static constexpr int64_t kFewest = 6;
 };
 
 // Shapes and dtypes; whether the index stays within the bank is the device's own question.

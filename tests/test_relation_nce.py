@@ -305,6 +305,18 @@ def test_ragged_sizes(backend, dtype, sizes, flags, objective, seed, threads):
     assert_close_to_truth(case, backend, dtype)
 
 
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_hidden_units(backend, dtype):
+    # Where one or two units are active, the terms of a norm cancel: none may have lost digits.
+    for A, B, K in ((21, 1, 6), (2, 3, 5), (3, 6, 20)):
+        for hidden, relation, seed in itertools.product((2, 3), (2, 3), range(3)):
+            options = {"seed": seed, "bias": False, "key_weight": False, "index": False}
+            case = make(A, B, K, hidden, relation, **options)
+            case["anchor"] = case["anchor"] + 1.0
+            assert_close_to_truth(cast(case, dtype), backend, dtype)
+
+
 EDGES = sorted({m * n + d for m in (8, 16, 64, 128) for n in (1, 2) for d in (-1, 0, 1)})
 
 

@@ -44,7 +44,7 @@ class RelationNce {
  public:
   RelationNce(const RelationArguments& arguments, bool bf16)
       : x(arguments), kernels(active_kernels()), dtype(c10::CppTypeToScalarType<T>::value) {
-    p.pairs = bf16 && kernels.bf16_pairs;
+    p.pairs = bf16 && kernels.bf16_pairs && !x.narrow();
   }
 
   NceResult run() {

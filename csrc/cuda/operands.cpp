@@ -17,17 +17,17 @@ at::ScalarType stored_type(Precision precision) {
   }
 }
 
-Precision precision_of(at::ScalarType dtype, bool narrow) {
+Precision precision_of(at::ScalarType dtype) {
   if (dtype == at::kDouble) return Precision::kF64;
-  if (dtype == at::kBFloat16) return narrow ? Precision::kTf32 : Precision::kBF16;
-  if (dtype == at::kHalf) return narrow ? Precision::kTf32 : Precision::kF16;
+  if (dtype == at::kBFloat16) return Precision::kBF16;
+  if (dtype == at::kHalf) return Precision::kF16;
   switch (at::globalContext().float32MatmulPrecision()) {
     case at::Float32MatmulPrecision::HIGHEST:
       return Precision::kF32;
     case at::Float32MatmulPrecision::HIGH:
       return Precision::kTf32;
     default:
-      return narrow ? Precision::kTf32 : Precision::kBF16;
+      return Precision::kBF16;
   }
 }
 

@@ -9,9 +9,8 @@ namespace crrcd::cuda {
 
 at::ScalarType stored_type(Precision precision);
 
-// What the operands' dtype asks for, and for float32 torch's own setting. narrow: W has few rows,
-// so that W'W is nearly singular and would show it rounded to two bytes.
-Precision precision_of(at::ScalarType dtype, bool narrow = false);
+// What the operands' dtype asks for, and for float32 torch's own setting.
+Precision precision_of(at::ScalarType dtype);
 
 // A copy of the last two dimensions with zeros behind them. rounded: tf32 numbers in float32.
 at::Tensor operand(Precision precision, const at::Tensor& t, int64_t rows, int64_t columns,

@@ -353,6 +353,14 @@ class RelationNce {
   at::Tensor d_gram, hidden_sum, d_weight_parts, d_bias_parts, d_bank, d_key_weight;
 };
 
+Precision precision_for(const RelationArguments& x) {
+  const Precision precision = precision_of(x.dtype);
+  if (is_direct(precision)) return precision;
+  if (x.narrow()) return Precision::kF32;
+  // of few rows W'W is nearly singular, which two bytes would show
+  return 4 * x.R <= x.H ? Precision::kTf32 : precision;
+}
+
 }  // namespace
 
 NceResult relation_nce(const at::Tensor& query, const at::Tensor& positive,
@@ -367,7 +375,7 @@ NceResult relation_nce(const at::Tensor& query, const at::Tensor& positive,
       query, positive, anchor, bank, weight, bias, scale, offset, index, key_weight, anchor_id,
       query_id, key_id, query_label, key_label, self_pairs, objective, need, /*with_half=*/true);
   const Device device(query);
-  switch (precision_of(x.dtype, 4 * x.R <= x.H)) {
+  switch (precision_for(x)) {
     case Precision::kF64:
       return RelationNce<Precision::kF64>(x, device).run();
     case Precision::kF32:

@@ -86,14 +86,21 @@ def toolkit_include() -> Path:
 
 @functools.cache
 def fixed_inputs() -> bytes:
-    """What every object depends on besides its own text: headers, compiler, torch."""
+    """What every object depends on besides its own sources: compiler, toolkit, torch."""
     version = subprocess.run([compiler(), "--version"], capture_output=True, check=True).stdout
-    parts = [version, torch.__version__.encode(), str(toolkit_include()).encode()]
-    headers = [*(ROOT / "csrc").rglob("*"), *HERE.rglob("*")]
-    for path in sorted(headers):
-        if path.suffix in (".h", ".cuh"):
-            parts += [path.name.encode(), path.read_bytes()]
-    return b"\0".join(parts)
+    return b"\0".join([version, torch.__version__.encode(), str(toolkit_include()).encode()])
+
+
+@functools.cache
+def includes(source: Path) -> frozenset[Path]:
+    """The project's headers that a file includes, directly or not."""
+    found: set[Path] = set()
+    for name in re.findall(r'^\s*#include "([^"]+)"', source.read_text(), re.MULTILINE):
+        places = (folder / name for folder in (source.parent, HERE, CUDA.parent, CUDA))
+        header = next((p.resolve() for p in places if p.exists()), None)
+        if header is not None:
+            found |= {header, *includes(header)}
+    return frozenset(found)
 
 
 def digest(*parts: bytes) -> str:
@@ -114,7 +121,9 @@ def compile_object(source: Path, flags: list[str]) -> Path:
     folders = ["-I", str(HERE), "-I", str(ROOT / "csrc"), "-I", str(CUDA)]
     folders += ["-isystem", str(toolkit_include())]
     command = [compiler(), *COMMON, *flags, *SANITIZE, *folders, "-c", str(source)]
-    key = digest(" ".join(command).encode(), source.read_bytes(), fixed_inputs())
+    sources = [source, *sorted(includes(source))]
+    contents = [part for p in sources for part in (p.name.encode(), p.read_bytes())]
+    key = digest(" ".join(command).encode(), *contents, fixed_inputs())
     target = BUILD / "objects" / f"{source.stem}-{key}.o"
     if not target.exists():
         run(command, target)
