@@ -20,21 +20,14 @@ LIBRARY = "crrcd"
 
 
 class Compiled(NamedTuple):
-    """A backend of compiled kernels: the type of its tensors' device, the library that has its
-    operators, and which it has (None: all)."""
+    """A backend of compiled kernels: the type of its tensors' device and the library that has its
+    operators."""
 
     device: str
     library: str = LIBRARY
-    operators: frozenset[str] | None = None
 
 
-COMPILED = {
-    "cpu": Compiled("cpu"),
-    "cuda": Compiled(
-        "cuda",
-        operators=frozenset({"relation", "relation_nce", "instance_nce", "bank_update_"}),
-    ),
-}
+COMPILED = {"cpu": Compiled("cpu"), "cuda": Compiled("cuda")}
 
 compiled = None
 """The module crrcd_ext._C, or None."""
@@ -127,11 +120,6 @@ def resolve(operator: str, backend: str | None, device: torch.device) -> str:
             f"crrcd_ext.{operator}: backend {name!r}: expected tensors on {kernels.device}, got "
             f"{device}"
         )
-    if kernels.operators is not None and operator not in kernels.operators:
-        raise ValueError(
-            f"crrcd_ext.{operator}: backend {name!r} has kernels of "
-            f"{', '.join(sorted(kernels.operators))} only; choose 'auto' or 'reference'"
-        )
     return name
 
 
@@ -139,9 +127,7 @@ def _best(operator: str, device: torch.device) -> str:
     if device.type == "cpu" and missing is not None:
         _warn_once()
     for name, kernels in COMPILED.items():
-        if kernels.device != device.type or _why_not(name) is not None:
-            continue
-        if kernels.operators is None or operator in kernels.operators:
+        if kernels.device == device.type and _why_not(name) is None:
             return name
     return "reference"
 

@@ -16,6 +16,10 @@ enum class Storage : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 =
 // Squared norms at or below this belong to no relation: the unit vector is defined as zero.
 constexpr double kZeroNormSquared = 1e-24;
 
+// Where the square of a difference is below this share of the squares of what is subtracted, sums
+// over what is subtracted have lost digits and the difference itself is taken.
+constexpr double kNearDifference = 0.03;
+
 // Rows of a bank, possibly selected by an index.
 struct BankView {
   const void* data = nullptr;

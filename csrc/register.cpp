@@ -16,6 +16,7 @@
 #include "cuda/relation_plan.h"
 #if CRRCD_WITH_CUDA
 #include "cuda/bank_update.h"
+#include "cuda/difference_nce.h"
 #include "cuda/instance_nce.h"
 #include "cuda/relation.h"
 #include "cuda/relation_nce.h"
@@ -41,6 +42,8 @@ TORCH_LIBRARY_IMPL(crrcd, CUDA, m) {
   m.impl("relation_nce_", crrcd::cuda::relation_nce_update);
   m.impl("instance_nce", crrcd::cuda::instance_nce);
   m.impl("instance_nce_", crrcd::cuda::instance_nce_update);
+  m.impl("difference_nce", crrcd::cuda::difference_nce);
+  m.impl("difference_nce_", crrcd::cuda::difference_nce_update);
   m.impl("bank_update_", crrcd::cuda::bank_update);
 }
 #endif

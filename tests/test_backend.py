@@ -90,14 +90,6 @@ def test_the_choice_on_a_cuda_device(monkeypatch):
     monkeypatch.setattr(_backend, "_why_not", lambda name: None)
     assert _backend.resolve("instance_nce", None, device) == "cuda"
     assert _backend.resolve("bank_update_", "cuda", device) == "cuda"
-    # No kernels of this operator yet.
-    assert _backend.resolve("difference_nce", None, device) == "reference"
-    message = (
-        r"^crrcd_ext\.difference_nce: backend 'cuda' has kernels of bank_update_, instance_nce, "
-        "relation, relation_nce only"
-    )
-    with pytest.raises(ValueError, match=message):
-        _backend.resolve("difference_nce", "cuda", device)
     message = r"^crrcd_ext\.instance_nce: backend 'cuda': expected tensors on cuda, got cpu$"
     with pytest.raises(ValueError, match=message):
         _backend.resolve("instance_nce", "cuda", torch.device("cpu"))

@@ -11,7 +11,16 @@ from contextlib import contextmanager
 import pytest
 import torch
 from helpers import emulated
-from helpers.cases import assert_close, cast, distance, make, make_instance, run, truth
+from helpers.cases import (
+    assert_close,
+    cast,
+    distance,
+    make,
+    make_difference,
+    make_instance,
+    run,
+    truth,
+)
 from helpers.emulated import SCHEDULES, emulation
 
 from crrcd_ext import functional
@@ -163,6 +172,72 @@ def test_relation_nce_has_the_same_bits_in_every_order(precision, objective):
             with emulation("simt", schedule, seed=13, late=late):
                 got = run(copied(case), "simt")
             assert all(torch.equal(got[k], expected[k]) for k in expected), schedule
+
+
+DIFFERENCE_WANTED = ("query", "positive", "anchor", "bank", "scale", "offset")
+
+
+def close_to_anchors(case: dict) -> dict:
+    """Some keys and a query whose differences from an anchor are taken one by one."""
+    case["bank"][3::7] = case["anchor"][0] + 0.02 * case["bank"][3::7]
+    case["query"][0] = case["anchor"][-1] + 0.02 * case["query"][0]
+    return case
+
+
+@each_schedule
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("index", ["own", "shared", None])
+def test_difference_nce_has_no_race_and_stays_in_bounds(index, objective, schedule, late):
+    queries = 9 if index == "own" else 67
+    for sizes in ((5, 6, 70, 17, 90), (70, queries, 40, 9, 50), (3, 2, 33, 130, 40)):
+        case = make_difference(*sizes, index=index, objective=objective, ids=True, labels=True)
+        case = close_to_anchors(case)
+        for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 5e-5)):
+            low = cast(case, dtype)
+            plain = run(low, "reference", wanted=DIFFERENCE_WANTED)
+            with emulation(CHECKED, schedule, seed=3, late=late):
+                got = run(copied(low), CHECKED, wanted=DIFFERENCE_WANTED)
+            assert_close(got, truth(low, wanted=DIFFERENCE_WANTED), tolerance, plain)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("index", ["own", "shared", None])
+def test_difference_nce_in_several_segments(index, objective):
+    case = make_difference(9, 11, 200, 20, 230, index=index, objective=objective, ids=True)
+    case = close_to_anchors(case)
+    with segments_of(96), emulation("simt"):
+        got = run(copied(case), "simt", wanted=DIFFERENCE_WANTED)
+    assert_close(got, truth(case, wanted=DIFFERENCE_WANTED), 1e-10)
+
+
+@each_schedule
+@pytest.mark.parametrize("index", ["own", "shared"])
+def test_difference_nce_has_the_same_bits_in_every_order(index, schedule, late):
+    case = cast(close_to_anchors(make_difference(40, 20, 70, 24, 90, index=index)), torch.float32)
+    wanted = ("query", "positive", "anchor", "scale", "offset")
+    expected = run(case, "simt", wanted=wanted)
+    with emulation("simt", schedule, seed=17, late=late):
+        got = run(copied(case), "simt", wanted=wanted)
+    assert all(torch.equal(got[k], expected[k]) for k in expected)
+
+
+@pytest.mark.parametrize("index", ["own", "shared"])
+def test_difference_nce_with_half_precision_operands(index):
+    case = cast(make_difference(9, 8, 60, 33, 70, index=index), torch.float16)
+    got = run(case, "simt", wanted=DIFFERENCE_WANTED)
+    assert got["loss"].dtype == torch.float32
+    assert_close(got, truth(case, wanted=DIFFERENCE_WANTED), 2e-3)
+
+
+@pytest.mark.parametrize("index", ["own", "shared"])
+@pytest.mark.parametrize("row", [-1, 13, 1 << 40])
+def test_difference_nce_traps_a_row_outside_of_the_bank(index, row):
+    case = make_difference(index=index)
+    case["index"] = case["index"].clone()
+    case["index"].view(-1)[-1] = row
+    message = r"difference_nce: index: expected rows of the bank in \[0, N\)"
+    with pytest.raises(RuntimeError, match=message):
+        functional.difference_nce(**case, backend="simt")
 
 
 @pytest.mark.parametrize("row", [-1, 13, 1 << 40])

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import cases
 from helpers.cases import (
-    BACKENDS,
-    COMPILED,
     angle,
     assert_close,
     assert_within_budget,
@@ -22,12 +21,14 @@ from helpers.cases import (
     truth,
     unit_rows,
 )
+from helpers.emulated import EMULATED
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from crrcd_ext import _backend, functional
 
+BACKENDS, COMPILED = (names + EMULATED for names in (cases.BACKENDS, cases.COMPILED))
 DIFFERENTIABLE = ("query", "positive", "anchor", "bank", "scale", "offset")
 ALL = (1 << len(DIFFERENTIABLE)) - 1
 OBJECTIVES = ["nce", "infonce"]
@@ -673,7 +674,7 @@ def test_the_update_comes_last(backend, objective, index, storage):
     torch.testing.assert_close(case["bank"][3], last[2].to(storage))
 
 
-@backends
+@pytest.mark.parametrize("backend", cases.BACKENDS)
 @indices
 def test_an_error_leaves_the_bank_as_it_was(backend, index):
     case = cast(make_difference(4, 6, 40, 8, 40, index=index), torch.float32)
@@ -814,7 +815,7 @@ class TestOperators:
             torch.ops.crrcd.difference_nce(*given)
 
 
-@compiled
+@pytest.mark.parametrize("backend", cases.COMPILED)
 def test_compiles_without_a_break(backend):
     case = cast(make_difference(4, 6, 20, 8, 30, ids=True, eps=1e-6), torch.float32)
     value = torch.randn(2, 8)
@@ -837,7 +838,7 @@ def test_compiles_without_a_break(backend):
     assert not torch.equal(results[0]["bank"], case["bank"])
 
 
-@compiled
+@pytest.mark.parametrize("backend", cases.COMPILED)  # the emulation would take minutes
 @pytest.mark.parametrize("index", ["shared", "own"])
 def test_memory_does_not_grow_with_the_negatives(backend, index):
     """Nothing of size A x K or B x K x D: here they would be 51 MB (shared) or 655 MB (own)."""

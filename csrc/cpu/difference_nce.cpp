@@ -23,28 +23,6 @@ constexpr const char* kOp = "difference_nce";
 constexpr double kLog2 = 0.69314718055994530942;
 constexpr double kLeftOut = -1e30;
 
-// Bits of `need`, in the order of the gradients returned.
-enum DifferenceNeed : int64_t {
-  kQuery = 1,
-  kPositive = 2,
-  kAnchor = 4,
-  kBank = 8,
-  kScale = 16,
-  kOffset = 32,
-};
-
-struct Arguments {
-  at::Tensor query, positive, anchor, bank, scale, offset, index;
-  at::Tensor anchor_id, query_id, key_id, query_label, key_label;
-  bool self_pairs, infonce;
-  double eps;
-  int64_t need;
-  int64_t A, B, K, D, N;
-
-  bool needs(int64_t bits) const { return (need & bits) != 0; }
-  bool own() const { return index.defined() && index.dim() == 2; }
-};
-
 template <typename T>
 struct Functions;
 template <>
@@ -92,7 +70,7 @@ bool all_finite(const at::Tensor& t) {
 template <typename T>
 class DifferenceNce {
  public:
-  explicit DifferenceNce(const Arguments& arguments)
+  explicit DifferenceNce(const DifferenceArguments& arguments)
       : x(arguments), kernels(active_kernels()), dtype(c10::CppTypeToScalarType<T>::value) {}
 
   DifferenceResult run() {
@@ -149,10 +127,10 @@ class DifferenceNce {
     p.A = x.A, p.B = x.B, p.K = x.K, p.D = x.D;
     p.Ap = round_up(x.A, lanes), p.Dp = round_up(x.D, lanes);
     p.ldA = leading_dimension(p.Ap, size), p.ldD = leading_dimension(p.Dp, size);
-    p.need_query = x.needs(kQuery), p.need_bank = x.needs(kBank);
-    p.want = x.needs(kAnchor | kBank)             ? Want::kKeys
-             : x.needs(kQuery | kScale | kOffset) ? Want::kQuery
-                                                  : Want::kLoss;
+    p.need_query = x.needs(kDifferenceQuery), p.need_bank = x.needs(kDifferenceBank);
+    p.want = x.needs(kDifferenceAnchor | kDifferenceBank)                       ? Want::kKeys
+             : x.needs(kDifferenceQuery | kDifferenceScale | kDifferenceOffset) ? Want::kQuery
+                                                                                : Want::kLoss;
     p.pair_parts = std::clamp<int64_t>(x.A * x.B * x.D / 16384, 1, threads);
 
     bank = x.bank.stride(1) == 1 ? x.bank : x.bank.contiguous();
@@ -359,7 +337,7 @@ class DifferenceNce {
     if (p.want == Want::kKeys) {
       d_anchor = zeros({p.parts, x.A, p.ldD});
       sum_f = zeros({p.parts, p.ldA});
-      if (x.needs(kBank)) (x.own() ? d_bank : d_rows) = zeros({x.own() ? x.N : x.K, x.D});
+      if (x.needs(kDifferenceBank)) (x.own() ? d_bank : d_rows) = zeros({x.own() ? x.N : x.K, x.D});
     }
     p.sum_inverse = mutable_pointer<T>(sum_inverse);
     p.sum_along = mutable_pointer<T>(sum_along);
@@ -400,24 +378,25 @@ class DifferenceNce {
     if (d_anchor.defined()) d_anchor = sum_parts(d_anchor);
     if (sum_f.defined()) sum_f = sum_parts(sum_f);
     at::Tensor d_positive;
-    if (x.needs(kPositive)) d_positive = scratch_rows(x.B);
+    if (x.needs(kDifferencePositive)) d_positive = scratch_rows(x.B);
     p.sum_f = mutable_pointer<T>(sum_f);
     p.d_query = mutable_pointer<T>(d_query);
     p.d_positive = mutable_pointer<T>(d_positive);
-    p.d_anchor = x.needs(kAnchor) ? mutable_pointer<T>(d_anchor) : nullptr;
+    p.d_anchor = x.needs(kDifferenceAnchor) ? mutable_pointer<T>(d_anchor) : nullptr;
     if (p.d_query || p.d_positive || p.d_anchor) for_parts(p.pair_parts, Functions<T>::finish);
 
     if (d_rows.defined())
       d_bank = x.index.defined() ? zeros({x.N, x.D}).index_add_(0, x.index, d_rows) : d_rows;
-    return {at::scalar_tensor(loss, query.options()),
-            x.needs(kQuery) ? result(d_query, x.query) : none(x.query),
-            x.needs(kPositive) ? result(d_positive, x.positive) : none(x.positive),
-            x.needs(kAnchor) ? result(d_anchor, x.anchor) : none(x.anchor),
-            x.needs(kBank) ? result(d_bank, x.bank) : none(x.bank),
-            x.needs(kScale) ? at::scalar_tensor(d_scale, x.scale.options()) : none(x.scale),
-            x.needs(kOffset)
-                ? at::scalar_tensor(d_offset_positive - sum_g * inverse_pairs, x.offset.options())
-                : none(x.offset)};
+    return {
+        at::scalar_tensor(loss, query.options()),
+        x.needs(kDifferenceQuery) ? result(d_query, x.query) : none(x.query),
+        x.needs(kDifferencePositive) ? result(d_positive, x.positive) : none(x.positive),
+        x.needs(kDifferenceAnchor) ? result(d_anchor, x.anchor) : none(x.anchor),
+        x.needs(kDifferenceBank) ? result(d_bank, x.bank) : none(x.bank),
+        x.needs(kDifferenceScale) ? at::scalar_tensor(d_scale, x.scale.options()) : none(x.scale),
+        x.needs(kDifferenceOffset)
+            ? at::scalar_tensor(d_offset_positive - sum_g * inverse_pairs, x.offset.options())
+            : none(x.offset)};
   }
 
   at::Tensor scratch_rows(int64_t rows) {
@@ -427,7 +406,7 @@ class DifferenceNce {
         .view({rows, p.ldD});
   }
 
-  const Arguments& x;
+  const DifferenceArguments& x;
   const Kernels& kernels;
   const at::ScalarType dtype;
   DifferenceParams<T> p;
@@ -453,42 +432,11 @@ DifferenceResult difference_nce_cpu(
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
     bool self_pairs, double eps, const std::string& objective, int64_t need) {
-  Arguments x;
-  TORCH_CHECK_VALUE(query.dim() == 2, "crrcd_ext.", kOp, ": query: expected shape [B, D], got ",
-                    query.sizes());
-  TORCH_CHECK_VALUE(anchor.dim() == 2, "crrcd_ext.", kOp, ": anchor: expected shape [A, D], got ",
-                    anchor.sizes());
-  TORCH_CHECK_VALUE(bank.dim() == 2, "crrcd_ext.", kOp, ": bank: expected shape [N, D], got ",
-                    bank.sizes());
-  x.A = anchor.size(0), x.B = query.size(0), x.D = query.size(1), x.N = bank.size(0);
-  CRRCD_CHECK_SHAPE(kOp, "positive", positive, {x.B, x.D});
-  CRRCD_CHECK_SHAPE(kOp, "anchor", anchor, {x.A, x.D});
-  CRRCD_CHECK_SHAPE(kOp, "bank", bank, {x.N, x.D});
-  TORCH_CHECK_VALUE(objective == "nce" || objective == "infonce", "crrcd_ext.", kOp,
-                    ": objective: expected \"nce\" or \"infonce\", got \"", objective, "\"");
-  TORCH_CHECK_VALUE(eps >= 0 && std::isfinite(eps), "crrcd_ext.", kOp,
-                    ": eps: expected a number of 0 or more, got ", eps);
-  const at::ScalarType dtype = check_operands(kOp, {query, positive, anchor});
-  x.query = query, x.positive = positive, x.anchor = anchor, x.bank = bank;
-  x.scale = scale, x.offset = offset, x.eps = eps;
-  x.K = x.N;
-  if (index) {
-    TORCH_CHECK_VALUE(index->dim() == 1 || (index->dim() == 2 && index->size(0) == x.B),
-                      "crrcd_ext.", kOp, ": index: expected shape [K] or [", x.B, ", K], got ",
-                      index->sizes());
-    x.index = index->dim() == 1 ? index->contiguous() : *index;
-    check_rows(kOp, "index", x.index, x.N);
-    x.K = x.index.size(-1);
-  }
-  x.anchor_id = check_ids(kOp, "anchor_id", anchor_id, x.A);
-  x.query_id = check_ids(kOp, "query_id", query_id, x.B);
-  x.key_id = check_ids(kOp, "key_id", key_id, x.N);
-  x.query_label = check_ids(kOp, "query_label", query_label, x.B);
-  x.key_label = check_ids(kOp, "key_label", key_label, x.N);
-  x.self_pairs = self_pairs;
-  x.infonce = objective == "infonce";
-  x.need = need;
-  return dtype == at::kDouble ? DifferenceNce<double>(x).run() : DifferenceNce<float>(x).run();
+  const DifferenceArguments x = difference_arguments(
+      query, positive, anchor, bank, scale, offset, index, anchor_id, query_id, key_id, query_label,
+      key_label, self_pairs, eps, objective, need, /*with_half=*/false);
+  if (x.index.defined()) check_rows(kOp, "index", x.index, x.N);
+  return x.dtype == at::kDouble ? DifferenceNce<double>(x).run() : DifferenceNce<float>(x).run();
 }
 
 DifferenceResult difference_nce_update_cpu(
@@ -500,7 +448,7 @@ DifferenceResult difference_nce_update_cpu(
     bool self_pairs, double eps, const std::string& objective, int64_t need,
     const at::Tensor& update_index, const at::Tensor& update_value, double momentum,
     bool normalize) {
-  TORCH_CHECK_VALUE((need & kBank) == 0, "crrcd_ext.", kOp,
+  TORCH_CHECK_VALUE((need & kDifferenceBank) == 0, "crrcd_ext.", kOp,
                     ": update: a bank that is updated in the call cannot have a gradient");
   const BankUpdate update(kOp, bank, update_index, update_value, momentum, normalize);
   DifferenceResult result =

@@ -1,16 +1,9 @@
 // difference_nce on the CPU: relation_nce for the normalised difference of embeddings.
 #pragma once
 
-#include <ATen/ATen.h>
-
-#include <optional>
-#include <string>
-#include <tuple>
+#include "../difference_arguments.h"
 
 namespace crrcd {
-
-using DifferenceResult =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 DifferenceResult difference_nce_cpu(
     const at::Tensor& query, const at::Tensor& positive, const at::Tensor& anchor,

@@ -9,10 +9,6 @@
 
 namespace crrcd {
 
-// Where the square of a difference is below this share of the squares of what is subtracted, sums
-// over what is subtracted have lost digits and the difference itself is taken.
-constexpr double kNearDifference = 0.03;
-
 // What a pass computes beyond the loss.
 enum class Want : int {
   kLoss = 0,   // nothing

@@ -11,33 +11,11 @@
 // 16 keys of a tile, so that norms and c are sums along its own rows. hid is made in place of X.
 #pragma once
 
+#include "softplus.cuh"
 #include "tile.cuh"
 
 namespace crrcd::cuda {
 namespace {
-
-// The loss as the logarithm of a product of factors 1 + e: q is that product minus 1, so that small
-// factors are not lost; `above` what was left out of them, in units of log 2.
-template <typename T>
-struct LossProduct {
-  T q = 0, above = 0;
-
-  __device__ __forceinline__ T take() {
-    const T loss = T(0.69314718055994530942) * above + log1p(q);
-    q = above = 0;
-    return loss;
-  }
-};
-
-// sigmoid of a logit in units of log 2; its softplus goes into the product.
-template <Precision kPrecision, typename T>
-__device__ __forceinline__ T softplus(T logit, LossProduct<T>& product) {
-  const T e = exp2_of<kPrecision>(-fabs(logit));
-  product.above += logit > 0 ? logit : T(0);
-  product.q = product.q * e + (product.q + e);
-  const T r = reciprocal<kPrecision>(T(1) + e);
-  return logit > 0 ? r : e * r;
-}
 
 template <Precision kPrecision, int kWarps>
 constexpr int kLogitColumns = kPrecision == Precision::kF64 ? 32 : 32 * kWarps;

@@ -26,8 +26,7 @@ def _backend_of(name: str, checked: bool) -> build.Library:
         library.define(schema)
     kernels = build.load(checked)
     kernels.definitions = library  # lives as long
-    operators = _backend.COMPILED["cuda"].operators
-    _backend.COMPILED[name] = _backend.Compiled("cpu", namespace, operators)
+    _backend.COMPILED[name] = _backend.Compiled("cpu", namespace)
     return kernels
 
 

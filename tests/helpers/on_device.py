@@ -53,12 +53,9 @@ def register(name: str, backend: str, device: torch.device | str) -> None:
     for schema in _schema.SCHEMAS:
         library.define(schema)
         operator = schema.split("(")[0]
-        if kernels.operators is None or operator.removesuffix("_") in (
-            known.removesuffix("_") for known in kernels.operators
-        ):
-            run = _through(getattr(getattr(torch.ops, kernels.library), operator), device)
-            library.impl(operator, run, "CPU")
-    _backend.COMPILED[name] = _backend.Compiled("cpu", namespace, kernels.operators)
+        run = _through(getattr(getattr(torch.ops, kernels.library), operator), device)
+        library.impl(operator, run, "CPU")
+    _backend.COMPILED[name] = _backend.Compiled("cpu", namespace)
 
 
 LIBRARIES: list[torch.library.Library] = []  # they live as long

@@ -11,6 +11,7 @@
 
 #include "../../csrc/cuda/bank_update.h"
 #include "../../csrc/cuda/device.h"
+#include "../../csrc/cuda/difference_nce.h"
 #include "../../csrc/cuda/instance_nce.h"
 #include "../../csrc/cuda/relation.h"
 #include "../../csrc/cuda/relation_nce.h"
@@ -91,5 +92,7 @@ CRRCD_IMPL(CRRCD_SIMT_LIBRARY, CPU, m) {
   m.impl("relation_nce_", crrcd::cuda::relation_nce_update);
   m.impl("instance_nce", crrcd::cuda::instance_nce);
   m.impl("instance_nce_", crrcd::cuda::instance_nce_update);
+  m.impl("difference_nce", crrcd::cuda::difference_nce);
+  m.impl("difference_nce_", crrcd::cuda::difference_nce_update);
   m.impl("bank_update_", crrcd::cuda::bank_update);
 }
