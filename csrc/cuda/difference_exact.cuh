@@ -1,5 +1,5 @@
-// difference_nce: what belongs to a pair (query, anchor) alone, and those (anchor, query, key) whose
-// differences are small, one by one.
+// difference_nce: what belongs to a pair (query, anchor) alone, and those (anchor, query, key)
+// whose differences are small, one by one.
 #pragma once
 
 #include "difference.cuh"
@@ -218,8 +218,7 @@ __global__ void __launch_bounds__(kDifferenceThreads) difference_finish(Differen
       if (p.c) negatives += (p.c[pair] - p.e[pair]) * u;
       pull += d_u + d_v;
     }
-    if (p.total_anchor)
-      negatives += p.total_anchor[cell] - p.anchor_seen[cell] * p.total_y[a];
+    if (p.total_anchor) negatives += p.total_anchor[cell] - p.anchor_seen[cell] * p.total_y[a];
     p.out_anchor[cell] = -(negatives + pull);
   }
 }
@@ -244,48 +243,42 @@ void launch_finish(const DifferenceParams<T>& p, void* stream) {
               dim3(kDifferenceThreads), 0, stream, p);
 }
 
-template <typename T, Pass kPass>
-void launch_pass(const DifferenceParams<T>& p, void* stream) {
+template <Precision kPrecision, Pass kPass>
+void launch_pass(const DifferenceParams<SumOf<kPrecision>>& p, void* stream) {
   if (p.own)
-    launch_tiles<T, true, kPass>(p, stream);
+    launch_tiles<kPrecision, true, kPass>(p, stream);
   else
-    launch_tiles<T, false, kPass>(p, stream);
-  gpu::launch("difference_exact", difference_exact<T, kPass>,
+    launch_tiles<kPrecision, false, kPass>(p, stream);
+  gpu::launch("difference_exact", difference_exact<SumOf<kPrecision>, kPass>,
               dim3(static_cast<unsigned>(p.exact_blocks)), dim3(kDifferenceThreads), 0, stream, p);
-}
-
-// Tiles of a segment, then what they left out.
-template <typename T>
-void launch_segment(const DifferenceParams<T>& p, void* stream) {
-  switch (p.pass) {
-    case Pass::kNce:
-      return launch_pass<T, Pass::kNce>(p, stream);
-    case Pass::kLogSumExp:
-      return launch_pass<T, Pass::kLogSumExp>(p, stream);
-    case Pass::kSoftmax:
-      return launch_pass<T, Pass::kSoftmax>(p, stream);
-  }
 }
 
 }  // namespace
 
-template <typename T>
-void DifferenceKernels<T>::pairs(const DifferenceParams<T>& params, void* stream) {
+template <Precision kPrecision>
+void DifferenceKernels<kPrecision>::pairs(const Params& params, void* stream) {
   launch_pairs(params, stream);
 }
 
-template <typename T>
-void DifferenceKernels<T>::near(const DifferenceParams<T>& params, void* stream) {
+template <Precision kPrecision>
+void DifferenceKernels<kPrecision>::near(const Params& params, void* stream) {
   launch_near(params, stream);
 }
 
-template <typename T>
-void DifferenceKernels<T>::tiles(const DifferenceParams<T>& params, void* stream) {
-  launch_segment(params, stream);
+template <Precision kPrecision>
+void DifferenceKernels<kPrecision>::segment(const Params& params, void* stream) {
+  switch (params.pass) {
+    case Pass::kNce:
+      return launch_pass<kPrecision, Pass::kNce>(params, stream);
+    case Pass::kLogSumExp:
+      return launch_pass<kPrecision, Pass::kLogSumExp>(params, stream);
+    case Pass::kSoftmax:
+      return launch_pass<kPrecision, Pass::kSoftmax>(params, stream);
+  }
 }
 
-template <typename T>
-void DifferenceKernels<T>::finish(const DifferenceParams<T>& params, void* stream) {
+template <Precision kPrecision>
+void DifferenceKernels<kPrecision>::finish(const Params& params, void* stream) {
   launch_finish(params, stream);
 }
 

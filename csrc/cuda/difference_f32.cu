@@ -2,6 +2,6 @@
 
 namespace crrcd::cuda {
 
-template struct DifferenceKernels<float>;
+template struct DifferenceKernels<Precision::kF32>;
 
 }  // namespace crrcd::cuda

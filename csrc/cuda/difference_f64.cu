@@ -2,6 +2,6 @@
 
 namespace crrcd::cuda {
 
-template struct DifferenceKernels<double>;
+template struct DifferenceKernels<Precision::kF64>;
 
 }  // namespace crrcd::cuda

@@ -16,9 +16,10 @@ namespace {
 constexpr const char* kOp = "difference_nce";
 constexpr double kLog2 = 0.69314718055994530942;
 
-template <typename T>
+template <Precision kPrecision>
 class DifferenceNce {
-  using Kernels = DifferenceKernels<T>;
+  using T = SumOf<kPrecision>;
+  using Kernels = DifferenceKernels<kPrecision>;
   static constexpr int64_t kChunk = kDifferenceChunk<T>;
 
  public:
@@ -73,7 +74,9 @@ class DifferenceNce {
   bool some() const { return x.A > 0 && x.B > 0 && x.K > 0; }
 
   void set_up() {
-    const auto up = [](int64_t n) { return std::max<int64_t>((n + kChunk - 1) / kChunk, 1) * kChunk; };
+    const auto up = [](int64_t n) {
+      return std::max<int64_t>((n + kChunk - 1) / kChunk, 1) * kChunk;
+    };
     p.A = x.A, p.B = x.B, p.K = x.K, p.D = x.D, p.N = x.N;
     p.Ap = up(x.A), p.Bp = up(x.B);
     p.need_query = x.needs(kDifferenceQuery), p.need_anchor = x.needs(kDifferenceAnchor);
@@ -103,6 +106,13 @@ class DifferenceNce {
     p.eps = static_cast<T>(x.eps);
     p.origin = data(origin), p.query_seen = data(query_seen), p.anchor_seen = data(anchor_seen);
     p.query_square = data(query_square), p.anchor_square = data(anchor_square);
+    if constexpr (stored_bytes(kPrecision) == 2) {
+      query_raw_square = query.square().sum(1);
+      anchor_raw_square = anchor.square().sum(1);
+      anchor_sum = anchor.sum(1);
+      p.query_raw_square = data(query_raw_square), p.anchor_sum = data(anchor_sum);
+      p.anchor_raw_square = data(anchor_raw_square);
+    }
 
     p.anchor_id = ids(x.anchor_id);
     p.query_id = ids(x.query_id);
@@ -168,7 +178,7 @@ class DifferenceNce {
     for (p.first = 0; p.first < x.K; p.first += segment) {
       p.count = std::min(segment, x.K - p.first);
       p.accumulate = p.first > 0;
-      Kernels::tiles(p, device.stream());
+      Kernels::segment(p, device.stream());
       f();
     }
   }
@@ -190,8 +200,7 @@ class DifferenceNce {
     for_segments([] {});
     const at::Tensor tops = top.to(at::kDouble).mul_(kLog2);
     const at::Tensor most = at::maximum(tops.amax(0), logit);
-    return most +
-           ((logit - most).exp() + (sum.to(at::kDouble) * (tops - most).exp()).sum(0)).log();
+    return most + ((logit - most).exp() + (sum.to(at::kDouble) * (tops - most).exp()).sum(0)).log();
   }
 
   void sweep(Pass pass) {
@@ -199,8 +208,7 @@ class DifferenceNce {
     p.pass = pass;
     make_near_keys();
     const int64_t words = p.Ap / kChunk;
-    p.scalars =
-        make<double>(scalars, {words * p.groups * p.chunks + p.exact_blocks, 3});
+    p.scalars = make<double>(scalars, {words * p.groups * p.chunks + p.exact_blocks, 3});
     // own: nobody writes to the rows beyond B
     p.sum_inverse = make<T>(sum_inverse, {p.chunks, p.Bp, p.Ap}, x.own());
     p.sum_along = make<T>(sum_along, {p.chunks, p.Bp, p.Ap}, x.own());
@@ -292,7 +300,8 @@ class DifferenceNce {
   DifferenceParams<T> p;
   int64_t segment = 0, row_parts = 1;
   at::Tensor bank, query, positive, anchor, scale, offset, origin, query_seen, anchor_seen;
-  at::Tensor query_square, anchor_square, half_square, inverse, inverse_positive, cosine, near;
+  at::Tensor query_square, anchor_square, query_raw_square, anchor_raw_square, anchor_sum,
+      half_square, inverse, inverse_positive, cosine, near;
   at::Tensor mask, inverse_pairs, near_pair, near_count, slope, offsets, gram_offsets, near_key;
   at::Tensor scalars, total, sum_inverse, sum_along, d_query, d_anchor, sum_y, d_rows, d_bank;
 };
@@ -310,8 +319,16 @@ DifferenceResult difference_nce(
       query, positive, anchor, bank, scale, offset, index, anchor_id, query_id, key_id, query_label,
       key_label, self_pairs, eps, objective, need, /*with_half=*/true);
   const Device device(query);
-  return x.dtype == at::kDouble ? DifferenceNce<double>(x, device).run()
-                                : DifferenceNce<float>(x, device).run();
+  switch (x.dtype) {
+    case at::kDouble:
+      return DifferenceNce<Precision::kF64>(x, device).run();
+    case at::kBFloat16:
+      return DifferenceNce<Precision::kBF16>(x, device).run();
+    case at::kHalf:
+      return DifferenceNce<Precision::kF16>(x, device).run();
+    default:  // float32 products rounded to tf32 would lose the digits of small differences
+      return DifferenceNce<Precision::kF32>(x, device).run();
+  }
 }
 
 DifferenceResult difference_nce_update(

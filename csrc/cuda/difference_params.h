@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../bank.h"
+#include "relation_layout.h"
 
 namespace crrcd::cuda {
 
@@ -46,6 +47,10 @@ struct DifferenceParams {
   const T* anchor_seen = nullptr;    // [A, D]: anchor - middle
   const T* query_square = nullptr;   // [B]: |query_seen|^2
   const T* anchor_square = nullptr;  // [A]
+  // of two-byte operands as they came
+  const T* query_raw_square = nullptr;   // [B]
+  const T* anchor_raw_square = nullptr;  // [A]
+  const T* anchor_sum = nullptr;         // [A]
 
   // u = query - anchor + eps, v = positive - anchor + eps; written by difference_pairs
   T* half_square = nullptr;       // |u|^2 / 2
@@ -91,8 +96,8 @@ struct DifferenceParams {
   T* running_sum = nullptr;      // the same
 
   // read by difference_finish, [Bp, Ap]
-  const T* c = nullptr;           // sum over keys of c_abn, exact ones apart
-  const T* e = nullptr;           // sum over keys of e_abn, exact ones apart
+  const T* c = nullptr;  // sum over keys of c_abn, exact ones apart
+  const T* e = nullptr;  // sum over keys of e_abn, exact ones apart
   const T* c_positive = nullptr;
   const T* e_positive = nullptr;
   const T* f_positive = nullptr;
@@ -105,12 +110,13 @@ struct DifferenceParams {
 };
 
 // Each starts its kernels on the stream.
-template <typename T>
+template <Precision kPrecision>
 struct DifferenceKernels {
-  static void pairs(const DifferenceParams<T>& params, void* stream);
-  static void near(const DifferenceParams<T>& params, void* stream);   // near_pair
-  static void tiles(const DifferenceParams<T>& params, void* stream);  // a segment
-  static void finish(const DifferenceParams<T>& params, void* stream);
+  using Params = DifferenceParams<SumOf<kPrecision>>;
+  static void pairs(const Params& params, void* stream);
+  static void near(const Params& params, void* stream);     // near_pair
+  static void segment(const Params& params, void* stream);  // of the negatives
+  static void finish(const Params& params, void* stream);
 };
 
 }  // namespace crrcd::cuda
