@@ -5,6 +5,7 @@ What they compute is tested with the other backends' tests, where the emulation 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ import torch
 from helpers import emulated
 from helpers.cases import (
     assert_close,
+    assert_within_budget,
     cast,
     distance,
     make,
@@ -299,25 +301,128 @@ def test_an_update_outside_of_the_bank_is_trapped(row):
         )
 
 
-def test_what_cannot_be_deterministic_says_so():
-    case = make_instance()
-    torch.use_deterministic_algorithms(True)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("dim", [4096, 4097, 4100])
+def test_rows_wider_than_a_block_holds(dim, objective, dtype):
+    for keys, rows in ((1, 3), (100, 40)):  # one entry; several warps of them for each part
+        case = make_instance(2, keys, dim, rows, objective=objective, ids=True, labels=True)
+        case = cast(case, dtype)
+        tolerance = 1e-11 if dtype == torch.float64 else 2e-6
+        assert_close(run(case, "simt"), truth(case), tolerance, run(case, "reference"))
+
+
+@each_schedule
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_wide_rows_have_no_race_and_stay_in_bounds(objective, schedule, late):
+    case = cast(make_instance(1, 34, 4101, 5, objective=objective, ids=True), torch.float32)
+    true, plain = truth(case), run(case, "reference")
+    with emulation(CHECKED, schedule, seed=19, late=late):
+        got = run(copied(case), CHECKED)
+    assert_close(got, true, 2e-6, plain)
+
+
+@pytest.mark.parametrize("storage", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_wide_rows_whose_logits_rise(storage):
+    # What was summed of the first entries counts for little beside the last ones.
+    case = make_instance(2, 150, 4099, 150, objective="infonce", scale=300.0)
+    order = (case["bank"] @ case["query"][0]).argsort()
+    case |= {"bank": case["bank"][order].to(storage), "index": torch.arange(150).expand(2, -1)}
+    wanted = ("query", "positive", "scale", "offset")
+    assert_close(run(case, "simt", wanted=wanted), truth(case, wanted=wanted), 1e-10)
+
+
+# ------------------------------------- instance_nce [B, K]: the bank's gradient in one order
+
+
+@contextmanager
+def deterministic(warn_only: bool = False) -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
     try:
-        with pytest.raises(
-            RuntimeError, match="instance_nce with the bank's gradient and an index"
-        ):
-            run(case, "simt")
-        run(case, "simt", wanted=("query", "positive", "scale", "offset"))
-        run(make_instance(index="shared"), "simt")
+        yield
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def test_rows_wider_than_a_block_holds_are_refused():
-    message = (
-        "instance_nce: query: expected at most 4096 columns with an index for each query, got 4100"
-    )
-    with pytest.raises(ValueError, match=message):
-        functional.instance_nce(**make_instance(2, 3, 4100, 5), backend="simt")
-    case = make_instance(2, 3, 4100, 5, index="shared")
-    assert_close(run(case, "simt"), truth(case), 1e-10)
+# Rows that one query names twice, that several name, that none does; more than a warp's entries.
+OWN = [(5, 70, 17, 90), (7, 130, 140, 4), (3, 40, 300, 500), (2, 40, 4100, 5)]
+
+
+@pytest.mark.parametrize("warn_only", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("sizes", OWN, ids=str)
+def test_one_order_is_that_of_the_entries(sizes, objective, warn_only):
+    case = make_instance(*sizes, objective=objective, ids=True, labels=True)
+    with deterministic(warn_only), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = run(case, "simt")
+    assert_close(got, truth(case), 1e-11)
+    assert_close(got, run(case, "simt"), 1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("sizes", [(16, 300, 128, 900), (33, 257, 17, 50), (5, 700, 130, 3)])
+def test_error_budget_in_one_order(sizes, objective, dtype):
+    cases = [make_instance(*sizes, objective=objective, ids=True, seed=seed) for seed in range(3)]
+    with deterministic():
+        assert_within_budget(cases, "simt", dtype)
+
+
+@each_schedule
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("sizes", OWN, ids=str)
+def test_one_order_has_the_same_bits_whatever_comes_first(sizes, objective, schedule, late):
+    case = cast(make_instance(*sizes, objective=objective, ids=True), torch.float32)
+    with deterministic():
+        expected = run(case, "simt")
+        for backend in ("simt", CHECKED):
+            with emulation(backend, schedule, seed=17, late=late):
+                got = run(copied(case), backend)
+            assert all(torch.equal(got[k], expected[k]) for k in expected), backend
+
+
+@pytest.mark.parametrize("storage", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_order_in_every_storage(dtype, storage):
+    case = cast(make_instance(9, 60, 33, 20), dtype)
+    case["bank"] = case["bank"].to(storage)
+    with deterministic():
+        got = run(case, "simt")
+    assert got["bank"].dtype == storage
+    assert_close(got, run(case, "simt"), 1e-6 if storage.itemsize > 2 else 2.0**-8)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_one_order_of_few_entries_or_none(objective):
+    for sizes in [(0, 7, 5, 9), (5, 0, 7, 9), (5, 0, 7, 0), (0, 0, 7, 0), (1, 1, 1, 1)]:
+        case = make_instance(*sizes, objective=objective)
+        with deterministic():
+            assert_close(run(case, "simt"), truth(case), 1e-12)
+    case = make_instance(6, 70, 8, 12, objective=objective)
+    case |= {"query_label": torch.zeros(6).long(), "key_label": torch.zeros(12).long()}
+    with deterministic():
+        got = run(case, "simt")
+    assert got["bank"].eq(0).all()  # everything is masked
+
+
+def test_one_order_of_an_index_that_is_a_view():
+    case = make_instance(5, 70, 8, 30)
+    with deterministic():
+        expected = run(case, "simt")
+        index = case["index"]
+        backward = index.flip(1).contiguous().flip(1)
+        for view in (index.T.contiguous().T, backward, index.repeat_interleave(3, 1)[:, 1::3]):
+            got = run({**case, "index": view}, "simt")
+            assert all(torch.equal(got[k], expected[k]) for k in expected)
+        shared = {**case, "index": index[:1].expand(5, -1)}
+        assert_close(run(shared, "simt"), truth(shared), 1e-12)
+
+
+def test_every_operator_runs_where_algorithms_must_be_deterministic():
+    with deterministic():
+        for index in ("own", "shared", None):
+            case = make_instance(index=index)
+            assert_close(run(case, "simt"), truth(case), 1e-11)
+        case = make()
+        assert_close(run(case, "simt"), truth(case), 1e-11)

@@ -525,9 +525,11 @@ def test_double_backward_is_refused(backend):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @each_order
-def test_bits_repeat_and_threads_agree(backend, threads, objective, how):
+def test_bits_repeat_and_threads_agree(backend, threads, objective, how, request):
     if backend in ON_DEVICE and how[0] == "own" and "bank" in how[2]:
-        pytest.skip("rows are added to atomically, in any order")
+        # rows are added to atomically, in any order, unless this forbids it
+        torch.use_deterministic_algorithms(True)
+        request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     case, runs = prepared(how, 20, 1000, 33, 700, objective=objective, ids=True)
     case = cast(case, torch.float32)
     torch.set_num_threads(threads)

@@ -6,9 +6,11 @@
 //     d q_b = scale sum_n g_bn m_n           d m_n = scale sum_b g_bn q_b
 //
 // Each query's own negatives are dot products: a warp (a block, for wide rows) goes through a part
-// of one query's entries and keeps the row in registers for the gradient. Shared negatives are
-// matrix products on tiles. InfoNCE goes over the negatives once with a running maximum: what was
-// summed is scaled down when a larger logit comes; the gradient of the bank takes a second pass.
+// of one query's entries and keeps the row in registers for the gradient; rows too wide for that
+// are read twice. Shared negatives are matrix products on tiles. InfoNCE goes over the negatives
+// once with a running maximum: what was summed is scaled down when a larger logit comes; the
+// gradient of the bank takes a second pass. It is added to atomically where each query has its own
+// negatives, or, to be the same from run to run, summed up over the entries sorted by row.
 #pragma once
 
 #include "instance_params.h"
@@ -36,6 +38,16 @@ __device__ __forceinline__ T softplus(T s, T& derivative) {
   return (s > 0 ? s : T(0)) + log1p(e);
 }
 
+// The derivative of the loss by a negative's logit s, or, of InfoNCE's first pass, what the logit
+// adds to the sum that divides it. reference: what an InfoNCE logit is compared with.
+template <Pass kPass, typename T>
+__device__ __forceinline__ T slope_of(T s, T reference, T& loss) {
+  if constexpr (kPass != Pass::kNce) return exp(s - reference);
+  T g;
+  loss = softplus(s, g);
+  return g;
+}
+
 // What a sum up to `before` is to be multiplied with when the maximum becomes `top`.
 template <typename T>
 __device__ __forceinline__ T rescaling(T before, T top) {
@@ -52,6 +64,26 @@ __device__ __forceinline__ void group_sum(T (&x)[kCount]) {
   } else {
     __shared__ T shared[kCount * kGroup / kWarp];
     block_sum<kGroup>(x, shared);
+  }
+}
+
+// The row of entry k of a query.
+template <typename T>
+__device__ __forceinline__ int64_t own_row_of(const InstanceParams<T>& p, int64_t b, int64_t k) {
+  return checked_row(p.own[b * p.own_stride + k * p.own_step], p.N, kOutside);
+}
+
+// What one part of a query's entries comes to; top: their largest logit (InfoNCE).
+template <Pass kPass, typename T>
+__device__ __forceinline__ void store_part(const InstanceParams<T>& p, int64_t b, int64_t part,
+                                           T top, double loss, double slope, double g) {
+  if constexpr (kPass == Pass::kNce) {
+    double* out = p.scalars + 3 * (b * p.parts + part);
+    out[0] = loss, out[1] = slope, out[2] = -g;
+  } else {
+    p.running_max[part * p.B + b] = top;
+    p.running_sum[part * p.B + b] = g;
+    p.running_slope[part * p.B + b] = slope;
   }
 }
 
@@ -106,8 +138,8 @@ __global__ void __launch_bounds__(kGroup == kWarp ? 128 : kGroup, 1)
     int64_t own_row = 0;
     bool keep = false;
     if (lane < count) {
-      own_row = p.own[b * p.own_stride + (first + lane) * p.own_step];
-      keep = is_negative(p, b, checked_row(own_row, p.N, kOutside));
+      own_row = own_row_of(p, b, first + lane);
+      keep = is_negative(p, b, own_row);
     }
     const unsigned kept = __ballot_sync(0xffffffffu, keep);
     for (int at = 0; at < count; at += kRows) {
@@ -138,9 +170,7 @@ __global__ void __launch_bounds__(kGroup == kWarp ? 128 : kGroup, 1)
         const T s = z[r] * scale - offset;
         T g = 0, loss = 0;
         if (kept >> (at + r) & 1) {
-          if constexpr (kPass == Pass::kNce) loss = softplus(s, g);
-          if constexpr (kPass == Pass::kLogSumExp) g = exp(s - top);
-          if constexpr (kPass == Pass::kSoftmax) g = exp(s - p.log_normalizer[b]);
+          g = slope_of<kPass>(s, kPass == Pass::kSoftmax ? p.log_normalizer[b] : top, loss);
           sums.slope += g * z[r];
         }
         sums.loss += loss;
@@ -151,13 +181,17 @@ __global__ void __launch_bounds__(kGroup == kWarp ? 128 : kGroup, 1)
         for (int r = 0; r < kRows; ++r)
           for (int i = 0; i < kQuads; ++i)
             for (int j = 0; j < 4; ++j) sums.row[i * 4 + j] += weight[r] * m[r][i][j];
-      if (p.d_bank && kPass != Pass::kLogSumExp)
+      if (p.weight && kPass != Pass::kLogSumExp) {
+        for (int r = 0; r < kRows && at + r < count; ++r)
+          if (thread == 0) p.weight[b * p.K + first + at + r] = weight[r];
+      } else if (p.d_bank && kPass != Pass::kLogSumExp) {
         for (int r = 0; r < kRows && at + r < count; ++r)
           for (int i = 0; i < kQuads; ++i)
             for (int j = 0; j < 4; ++j) {
               const int64_t d = int64_t(i * kGroup + thread) * 4 + j;
               if (d < p.D) atomicAdd(p.d_bank + row[r] * p.D + d, weight[r] * q[i][j]);
             }
+      }
     }
     sums.flush();
   }
@@ -168,14 +202,132 @@ __global__ void __launch_bounds__(kGroup == kWarp ? 128 : kGroup, 1)
         const int64_t d = int64_t(i * kGroup + thread) * 4 + j;
         if (d < p.D) p.d_query_parts[(part * p.B + b) * p.D + d] = sums.total_row[i * 4 + j];
       }
-  if (thread != 0) return;
-  if constexpr (kPass == Pass::kNce) {
-    double* out = p.scalars + 3 * group;
-    out[0] = sums.total_loss, out[1] = sums.total_slope, out[2] = -sums.total_g;
-  } else {
-    p.running_max[part * p.B + b] = top;
-    p.running_sum[part * p.B + b] = sums.total_g;
-    p.running_slope[part * p.B + b] = sums.total_slope;
+  if (thread == 0)
+    store_part<kPass>(p, b, part, top, sums.total_loss, sums.total_slope, sums.total_g);
+}
+
+constexpr int kWideThreads = 256;
+
+// The same for rows that registers do not hold: the logits of a warp's entries, then the gradients,
+// for which the rows are read again. A block for a part of one query's entries; its first warp has
+// an entry a lane.
+template <typename T, typename S, Pass kPass>
+__global__ void __launch_bounds__(kWideThreads, 1) own_wide_entries(InstanceParams<T> p) {
+  constexpr int kRows = 4;
+  __shared__ int64_t row[kWarp];
+  __shared__ T product[kWarp], weight[kWarp], factor;
+  const int64_t b = blockIdx.x / p.parts, part = blockIdx.x % p.parts;
+  const int64_t begin = p.K * part / p.parts, end = p.K * (part + 1) / p.parts;
+  const T scale = static_cast<T>(*p.scale), offset = static_cast<T>(*p.offset);
+  const T slope = scale / static_cast<T>(p.B);
+  const T* query = p.query + b * p.D;
+  const bool to_query = p.need_query && kPass != Pass::kSoftmax;
+  const bool to_bank = p.d_bank && kPass != Pass::kLogSumExp;
+  const int lane = threadIdx.x;  // of the first warp
+  const auto bank_quad = [&](int entry, int64_t d, int64_t width, T(&x)[4]) {
+    load_quad(bank_row<S>(p.bank, row[entry]), d, width, p.whole_quads, x);
+  };
+
+  double loss = 0, along = 0, total = 0;
+  T top = -INFINITY;
+  for (int64_t first = begin; first < end; first += kWarp) {
+    const int count = end - first < kWarp ? static_cast<int>(end - first) : kWarp;
+    if (lane < kWarp) row[lane] = lane < count ? own_row_of(p, b, first + lane) : 0;
+    __syncthreads();
+    for (int at = 0; at < count; at += kRows) {
+      T z[kRows] = {};
+      for (int64_t d = threadIdx.x * 4; d < p.D; d += kWideThreads * 4) {
+        T q[4], m[4];
+        load_quad(query, d, p.D, false, q);
+        for (int r = 0; r < kRows; ++r) {
+          // what lies beyond the last entry is a row of zeros
+          bank_quad(at + r, d, at + r < count ? p.D : 0, m);
+          for (int j = 0; j < 4; ++j) z[r] += q[j] * m[j];
+        }
+      }
+      group_sum<kWideThreads>(z);
+      for (int r = 0; r < kRows; ++r)
+        if (lane == 0) product[at + r] = z[r];
+    }
+    __syncthreads();
+
+    if (lane < kWarp) {
+      const bool keep = lane < count && is_negative(p, b, row[lane]);
+      const T z = keep ? product[lane] : T(0), s = z * scale - offset;
+      const T before = top;
+      if constexpr (kPass == Pass::kLogSumExp) top = warp_max(keep && s > before ? s : before);
+      T of_entry = 0, g = 0;
+      if (keep)
+        g = slope_of<kPass>(s, kPass == Pass::kSoftmax ? p.log_normalizer[b] : top, of_entry);
+      const T down = rescaling(before, top);
+      loss += warp_sum(of_entry);
+      along = along * down + warp_sum(g * z);
+      total = total * down + warp_sum(g);
+      if (lane == 0) factor = down;
+      if (lane < count) {
+        weight[lane] = kPass == Pass::kLogSumExp ? g : g * slope;
+        if (to_bank && p.weight) p.weight[b * p.K + first + lane] = weight[lane];
+      }
+    }
+    __syncthreads();
+
+    for (int64_t d = threadIdx.x * 4; d < p.D; d += kWideThreads * 4) {
+      if (to_query) {
+        T sum[4] = {}, m[4];
+        for (int i = 0; i < count; ++i) {
+          bank_quad(i, d, p.D, m);
+          for (int j = 0; j < 4; ++j) sum[j] += weight[i] * m[j];
+        }
+        T* out = p.d_query_parts + (part * p.B + b) * p.D + d;
+        for (int j = 0; j < 4; ++j)
+          if (d + j < p.D) out[j] = first == begin ? sum[j] : out[j] * factor + sum[j];
+      }
+      if (to_bank && !p.weight)
+        for (int i = 0; i < count; ++i)
+          for (int j = 0; j < 4 && d + j < p.D; ++j)
+            atomicAdd(p.d_bank + row[i] * p.D + d + j, weight[i] * query[d + j]);
+    }
+    __syncthreads();
+  }
+  if (kPass != Pass::kSoftmax && lane == 0) store_part<kPass>(p, b, part, top, loss, along, total);
+}
+
+// The gradient of the bank in one order: a warp for each row, over its entries.
+template <typename T>
+__global__ void __launch_bounds__(128) sum_sorted(InstanceParams<T> p) {
+  constexpr int kColumns = 4;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t row = int64_t(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
+  if (row >= p.N) return;
+  const int64_t entries = p.B * p.K;
+  int64_t begin = 0;
+  for (int64_t end = entries; begin < end;) {
+    const int64_t middle = begin + (end - begin) / 2;
+    if (p.sorted_row[middle] < row)
+      begin = middle + 1;
+    else
+      end = middle;
+  }
+  for (int64_t d = lane; d - lane < p.D; d += kColumns * kWarp) {
+    T total[kColumns] = {};
+    int count = kWarp;
+    for (int64_t first = begin; count == kWarp; first += kWarp) {
+      const bool mine = first + lane < entries && p.sorted_row[first + lane] == row;
+      const int64_t entry = mine ? p.sorted_entry[first + lane] : 0;
+      const T own_weight = mine ? p.weight[entry] : T(0);
+      const int64_t own_query = entry / p.K;
+      count = __popc(__ballot_sync(0xffffffffu, mine));
+      T sum[kColumns] = {};
+      for (int i = 0; i < count; ++i) {
+        const T weight = __shfl_sync(0xffffffffu, own_weight, i);
+        const T* query = p.query + __shfl_sync(0xffffffffu, own_query, i) * p.D;
+        for (int c = 0; c < kColumns; ++c)
+          if (d + c * kWarp < p.D) sum[c] += weight * query[d + c * kWarp];
+      }
+      for (int c = 0; c < kColumns; ++c) total[c] += sum[c];
+    }
+    for (int c = 0; c < kColumns; ++c)
+      if (d + c * kWarp < p.D) p.d_bank[row * p.D + d + c * kWarp] = total[c];
   }
 }
 
@@ -456,9 +608,12 @@ void launch_pass(const InstanceParams<T>& p, void* stream) {
   else if (p.D <= kWarp * kInstanceColumns)
     gpu::launch("own_entries", own_entries<T, S, kWarp, kInstanceColumns, kPass>, warps, dim3(128),
                 0, stream, p);
-  else
+  else if (p.D <= kInstanceWidest)
     gpu::launch("own_entries", own_entries<T, S, 256, kInstanceColumns, kPass>, dim3(groups),
                 dim3(256), 0, stream, p);
+  else
+    gpu::launch("own_wide_entries", own_wide_entries<T, S, kPass>, dim3(groups), dim3(kWideThreads),
+                0, stream, p);
 }
 
 template <typename T, typename S>
@@ -470,6 +625,8 @@ void launch_all(const InstanceParams<T>& p, void* stream) {
     launch_pass<T, S, Pass::kNce>(p, stream);
   gpu::launch("finish_queries", finish_queries<T>, queries, dim3(128), 0, stream, p);
   if (p.infonce && (p.d_bank || p.d_rows)) launch_pass<T, S, Pass::kSoftmax>(p, stream);
+  if (p.weight)
+    gpu::launch("sum_sorted", sum_sorted<T>, dim3((p.N + 3) / 4), dim3(128), 0, stream, p);
   gpu::launch("finish_scalars", finish_scalars<T>, dim3(1), dim3(256), 0, stream, p);
 }
 

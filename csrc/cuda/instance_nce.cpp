@@ -60,8 +60,6 @@ class InstanceNce {
     p.whole_quads = x.D % 4 == 0 && bank.stride(0) % 4 == 0 &&
                     reinterpret_cast<uintptr_t>(p.bank.data) % quad == 0;
     if (x.own()) {
-      TORCH_CHECK_VALUE(x.D <= kInstanceWidest, "crrcd_ext.", kOp, ": query: expected at most ",
-                        kInstanceWidest, " columns with an index for each query, got ", x.D);
       p.own = x.index.const_data_ptr<int64_t>();
       p.own_stride = x.index.stride(0), p.own_step = x.index.stride(1);
     } else {
@@ -71,7 +69,8 @@ class InstanceNce {
 
     p.query = query.const_data_ptr<T>();
     p.positive = positive.const_data_ptr<T>();
-    scale = x.scale.to(at::kDouble), offset = x.offset.to(at::kDouble);
+    const auto scalar = query.options().dtype(at::kDouble);  // they may come from the CPU
+    scale = x.scale.to(scalar), offset = x.offset.to(scalar);
     p.scale = scale.const_data_ptr<double>();
     p.offset = offset.const_data_ptr<double>();
     p.query_id = ids(x.query_id);
@@ -96,9 +95,13 @@ class InstanceNce {
     }
     if (x.needs(kInstancePositive)) p.d_positive = make<T>(d_positive, {x.B, x.D});
     if (x.needs(kInstanceBank)) {
-      if (x.own()) {
-        at::globalContext().alertNotDeterministic(
-            "crrcd::instance_nce with the bank's gradient and an index for each query");
+      if (x.own() && p.B * p.K > 0 && at::globalContext().deterministicAlgorithms()) {
+        p.weight = make<T>(weight, {x.B, x.K});
+        std::tie(sorted_row, sorted_entry) =
+            at::sort(x.index.reshape({-1}), /*stable=*/true, /*dim=*/0, /*descending=*/false);
+        p.sorted_row = ids(sorted_row), p.sorted_entry = ids(sorted_entry);
+        p.d_bank = make<T>(d_bank, {x.N, x.D});
+      } else if (x.own()) {
         p.d_bank = make<T>(d_bank, {x.N, x.D}, /*zero=*/true);
       } else {
         p.d_rows = make<T>(d_bank, {x.K, x.D}, /*zero=*/x.B == 0);
@@ -134,6 +137,7 @@ class InstanceNce {
   InstanceParams<T> p;
   at::Tensor query, positive, bank, scale, offset, running_max, running_sum, running_slope;
   at::Tensor log_normalizer, scalars, d_query_parts, d_query, d_positive, d_bank, per_query, result;
+  at::Tensor weight, sorted_row, sorted_entry;
 };
 
 }  // namespace

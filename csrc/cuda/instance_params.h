@@ -11,7 +11,7 @@ namespace crrcd::cuda {
 
 constexpr int64_t kInstanceTile = 64;     // shared negatives, and queries, that meet at a time
 constexpr int64_t kInstanceColumns = 16;  // of a row that a thread keeps in registers
-constexpr int64_t kInstanceWidest = 256 * kInstanceColumns;  // D of each query's own negatives
+constexpr int64_t kInstanceWidest = 256 * kInstanceColumns;  // D of rows that a block so keeps
 
 // Matrices are contiguous, row major. T is float or double.
 template <typename T>
@@ -46,9 +46,14 @@ struct InstanceParams {
   double* running_slope = nullptr;  // [parts, B]: of e <q, m>
   T* d_query_parts = nullptr;       // [parts, B, D]; InfoNCE: sum of e m
   T* d_rows = nullptr;              // [K, D], shared: gradient of the gathered rows
-  T* d_bank = nullptr;              // [N, D], own: added to atomically
+  T* d_bank = nullptr;              // [N, D], own: added to atomically without a `weight`
   double* per_query = nullptr;      // [B, 3]: as scalars
   T* log_normalizer = nullptr;      // [B] (InfoNCE)
+
+  // own, for a gradient of the bank that is added up in one order: the entries b * K + k by row
+  T* weight = nullptr;                    // [B, K]: d loss / d <q, m>
+  const int64_t* sorted_row = nullptr;    // [B K]
+  const int64_t* sorted_entry = nullptr;  // [B K], those of a row in their order
 
   double* result = nullptr;  // [3]: loss, d_scale, d_offset
   T* d_query = nullptr;      // [B, D]
