@@ -112,6 +112,15 @@ def segments_of(keys: int) -> Iterator[None]:
             library.set_segment(0)
 
 
+@contextmanager
+def deterministic(warn_only: bool = False) -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def settled(case: dict) -> dict:
     """Hidden vectors away from zero, where they have a direction in two-byte numbers."""
     return case | {"anchor": case["anchor"] + 1.0}
@@ -176,6 +185,7 @@ def test_relation_nce_has_the_same_bits_in_every_order(precision, objective):
             assert all(torch.equal(got[k], expected[k]) for k in expected), schedule
 
 
+DIFFERENCE_CLOSE = {torch.float64: 1e-10, torch.float32: 5e-5, torch.bfloat16: 2e-2}
 DIFFERENCE_WANTED = ("query", "positive", "anchor", "bank", "scale", "offset")
 
 
@@ -191,10 +201,10 @@ def close_to_anchors(case: dict) -> dict:
 @pytest.mark.parametrize("index", ["own", "shared", None])
 def test_difference_nce_has_no_race_and_stays_in_bounds(index, objective, schedule, late):
     queries = 9 if index == "own" else 67
-    for sizes in ((5, 6, 70, 17, 90), (70, queries, 40, 9, 50), (3, 2, 33, 130, 40)):
+    for sizes in ((5, 6, 70, 17, 90), (70, queries, 40, 9, 50), (3, 2, 33, 70, 40)):
         case = make_difference(*sizes, index=index, objective=objective, ids=True, labels=True)
         case = close_to_anchors(case)
-        for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 5e-5)):
+        for dtype, tolerance in DIFFERENCE_CLOSE.items():
             low = cast(case, dtype)
             plain = run(low, "reference", wanted=DIFFERENCE_WANTED)
             with emulation(CHECKED, schedule, seed=3, late=late):
@@ -242,13 +252,15 @@ def test_difference_nce_traps_a_row_outside_of_the_bank(index, row):
         functional.difference_nce(**case, backend="simt")
 
 
+@each_precision
 @pytest.mark.parametrize("row", [-1, 13, 1 << 40])
-def test_relation_nce_traps_a_row_outside_of_the_bank(row):
-    case = make()
+def test_relation_nce_traps_a_row_outside_of_the_bank(row, precision):
+    dtype, setting, _ = precision
+    case = cast(make(), dtype)
     case["index"] = case["index"].clone()
     case["index"][-1] = row
     message = r"relation_nce: index: expected rows of the bank in \[0, N\)"
-    with pytest.raises(RuntimeError, match=message):
+    with emulated_gpu(setting), pytest.raises(RuntimeError, match=message):
         functional.relation_nce(**case, backend="simt")
 
 
@@ -277,15 +289,17 @@ def test_half_precision_operands(index, objective):
     assert_close(got, true, 2e-3)
 
 
-@pytest.mark.parametrize("index", ["own", "shared"])
+@pytest.mark.parametrize("index, dim", [("own", 8), ("own", 600), ("own", 4100), ("shared", 8)])
 @pytest.mark.parametrize("row", [-1, 13, 1 << 40])
-def test_a_row_outside_of_the_bank_is_trapped(index, row):
-    case = make_instance(index=index)
+def test_a_row_outside_of_the_bank_is_trapped(index, dim, row):
+    case = make_instance(D=dim, index=index)
     case["index"] = case["index"].clone()
     case["index"].view(-1)[-1] = row
     message = r"instance_nce: index: expected rows of the bank in \[0, N\)"
     with pytest.raises(RuntimeError, match=message):
         functional.instance_nce(**case, backend="simt")
+    with deterministic(), pytest.raises(RuntimeError, match=message):
+        run(case, "simt")
 
 
 @pytest.mark.parametrize("row", [-1, 30])
@@ -333,15 +347,6 @@ def test_wide_rows_whose_logits_rise(storage):
 
 
 # ------------------------------------- instance_nce [B, K]: the bank's gradient in one order
-
-
-@contextmanager
-def deterministic(warn_only: bool = False) -> Iterator[None]:
-    torch.use_deterministic_algorithms(True, warn_only=warn_only)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 # Rows that one query names twice, that several name, that none does; more than a warp's entries.

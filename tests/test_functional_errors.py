@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from helpers.cases import BACKENDS, COMPILED, cast, make, make_difference, make_instance
+from helpers.emulated import EMULATED
 
 from crrcd_ext import functional
 
@@ -529,6 +530,53 @@ def test_float16_operands(backend):
         with pytest.raises(TypeError, match=text(f"crrcd_ext.relation: {message}")):
             functional.relation(case["anchor"], case["anchor"], case["weight"], backend=chosen)
     assert torch.equal(case["bank"], before)
+
+
+LOSSES = {  # a case with every argument that is a tensor
+    "relation_nce": lambda: make(A, B, K, H, R, D, N, ids=True, labels=True),
+    "instance_nce": lambda: make_instance(B, K, D, N, ids=True, labels=True),
+    "difference_nce": lambda: make_difference(A, B, K, D, N, ids=True, labels=True),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS + EMULATED)
+@pytest.mark.parametrize(
+    "operator, argument",
+    [(o, k) for o, case in LOSSES.items() for k, v in case().items() if torch.is_tensor(v)]
+    + [(o, k) for o in LOSSES for k in ("update index", "update value")],
+)
+def test_one_tensor_elsewhere(backend, operator, argument):
+    if backend in EMULATED and operator == "difference_nce":
+        backend = "auto"  # has no kernels there
+    case = cast(LOSSES[operator](), torch.float32)
+    before = case["bank"].clone()
+    bank, case["update"] = case["bank"], update()
+    message = f"{argument}: expected device cpu, got meta"
+    if argument == "query":  # the first one says where the others belong
+        message = r"\w+: expected device meta, got cpu"
+    if argument.startswith("update"):
+        number = ("update index", "update value").index(argument)
+        given = list(case["update"])
+        given[number] = given[number].to("meta")
+        case["update"] = tuple(given)
+    else:
+        case[argument] = case[argument].to("meta")
+    with pytest.raises(ValueError, match=rf"^crrcd_ext\.{operator}: {message}$"):
+        getattr(functional, operator)(**case, backend=backend)
+    assert torch.equal(bank, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS + EMULATED)
+@pytest.mark.parametrize("argument", ["index", "value"])
+def test_an_update_elsewhere(backend, argument):
+    bank = torch.randn(N, D)
+    before = bank.clone()
+    given = {"index": torch.tensor([1]), "value": torch.ones(1, D)}
+    given[argument] = given[argument].to("meta")
+    message = text(f"crrcd_ext.bank_update_: {argument}: expected device cpu, got meta")
+    with pytest.raises(ValueError, match=message):
+        functional.bank_update_(bank, **given, momentum=0.5, backend=backend)
+    assert torch.equal(bank, before)
 
 
 @pytest.mark.parametrize("backend", COMPILED)

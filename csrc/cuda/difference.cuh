@@ -340,13 +340,15 @@ __device__ __forceinline__ void add_gradients(const DifferenceParams<T>& p, Diff
 // ----------------------------------------------------------------------------------------- a block
 
 // Two, where the registers of both do.
-template <typename T, bool kOwn, Pass kPass>
-constexpr int blocks_of_difference =
-    sizeof(T) == 4 && (kPass == Pass::kNce || (kOwn && kPass == Pass::kSoftmax)) ? 2 : 1;
+template <Precision kPrecision, bool kOwn, Pass kPass>
+constexpr int blocks_of_difference = kPrecision == Precision::kF64                          ? 1
+                                     : kPass == Pass::kLogSumExp                            ? 1
+                                     : kOwn                                                 ? 2
+                                     : kPrecision == Precision::kF32 && kPass == Pass::kNce ? 2
+                                                                                            : 1;
 
 template <Precision kPrecision, bool kOwn, Pass kPass>
-__global__ void __launch_bounds__(kDifferenceThreads,
-                                  blocks_of_difference<SumOf<kPrecision>, kOwn, kPass>)
+__global__ void __launch_bounds__(kDifferenceThreads, blocks_of_difference<kPrecision, kOwn, kPass>)
     difference_tiles(DifferenceParams<SumOf<kPrecision>> p) {
   using T = SumOf<kPrecision>;
   using Tile = DifferenceTile<T>;

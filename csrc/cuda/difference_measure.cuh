@@ -2,8 +2,8 @@
 // queries, norms, masks.
 //
 // At full precision a distance is a sum of squares of differences, which loses no digits where rows
-// are close to each other. Two-byte operands are multiplied as they are on tensor cores, exactly but
-// for the sum: |m - a|^2 = |m|^2 + |a|^2 - 2 <m, a>.
+// are close to each other. Two-byte operands are multiplied as they are on tensor cores, exactly
+// but for the sum: |m - a|^2 = |m|^2 + |a|^2 - 2 <m, a>.
 #pragma once
 
 #include "difference_params.h"
@@ -54,8 +54,7 @@ __device__ __forceinline__ T key_element(const DifferenceParams<T>& p, int64_t r
 // The row of the bank that negative k of query b is; b does not matter where they are shared.
 template <typename T>
 __device__ __forceinline__ int64_t row_of(const DifferenceParams<T>& p, int64_t b, int64_t k) {
-  if (p.own)
-    return checked_row(p.own[b * p.own_stride + k * p.own_step], p.N, kOutsideBank);
+  if (p.own) return checked_row(p.own[b * p.own_stride + k * p.own_step], p.N, kOutsideBank);
   return p.bank.index ? checked_row(p.bank.index[k], p.N, kOutsideBank) : k;
 }
 
@@ -96,7 +95,7 @@ struct DifferenceTile {
   static constexpr int kDepth = 32;    // columns of all operands at a time, for distances
   static constexpr int kColumns = 64;  // of one operand at a time, for sums and on tensor cores
   static constexpr int kProductLead = kColumns + 8;
-  static constexpr int kGroup = 8;     // keys whose sums over the warps wait together
+  static constexpr int kGroup = 8;  // keys whose sums over the warps wait together
 
   struct Distances {
     T anchor[kDepth * kLead], query[kDepth * kLead], key[kDepth * kKeyLead];
@@ -128,6 +127,9 @@ struct DifferenceTile {
   int64_t row[kKeys];
   double totals[2][kDifferenceThreads];  // loss and g of a thread, where registers are scarce
 };
+
+static_assert(sizeof(DifferenceTile<float>) <= 99 * 1024, "what a block of any GPU here can have");
+static_assert(sizeof(DifferenceTile<double>) <= 99 * 1024);
 
 // kCount neighbouring numbers that lie on a boundary of their common size.
 template <int kCount, typename T>
@@ -185,16 +187,15 @@ __device__ __forceinline__ void load_keys(const DifferenceParams<T>& p,
   for (int at = threadIdx.x; at < kDifferenceKeys * kCount; at += kDifferenceThreads) {
     const int r = at / kCount, c = at % kCount;
     const bool inside = r < count && d + c < p.D;
-    out[kTransposed ? c * ld + r : r * ld + c] =
-        inside ? key_element(p, tile.row[r], d + c) : T(0);
+    out[kTransposed ? c * ld + r : r * ld + c] = inside ? key_element(p, tile.row[r], d + c) : T(0);
   }
 }
 
 // Squared distances of the tile's keys from the block's anchors and queries, |m|^2, and with them
 // 1 / |w|: -1 for what is small.
 template <bool kOwn, typename T>
-__device__ __forceinline__ void measure_distances(const DifferenceParams<T>& p, DifferenceTile<T>& s,
-                                        int a0, int b0, int count) {
+__device__ __forceinline__ void measure_distances(const DifferenceParams<T>& p,
+                                                  DifferenceTile<T>& s, int a0, int b0, int count) {
   using Tile = DifferenceTile<T>;
   constexpr int kEach = Tile::kChunk / 16;  // anchors, and queries, of a thread; and two keys
   const int column = threadIdx.x % 16 * kEach, line = threadIdx.x / 16 * 2;
@@ -203,11 +204,13 @@ __device__ __forceinline__ void measure_distances(const DifferenceParams<T>& p, 
   const int width = p.D, anchors = p.A, queries = p.B;
   for (int d = 0; d < width; d += Tile::kDepth) {
     __syncthreads();
-    load_rows<Tile::kChunk, Tile::kDepth, true>(p.anchor_seen, a0, anchors, d, width, x.anchor, Tile::kLead);
+    load_rows<Tile::kChunk, Tile::kDepth, true>(p.anchor_seen, a0, anchors, d, width, x.anchor,
+                                                Tile::kLead);
     if constexpr (kOwn)
       load_rows<1, Tile::kDepth, true>(p.query_seen, b0, queries, d, width, x.query, Tile::kLead);
     else
-      load_rows<Tile::kChunk, Tile::kDepth, true>(p.query_seen, b0, queries, d, width, x.query, Tile::kLead);
+      load_rows<Tile::kChunk, Tile::kDepth, true>(p.query_seen, b0, queries, d, width, x.query,
+                                                  Tile::kLead);
     load_keys<Tile::kDepth, true>(p, s, count, d, x.key, Tile::kKeyLead);
     __syncthreads();
     // sums of a few columns, then of those: they round less than one long one
@@ -266,7 +269,8 @@ __device__ __forceinline__ void measure_products(const DifferenceParams<float>& 
   using Tile = DifferenceTile<float>;
   using S = StoredOf<kPrecision>;
   constexpr int kDepth = Tile::kColumns, kLead = Tile::kProductLead;
-  constexpr int kTiles = kOwn ? 2 : 4;  // of 8 anchors or queries, that a warp compares with 16 keys
+  constexpr int kTiles =
+      kOwn ? 2 : 4;  // of 8 anchors or queries, that a warp compares with 16 keys
   S* const anchors = reinterpret_cast<S*>(s.products.anchor);
   S* const queries = reinterpret_cast<S*>(s.products.query);
   S* const keys = reinterpret_cast<S*>(s.products.key);
@@ -275,21 +279,22 @@ __device__ __forceinline__ void measure_products(const DifferenceParams<float>& 
   const bool of_anchors = kOwn || block < Tile::kChunk;
   const int column = of_anchors ? block : block - Tile::kChunk;
   const int own_key = threadIdx.x / 8, own_column = threadIdx.x % 8 * 8;
+  const int width = p.D, anchor_count = p.A, query_count = p.B;
   const auto load = [&](const float* matrix, int rows, int first, int row_count, int d, S* out) {
     for (int at = threadIdx.x; at < rows * kDepth; at += kDifferenceThreads) {
       const int r = at / kDepth, c = at % kDepth;
-      const bool inside = first + r < row_count && d + c < p.D;
-      out[r * kLead + c] = rounded<S>(inside ? matrix[(first + r) * p.D + d + c] : 0);
+      const bool inside = first + r < row_count && d + c < width;
+      out[r * kLead + c] = rounded<S>(inside ? matrix[int64_t(first + r) * width + d + c] : 0);
     }
   };
   float sum[kTiles][4] = {}, square = 0, total = 0, to_own = 0;
-  for (int d = 0; d < p.D; d += kDepth) {
+  for (int d = 0; d < width; d += kDepth) {
     __syncthreads();
-    load(p.anchor, Tile::kChunk, a0, p.A, d, anchors);
-    load(p.query, kOwn ? 1 : Tile::kChunk, b0, p.B, d, queries);
+    load(p.anchor, Tile::kChunk, a0, anchor_count, d, anchors);
+    load(p.query, kOwn ? 1 : Tile::kChunk, b0, query_count, d, queries);
     for (int at = threadIdx.x; at < Tile::kKeys * kDepth; at += kDifferenceThreads) {
       const int r = at / kDepth, c = at % kDepth;
-      const bool inside = r < count && d + c < p.D;
+      const bool inside = r < count && d + c < width;
       keys[r * kLead + c] = rounded<S>(inside ? bank_element(p, s.row[r], d + c) : 0);
     }
     __syncthreads();
@@ -317,16 +322,15 @@ __device__ __forceinline__ void measure_products(const DifferenceParams<float>& 
       const int n = key_block + lane / 4 + 8 * (i / 2), c = column + 8 * j + lane % 4 * 2 + i % 2;
       const int at = n * Tile::kLead + c;
       if (of_anchors) {
-        const bool present = a0 + c < p.A;
+        const bool present = a0 + c < anchor_count;
         const float beside = s.key_square[n] + (present ? p.anchor_raw_square[a0 + c] : 0);
         const float shift = s.key_sum[n] - (present ? p.anchor_sum[a0 + c] : 0);
-        const float w = beside - 2 * sum[j][i] + p.eps * (2 * shift + p.eps * p.D);
-        const bool near =
-            w < beside * float(kNearDifference) + float(2 * kZeroNormSquared);
+        const float w = beside - 2 * sum[j][i] + p.eps * (2 * shift + p.eps * width);
+        const bool near = w < beside * float(kNearDifference) + float(2 * kZeroNormSquared);
         s.half_anchor[at] = w / 2;
         s.inverse[at] = near ? -1 : inverse_norm<kPrecision>(w);
       } else {
-        const float own = b0 + c < p.B ? p.query_raw_square[b0 + c] : 0;
+        const float own = b0 + c < query_count ? p.query_raw_square[b0 + c] : 0;
         s.half_query[at] = (s.key_square[n] + own) / 2 - sum[j][i];
       }
     }
