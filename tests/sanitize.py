@@ -27,7 +27,7 @@ from simt import build
 ROOT = build.ROOT
 LIBRARY = ROOT / "build" / "sanitize" / "lib"
 OPERATORS = ("relation", "relation_nce", "difference_nce", "instance_nce", "bank_update")
-OPERATOR_TESTS = [f"tests/test_{operator}.py" for operator in OPERATORS]
+OPERATOR_TESTS = [f"tests/test_{name}.py" for name in (*OPERATORS, "views")]
 
 # Budgets of a few roundings are the release's: without its optimisation sums are rounded otherwise.
 ROUNDED_OTHERWISE = "near_the_null_space"
