@@ -298,9 +298,9 @@ __device__ __forceinline__ void measure_products(const DifferenceParams<float>& 
       keys[r * kLead + c] = rounded<S>(inside ? bank_element(p, s.row[r], d + c) : 0);
     }
     __syncthreads();
-    multiply<kPrecision, kTiles, false, false>(sum, keys + key_block * kLead, kLead,
-                                               (of_anchors ? anchors : queries) + column * kLead,
-                                               kLead, kDepth, kTiles);
+    multiply<kPrecision, kTiles, false, false, kDepth>(
+        sum, keys + key_block * kLead, kLead, (of_anchors ? anchors : queries) + column * kLead,
+        kLead, kDepth, kTiles);
     for (int c = own_column; c < own_column + 8; ++c) {
       const float m = widen(keys[own_key * kLead + c]);
       square += m * m, total += m;

@@ -35,7 +35,8 @@ __host__ __device__ int64_t column_ranges(const Params& p) {
              : 1;
 }
 
-constexpr int kTilesBetweenFlushes = 16;  // two short sums round less than one long one
+constexpr unsigned kTilesBetweenFlushes = 16;  // two short sums round less than one long one
+constexpr unsigned kTilesOfProduct = 2;  // whose 64 factors of a thread, at most 2, do not overflow
 
 template <Precision kPrecision, Pass kPass, int kWarps>
 __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
@@ -46,12 +47,14 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
   constexpr int kColumns = kLogitColumns<kPrecision, kWarps>;  // of d QW that a block makes
   constexpr int kBlocks = kQueries / 16 < kWarps ? 1 : kQueries / 16 / kWarps;  // of 16 queries
   constexpr bool kDirect = is_direct(kPrecision);
+  // Whether all logits counting is a case of its own; tf32 and single warps lack registers for it.
+  constexpr bool kTwoVariants = kWarps > 1 && kPrecision != Precision::kTf32;
   constexpr bool kGradient = kPass != Pass::kLogSumExp;
   CRRCD_DYNAMIC_SHARED(memory);
   const LogitLayout& layout = p.logit_layout;
   constexpr int ld_slopes = kPanelLead<kPrecision>, ld_piece = kPieceLead<kPrecision>;
   const int ld = layout.ld_hidden();
-  const int keys = kKeysOfWarp * kWarps, width = piece_columns(kPrecision);
+  constexpr int keys = kKeysOfWarp * kWarps, width = piece_columns(kPrecision);
   S* const tiles_of_keys = reinterpret_cast<S*>(memory + layout.keys_at());
   S* const slopes = reinterpret_cast<S*>(memory + layout.slopes_at());
   S* const relation_tile = reinterpret_cast<S*>(memory + layout.relation_at());  // w, direct form
@@ -71,10 +74,13 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
   const int64_t panel = block / ranges;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
   const int64_t tiles = (p.keys + keys - 1) / keys;
-  const int64_t begin = tiles * chunk / p.chunks, end = tiles * (chunk + 1) / p.chunks;
+  const int begin = static_cast<int>(tiles * chunk / p.chunks);
+  const int end = static_cast<int>(tiles * (chunk + 1) / p.chunks);
   const int64_t left = p.B - panel * kQueries;
   const int queries = left < kQueries ? static_cast<int>(left) : kQueries;
   const int query_tiles = (queries + 15) / 16 * 2;
+  // before them nothing asks which logits count
+  const int whole_tiles = p.keep || query_tiles < kTiles ? 0 : static_cast<int>(p.keys / keys);
   const bool first_range = first_column == 0;  // which also sums what has no columns
   const int wide = gradient_width<kPrecision>(p), rest = wide - first_column;
   const int column_tiles = (rest < kColumns ? rest : kColumns) / 8;
@@ -82,7 +88,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
   const S* const anchor = static_cast<const S*>(p.anchor) + a * p.Hp;
   const S* const x = static_cast<const S*>(p.x);
   const int64_t pair = a * p.Bp + panel * kQueries;
-  const T scale = *p.scale, to_log2 = scale * T(1.4426950408889634);
+  const T scale = *p.scale, to_log2 = scale * T(1.4426950408889634), scaled = scale * p.boost;
   for (int b = threadIdx.x; b < kQueries; b += 32 * kWarps) {
     offset[b] = p.offset[pair + b];
     constant[b] = p.qc ? p.qc[pair + b] : T(0);
@@ -106,21 +112,20 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
     return static_cast<const S*>(p.weight) + int64_t(rows) * kQueries * p.Hp + column_of(i);
   };
   const auto stride_of = [&](int i) { return is_query(i) ? stride : p.Hp; };
-  const auto columns_of = [&](int i) {
-    const int rest = stride_of(i) - column_of(i);
-    return rest < width ? rest : width;
-  };
+  const auto up_to_width = [&](int rest) { return rest < width ? rest : width; };
+  const auto columns_of = [&](int i) { return up_to_width(stride_of(i) - column_of(i)); };
   Pieces<S> stream{pieces, ld_piece, kQueries, layout.buffers};
   const auto piece = [&](int i) -> const S* {
-    return layout.resident ? pieces + i * layout.piece()
+    return layout.resident ? pieces + i * kQueries * ld_piece
                            : stream.next(i, count, address, stride_of, columns_of);
   };
   if (layout.resident)
     for (int i = 0; i < count; ++i)
       fetch_rows(pieces + i * layout.piece(), ld_piece, address(i), stride_of(i), kQueries,
                  columns_of(i));
-  const auto fetch_keys = [&](int stage, int64_t tile) {
-    fetch_rows(tiles_of_keys + stage * keys * ld, ld, x + tile * keys * p.Hp, p.Hp, keys, p.Hp);
+  const auto fetch_keys = [&](int stage, int tile) {
+    fetch_rows(tiles_of_keys + stage * keys * ld, ld, x + int64_t(tile) * keys * p.Hp, p.Hp, keys,
+               p.Hp, 32 * kWarps);
     gpu::cp_async_commit();
   };
   if (begin < end) fetch_keys(0, begin);
@@ -129,7 +134,14 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
   T column_sum[kGradient ? kTiles : 1][2] = {};  // of slopes
   T top[kGradient ? 1 : kTiles][2], sum[kGradient ? 1 : kTiles][2] = {};
   for (auto& column : top) column[0] = column[1] = T(-kLeftOut);
-  double total[4] = {};  // loss, g cosine, g, c
+  // Of all tiles, and of the last few: loss, g cosine, g, c
+  double total[4] = {};
+  LossProduct<T> product;
+  T cosines = 0, sum_g = 0, sum_c = 0;
+  const auto add_up = [&] {
+    total[0] += product.take(), total[1] += cosines, total[2] += sum_g, total[3] += sum_c;
+    cosines = sum_g = sum_c = 0;
+  };
   bool fresh = !p.accumulate;
   const bool want_query = kGradient && p.need_query;
   const auto flush = [&] {
@@ -152,36 +164,45 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
     fresh = false;
   };
 
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const int stage = layout.stages == 2 ? static_cast<int>((tile - begin) & 1) : 0;
+  for (int tile = begin; tile < end; ++tile) {
+    const unsigned turn = tile - begin, stage = layout.stages == 2 ? turn % 2 : 0;
     gpu::cp_async_wait<0>();
     __syncthreads();
     if (layout.stages == 2 && tile + 1 < end) fetch_keys(stage ^ 1, tile + 1);
-    const int64_t key = tile * keys + warp * kKeysOfWarp + g;  // of this thread, and the 8th after
+    const int key = tile * keys + warp * kKeysOfWarp + g;  // of this thread, and the 8th after
     S* const hidden_tile = tiles_of_keys + stage * keys * ld;
     S* const hidden = hidden_tile + warp * kKeysOfWarp * ld;
     make_hidden<kPrecision>(hidden, hidden, ld, anchor, p.Hp);
     __syncwarp();
 
     S* const relation = relation_tile + warp * kKeysOfWarp * ld_relation;
-    S* const own_slopes = slopes + warp * kKeysOfWarp * ld_slopes;
+    S* const own_slopes = slopes + (warp * kKeysOfWarp + g) * ld_slopes + 2 * t;
     T square[2] = {}, z[kTiles][4] = {};
     int at = 0;
+    const auto multiply_hidden = [&](T(&product)[kTiles][4], int product_tiles) {
+      int k = 0;
+      do {  // one piece or more: a loop that might have none costs copies of the product
+        multiply<kPrecision, kTiles, false, false>(product, hidden + k * width, ld, piece(at++),
+                                                   ld_piece, up_to_width(p.Hp - k * width),
+                                                   product_tiles);
+      } while (++k < a_panel);
+    };
     for (int rows = 0; rows < weight_panels; ++rows) {
       const int r0 = rows * kQueries;
       const int relation_tiles = p.R - r0 < kQueries ? (p.R - r0 + 15) / 16 * 2 : kTiles;
       T w[kTiles][4] = {};
-      if (p.bias)
+      const auto add_bias = [&] {
+        if (p.bias)
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j)
-          for (int i = 0; i < 4; ++i) w[j][i] = p.bias[r0 + 8 * j + 2 * t + i % 2];
-      for (int k = 0; k < a_panel; ++k, ++at)
-        multiply<kPrecision, kTiles, false, false>(w, hidden + k * width, ld, piece(at), ld_piece,
-                                                   columns_of(at), relation_tiles);
+          for (int j = 0; j < kTiles; ++j)
+            for (int i = 0; i < 4; ++i) w[j][i] += p.bias[r0 + 8 * j + 2 * t + i % 2];
+      };
+      if constexpr (kDirect) add_bias();  // first, as the pass for gradients has it to the last bit
+      multiply_hidden(w, relation_tiles);
+      if constexpr (!kDirect) add_bias();
 #pragma unroll
       for (int j = 0; j < kTiles; ++j)
-        if (j < relation_tiles)
-          for (int i = 0; i < 4; ++i) square[i / 2] += w[j][i] * w[j][i];
+        for (int i = 0; i < 4; ++i) square[i / 2] += w[j][i] * w[j][i];
       if constexpr (kDirect) {
 #pragma unroll
         for (int j = 0; j < kTiles; ++j)
@@ -193,32 +214,42 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
                                                    ld_piece, kQueries, query_tiles);
       }
     }
-    T inverse[2];
-    for (int half = 0; half < 2; ++half)
-      inverse[half] = inverse_norm<kPrecision>(warp_sum<4>(square[half]));
-
-    if constexpr (!kDirect)
-      for (int k = 0; k < a_panel; ++k, ++at)
-        multiply<kPrecision, kTiles, false, false>(z, hidden + k * width, ld, piece(at), ld_piece,
-                                                   columns_of(at), query_tiles);
-    std::uint64_t keep[2];
-    for (int half = 0; half < 2; ++half) {
-      const int64_t n = key + 8 * half;
-      keep[half] = n < p.keys ? p.keep ? p.keep[panel * p.Kp + n] : ~std::uint64_t(0) : 0;
-    }
-    const bool whole = (keep[0] & keep[1]) == ~std::uint64_t(0);
-    T along[2] = {}, sum_g = 0;
-    LossProduct<T> product;
+    if constexpr (!kDirect) {
+      multiply_hidden(z, query_tiles);
+      if (p.qc)
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j)
-      if (j < query_tiles) {
-        const int b = 8 * j + 2 * t;
-        T slope[4], logit[4];
+        for (int j = 0; j < kTiles; ++j)
+          for (int i = 0; i < 4; ++i) z[j][i] += load_two(constant + 8 * j + 2 * t).x[i % 2];
+    }
+    T inverse[2], to_logit[2], to_slope[2];
+    for (int half = 0; half < 2; ++half) {
+      inverse[half] = inverse_norm<kPrecision>(warp_sum<4>(square[half]));
+      to_logit[half] = inverse[half] * to_log2;
+      to_slope[half] = inverse[half] * scaled;
+    }
+    std::uint64_t keep[2] = {};  // from this thread's first query
+    bool whole = tile < whole_tiles;
+    if (!whole) {
+      whole = query_tiles == kTiles;
+      for (int half = 0; half < 2; ++half) {
+        const int n = key + 8 * half;
+        if (n < p.keys) keep[half] = p.keep ? p.keep[panel * p.Kp + n] : ~std::uint64_t(0);
+        whole = whole && keep[half] == ~std::uint64_t(0);
+        keep[half] >>= 2 * t;
+      }
+      whole = __all_sync(0xffffffffu, whole);
+    }
+    T along[2] = {};
+    const auto weigh = [&](auto all_count) {
+      constexpr bool kWhole = decltype(all_count)::value;
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        if (!kWhole && j >= query_tiles) continue;
+        const Two<T> less = load_two(offset + 8 * j + 2 * t);
+        T logit[4];
         for (int i = 0; i < 4; ++i) {
-          const int half = i / 2;
-          z[j][i] += constant[b + i % 2];
-          logit[i] = z[j][i] * (inverse[half] * to_log2) - offset[b + i % 2];
-          if (!whole && !(keep[half] >> (b + i % 2) & 1)) logit[i] = T(-kLeftOut);
+          logit[i] = z[j][i] * to_logit[i / 2] - less.x[i % 2];
+          if (!kWhole && !(keep[i / 2] >> (8 * j + i % 2) & 1)) logit[i] = T(-kLeftOut);
         }
         if constexpr (kPass == Pass::kLogSumExp) {
           for (int c = 0; c < 2; ++c) {
@@ -241,31 +272,50 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
             else
               weight = exp2_of<kPrecision>(logit[i]);
             along[i / 2] += weight * z[j][i];
-            sum_g += weight;
-            slope[i] = weight * (inverse[i / 2] * scale * p.boost);
-            if (p.d_logit) column_sum[j][i % 2] += slope[i];
+            z[j][i] = weight;
           }
-          for (int half = 0; half < 2; ++half)
-            store_two<kPrecision>(own_slopes + (g + 8 * half) * ld_slopes + b, slope[2 * half],
-                                  slope[2 * half + 1]);
         }
       }
+      if constexpr (kGradient) {
+        const auto for_columns = [&](const auto& f) {
+#pragma unroll
+          for (int j = 0; j < kTiles; ++j)
+            if (kWhole || j < query_tiles) f(j);
+        };
+        if (p.need_offset)
+          for_columns([&](int j) {
+            for (int i = 0; i < 4; ++i) sum_g += z[j][i];
+          });
+        for_columns([&](int j) {
+          for (int half = 0; half < 2; ++half) {
+            T &first = z[j][2 * half], &second = z[j][2 * half + 1];
+            first *= to_slope[half], second *= to_slope[half];
+            store_two<kPrecision>(own_slopes + 8 * half * ld_slopes + 8 * j, first, second);
+          }
+        });
+        if (p.d_logit)
+          for_columns([&](int j) {
+            for (int i = 0; i < 4; ++i) column_sum[j][i % 2] += z[j][i];
+          });
+      }
+    };
+    if (kTwoVariants && whole)
+      weigh(std::true_type());
+    else
+      weigh(std::false_type());
     if constexpr (kGradient) {
-      T cosines = 0, c_sum = 0;
-      for (int half = 0; half < 2; ++half) {
-        cosines += along[half] * inverse[half];
-        const int64_t n = key + 8 * half;
-        if (p.live) {
-          const T c = -warp_sum<4>(along[half]) * scale * p.boost * inverse[half] *
-                      (inverse[half] * inverse[half]);
+      for (int half = 0; half < 2; ++half) cosines += along[half] * inverse[half];
+      if (p.live)
+        for (int half = 0; half < 2; ++half) {
+          const int64_t n = key + 8 * half;
+          const T c = -warp_sum<4>(along[half]) * to_slope[half] * (inverse[half] * inverse[half]);
           if (t == 0 && first_range) {
             p.c[(panel * p.A + a) * p.Kp + n] = c;
             if (panel == 0) p.inverse_norm[a * p.Kp + n] = inverse[half];
-            c_sum += c;
+            sum_c += c;
           }
         }
-      }
-      total[0] += product.take(), total[1] += cosines, total[2] += sum_g, total[3] += c_sum;
+      if (turn % kTilesOfProduct == kTilesOfProduct - 1) add_up();
     }
     if (want_query) {
       __syncthreads();
@@ -273,12 +323,12 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
       for (int i = 0; i < kBlocks; ++i) {
         const int first = 16 * (warp + kWarps * i);
         if (first < 8 * query_tiles)
-          multiply<kPrecision, kColumns / 8, true, true>(
+          multiply<kPrecision, kColumns / 8, true, true, keys>(
               d_qw[i], slopes + first, ld_slopes,
               (kDirect ? relation_tile : hidden_tile) + first_column, kDirect ? ld_relation : ld,
               keys, column_tiles);
       }
-      if ((tile - begin) % kTilesBetweenFlushes == kTilesBetweenFlushes - 1) flush();
+      if (turn % kTilesBetweenFlushes == kTilesBetweenFlushes - 1) flush();
     }
     if (layout.stages == 1) {
       __syncthreads();
@@ -289,6 +339,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
   if (want_query) flush();
   if constexpr (kGradient) {
     if (!first_range) return;
+    add_up();
     __syncthreads();
     block_sum<32 * kWarps>(total, reinterpret_cast<double*>(memory));
     if (threadIdx.x == 0)

@@ -207,6 +207,7 @@ class RelationNce {
   void sweep(Pass pass) {
     p.pass = pass;
     p.need_query = wanted.query;
+    p.need_offset = x.needs(kNeedOffset);
     p.live = wanted.live();
     const int64_t slices = p.chunks * plan.logit.warps;
     const bool some = x.K > 0 && x.A > 0 && x.B > 0;

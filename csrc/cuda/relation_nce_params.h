@@ -52,7 +52,7 @@ struct RelationNceParams {
   // Of the pass over (anchor, key): `chunks` ranges of tiles
   LogitLayout logit_layout;
   int64_t chunks = 1, first_part = 0;
-  bool need_query = false, live = false;
+  bool need_query = false, need_offset = false, live = false;
   double* scalars = nullptr;  // [blocks, 4]: loss, sum of g cosine, sum of g, sum of c
   T* d_qw = nullptr;          // [chunks, A, Bp, Hp]; of Q, [chunks, A, Bp, Rp], for the direct form
   T* d_logit = nullptr;       // [chunks, warps, A, Bp] or null: sums of slopes

@@ -22,11 +22,14 @@ struct LossProduct {
 // sigmoid of a logit in units of log 2; its softplus goes into the product.
 template <Precision kPrecision, typename T>
 __device__ __forceinline__ T softplus(T logit, LossProduct<T>& product) {
-  const T e = exp2_of<kPrecision>(-fabs(logit));
-  product.above += logit > 0 ? logit : T(0);
-  product.q = product.q * e + (product.q + e);
-  const T r = reciprocal<kPrecision>(T(1) + e);
-  return logit > 0 ? r : e * r;
+  const T e = exp2_of<kPrecision>(-fabs(logit)), factor = T(1) + e;
+  T r = reciprocal<kPrecision>(factor);
+  if (logit > 0)
+    product.above += logit;
+  else
+    r *= e;
+  product.q = product.q * factor + e;
+  return r;
 }
 
 }  // namespace

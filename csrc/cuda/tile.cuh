@@ -72,14 +72,24 @@ __device__ __forceinline__ StoredOf<kPrecision> to_stored(T x) {
   if constexpr (kPrecision == Precision::kF32 || kPrecision == Precision::kF64) return x;
 }
 
-// Two neighbouring operands in memory.
+// Two neighbouring elements that lie on a boundary of their common size.
+template <typename S>
+struct alignas(2 * sizeof(S)) Two {
+  S x[2];
+};
+
+template <typename S>
+__device__ __forceinline__ Two<S> load_two(const S* from) {
+  return *reinterpret_cast<const Two<S>*>(from);
+}
+
 template <Precision kPrecision, typename T>
 __device__ __forceinline__ void store_two(StoredOf<kPrecision>* to, T x, T y) {
-  using S = StoredOf<kPrecision>;
-  struct alignas(2 * sizeof(S)) Two {
-    S x, y;
-  };
-  *reinterpret_cast<Two*>(to) = Two{to_stored<kPrecision>(x), to_stored<kPrecision>(y)};
+  if constexpr (kPrecision == Precision::kBF16)
+    *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(x, y);
+  else
+    *reinterpret_cast<Two<StoredOf<kPrecision>>*>(to) = {to_stored<kPrecision>(x),
+                                                         to_stored<kPrecision>(y)};
 }
 
 // 2^x, 1 / x and 1 / sqrt(x): as exact as the products are.
@@ -110,53 +120,59 @@ __device__ __forceinline__ T inverse_norm(T square) {
 
 // ---------------------------------------------------------------------------------------- products
 
-// The fragments of one step of mma.sync, 16 deep for two-byte operands and 8 deep for tf32; a lies
-// as [16, depth] or, transposed, as [depth, 16].
+// The fragments of one step of mma.sync, 16 deep for two-byte operands and 8 deep for tf32. A lies
+// as [16, depth] or, transposed, as [depth, 16]; so does B, for two neighbouring tiles of 8
+// columns. What a lane reads begins so many elements behind the first, wherever the fragment lies.
+template <bool kTransposed, typename S>
+__device__ __forceinline__ unsigned lane_in_a(unsigned lda) {
+  const unsigned lane = gpu::lane_id(), row = lane % 8, odd = lane / 8 % 2, high = lane / 16;
+  if constexpr (kTransposed && sizeof(S) == 4) return lane % 4 * lda + lane / 4;
+  if constexpr (kTransposed) return (row + 8 * high) * lda + 8 * odd;
+  return (row + 8 * odd) * lda + kUnit / sizeof(S) * high;
+}
+
+template <bool kTransposed, typename S>
+__device__ __forceinline__ unsigned lane_in_b(unsigned ldb) {
+  const unsigned lane = gpu::lane_id(), row = lane % 8, odd = lane / 8 % 2, high = lane / 16;
+  if constexpr (kTransposed && sizeof(S) == 4) return lane % 4 * ldb + lane / 4;
+  if constexpr (kTransposed) return (row + 8 * odd) * ldb + 8 * high;
+  return (row + 8 * high) * ldb + kUnit / sizeof(S) * odd;
+}
+
+// From the lane's own address.
 template <bool kTransposed, typename S>
 __device__ __forceinline__ void load_a(std::uint32_t (&r)[4], const S* a, int lda) {
-  const int lane = gpu::lane_id(), row = lane % 8, odd = lane / 8 % 2, high = lane / 16;
-  if constexpr (sizeof(S) == 2) {
-    if constexpr (kTransposed)
-      gpu::ldmatrix_x4_trans(r, a + (row + 8 * high) * lda + 8 * odd);
-    else
-      gpu::ldmatrix_x4(r, a + (row + 8 * odd) * lda + 8 * high);
-  } else if constexpr (kTransposed) {
-    const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 4; ++i)
-      r[i] = __float_as_uint(a[(t + 4 * (i / 2)) * lda + g + 8 * (i % 2)]);
-  } else {
-    gpu::ldmatrix_x4(r, a + (row + 8 * odd) * lda + 4 * high);
-  }
+  if constexpr (sizeof(S) == 2 && kTransposed)
+    gpu::ldmatrix_x4_trans(r, a);
+  else if constexpr (!kTransposed)
+    gpu::ldmatrix_x4(r, a);
+  else
+    for (int i = 0; i < 4; ++i) r[i] = __float_as_uint(a[4 * (i / 2) * lda + 8 * (i % 2)]);
 }
 
-// Of two neighbouring tiles of 8 columns; b lies as [16, depth] or, transposed, as [depth, 16].
 template <bool kTransposed, typename S>
 __device__ __forceinline__ void load_b(std::uint32_t (&r)[4], const S* b, int ldb) {
-  const int lane = gpu::lane_id(), row = lane % 8, odd = lane / 8 % 2, high = lane / 16;
-  if constexpr (sizeof(S) == 2) {
-    if constexpr (kTransposed)
-      gpu::ldmatrix_x4_trans(r, b + (row + 8 * odd) * ldb + 8 * high);
-    else
-      gpu::ldmatrix_x4(r, b + (row + 8 * high) * ldb + 8 * odd);
-  } else if constexpr (kTransposed) {
-    const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 4; ++i)
-      r[i] = __float_as_uint(b[(t + 4 * (i % 2)) * ldb + g + 8 * (i / 2)]);
-  } else {
-    gpu::ldmatrix_x4(r, b + (row + 8 * high) * ldb + 4 * odd);
-  }
+  if constexpr (sizeof(S) == 2 && kTransposed)
+    gpu::ldmatrix_x4_trans(r, b);
+  else if constexpr (!kTransposed)
+    gpu::ldmatrix_x4(r, b);
+  else
+    for (int i = 0; i < 4; ++i) r[i] = __float_as_uint(b[4 * (i % 2) * ldb + 8 * (i / 2)]);
 }
 
-// sum[j] += A B for the first `tiles` tiles (an even number) of 8 columns. A lies as [16, depth]
-// or, transposed, as [depth, 16]; B as [8 tiles, depth] or, transposed, as [depth, 8 tiles]. depth
-// is a multiple of 16.
+// sum[j] += A B for the first `tiles` tiles (an even number) of 8 columns, or for all. A lies as
+// [16, depth] or, transposed, as [depth, 16]; B as [8 tiles, depth] or, transposed, as
+// [depth, 8 tiles]. depth is a multiple of 16, and a constant for all tiles.
 template <Precision kPrecision, int kTiles, bool kATransposed, bool kBTransposed, bool kAll,
           typename S, typename T>
 __device__ __forceinline__ void multiply_tiles(T (&sum)[kTiles][4], const S* a, int lda, const S* b,
                                                int ldb, int depth, int tiles) {
   if constexpr (kPrecision != Precision::kF64 && kPrecision != Precision::kF32) {
     constexpr int kStep = sizeof(S) == 2 ? 16 : 8;
-#pragma unroll 2
+    constexpr int kSteps = !kAll ? 1 : sizeof(S) == 2 ? 256 : 2;  // tf32 runs out of registers
+    a += lane_in_a<kATransposed, S>(lda);
+    b += lane_in_b<kBTransposed, S>(ldb);
+#pragma unroll kSteps
     for (int k = 0; k < depth; k += kStep) {
       std::uint32_t x[4];
       load_a<kATransposed>(x, a + (kATransposed ? k * lda : k), lda);
@@ -211,15 +227,15 @@ __device__ __forceinline__ void multiply_tiles(T (&sum)[kTiles][4], const S* a, 
   }
 }
 
-template <Precision kPrecision, int kTiles, bool kATransposed, bool kBTransposed, typename S,
-          typename T>
+// kDepth: the usual depth, for which a product of all tiles asks nothing and has no loop.
+template <Precision kPrecision, int kTiles, bool kATransposed, bool kBTransposed,
+          int kDepth = piece_columns(kPrecision), typename S, typename T>
 __device__ __forceinline__ void multiply(T (&sum)[kTiles][4], const S* a, int lda, const S* b,
                                          int ldb, int depth, int tiles) {
-  // the usual case without a question for every tile
   if constexpr (!is_direct(kPrecision))
-    if (tiles >= kTiles)
+    if (tiles >= kTiles && depth == kDepth)
       return multiply_tiles<kPrecision, kTiles, kATransposed, kBTransposed, true>(
-          sum, a, lda, b, ldb, depth, tiles);
+          sum, a, lda, b, ldb, kDepth, tiles);
   multiply_tiles<kPrecision, kTiles, kATransposed, kBTransposed, false>(sum, a, lda, b, ldb, depth,
                                                                         tiles);
 }
@@ -245,16 +261,24 @@ struct Walk {
   }
 };
 
+constexpr unsigned kUnitsOfPiece = 16;  // that many threads have a row's
+
 // Columns [0, columns) of `rows` rows, from global to shared memory by the whole block, without
 // waiting for it.
 template <typename S>
 __device__ __forceinline__ void fetch_rows(S* to, int ld_to, const S* from, int64_t ld_from,
-                                           int rows, int columns) {
+                                           int rows, int columns, unsigned threads = blockDim.x) {
   constexpr int kCount = Unit<S>::kCount;
-  Walk at(threadIdx.x, columns / kCount, blockDim.x);
-  for (; at.row < rows; at.advance())
-    gpu::cp_async16(to + at.row * ld_to + at.column * kCount,
-                    from + at.row * ld_from + at.column * kCount);
+  const int first_row = threadIdx.x / kUnitsOfPiece, step = threads / kUnitsOfPiece;
+  for (int column = threadIdx.x % kUnitsOfPiece * kCount; column < columns;
+       column += kUnitsOfPiece * kCount) {
+    S* const shared = to + first_row * ld_to + column;
+    const S* const global = from + first_row * ld_from + column;
+#pragma unroll
+    for (int row = 0; row < rows; row += step)
+      if (rows % step == 0 || first_row + row < rows)
+        gpu::cp_async16(shared + row * ld_to, global + row * ld_from);
+  }
 }
 
 // Rectangles of matrices, 256 bytes wide, that a block goes through again and again. With two
@@ -309,11 +333,16 @@ __device__ __forceinline__ Unit<S> hidden_unit(const Unit<S>& anchor, const Unit
 // to = relu(anchor - x) for 16 rows of `width` columns by one warp; to may be x.
 template <Precision kPrecision, typename S>
 __device__ __forceinline__ void make_hidden(S* to, const S* x, int ld, const S* anchor, int width) {
-  constexpr int kCount = Unit<S>::kCount;
-  Walk at(gpu::lane_id(), width / kCount, kWarp);
-  for (; at.row < kKeysOfWarp; at.advance()) {
-    const int column = at.column * kCount, cell = at.row * ld + column;
-    store_unit(to + cell, hidden_unit<kPrecision>(load_unit(anchor + column), load_unit(x + cell)));
+  constexpr int kCount = Unit<S>::kCount, kRows = kWarp / kUnitsOfPiece;
+  const unsigned lane = gpu::lane_id();
+  for (int column = lane % kUnitsOfPiece * kCount; column < width;
+       column += kUnitsOfPiece * kCount) {
+    const Unit<S> unit = load_unit(anchor + column);
+    const int cell = lane / kUnitsOfPiece * ld + column;
+#pragma unroll
+    for (int row = 0; row < kKeysOfWarp; row += kRows)
+      store_unit(to + cell + row * ld,
+                 hidden_unit<kPrecision>(unit, load_unit(x + cell + row * ld)));
   }
 }
 
