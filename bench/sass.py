@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import heapq
 import importlib.util
 import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -476,6 +477,69 @@ def main_loop(code: list[Instruction]) -> Loop | None:
     return max(loops(code), key=heat, default=None)
 
 
+def tile_loop(code: list[Instruction]) -> Loop | None:
+    """The outermost loop with the most tensor-core work, that of the loops within it included."""
+
+    def heat(loop: Loop) -> tuple:
+        return count(loop.code).tensor_operations, -loop.depth
+
+    return max(loops(code), key=heat, default=None)
+
+
+def _total(counts: Counts, name: str) -> int:
+    value = getattr(counts, name)
+    return sum(value.values()) if isinstance(value, dict) else value
+
+
+def turn(loop: Loop, stops: Sequence[Mapping[str, int]]) -> Counts | None:
+    """What one turn of the loop issues that passes, in this order, blocks with at least these
+    counts: the shortest such way from the loop's head back to it; None where there is none."""
+    blocks = _blocks(loop.code)
+    after, head = _successors(blocks), 0
+    for number, block in enumerate(blocks):
+        if block[0].address == loop.head:
+            head = number
+        if number + 1 not in after[number]:
+            continue
+        to = blocks[number + 1][0].address
+        if to != block[-1].target and to > block[-1].address + 16:
+            after[number].remove(number + 1)  # what follows in the kernel is not of the loop
+    counts = [count(block) for block in blocks]
+
+    def passed(number: int, reached: int) -> int:
+        if reached == len(stops):
+            return reached
+        return reached + all(
+            _total(counts[number], name) >= least for name, least in stops[reached].items()
+        )
+
+    start = (head, passed(head, 0))
+    queue = [(counts[head].instructions, start)]
+    before: dict[tuple[int, int], tuple[int, int] | None] = {start: None}
+    length, done = {start: counts[head].instructions}, set()
+    while queue:
+        so_far, state = heapq.heappop(queue)
+        if state in done:
+            continue
+        done.add(state)
+        number, reached = state
+        if head in after[number] and reached == len(stops):
+            way, at = [], state
+            while at is not None:
+                way.append(at[0])
+                at = before[at]
+            return count(i for n in way for i in blocks[n])
+        for following in after[number]:
+            if following == head:
+                continue
+            to = (following, passed(following, reached))
+            cost = so_far + counts[following].instructions
+            if cost < length.get(to, cost + 1):
+                length[to], before[to] = cost, state
+                heapq.heappush(queue, (cost, to))
+    return None
+
+
 # ---------------------------------------------------------------------------------------------
 # Kernels
 
@@ -491,6 +555,7 @@ class Kernel:
     counts: Counts
     loop: Counts | None  # all of the main loop, loops within it once
     loop_contains: int = 0
+    tile_loop: Loop | None = None
 
 
 def architectures(module: Path) -> list[str]:
@@ -521,6 +586,7 @@ def kernels(module: Path, archs: Iterable[str], pattern: str = "") -> list[Kerne
                     count(code),
                     count(loop.code) if loop else None,
                     loop.contains if loop else 0,
+                    tile_loop(code),
                 )
             )
     return found

@@ -60,7 +60,7 @@ def operator_of(source: str) -> str:
 def describe(kernel: Kernel) -> dict[str, object]:
     """A kernel for JSON."""
     name, use = kernel.name, kernel.resources
-    dynamic = static_model.DYNAMIC_SHARED.get(name.kernel, lambda _: 0)(name)
+    dynamic = static_model.DYNAMIC_SHARED.get(name.kernel, lambda *_: 0)(name, kernel.arch)
     threads = use.max_threads or 1024
     return {
         "arch": kernel.arch,
@@ -95,12 +95,15 @@ most tensor-core work, or the innermost with the most multiply-adds; +: it has l
 
 MODEL_HEADER = ["model, not measured", "GPU", "MB", "x least", "GFLOP", "x least"]
 MODEL_HEADER += ["memory us", "tensor", "FMA", "special", "issue", "most ms", "sum ms"]
+MODEL_HEADER += ["clocks a pair", "work MB"]
 MODEL_NOTES = """\
 Model, not measured. MB: to and from device memory by the plan; x least: over each input once and
 each output once. GFLOP: on tensor cores, over the least that the formula needs. Then the time of
 each limit alone, in microseconds; issue is the main loop's instructions as compiled, every branch
-of it taken (blank: this build has no such kernel for that GPU). most: the longest of these, if all
-overlap; sum: if none does."""
+of it taken, but of relation_nce's logits the usual way (blank: this build has no such kernel for
+that GPU). most: the longest of these, if all overlap; sum: if none does. clocks a pair: issue
+clocks of a multiprocessor for each (anchor, key) in the main loop of the logits. work MB: work
+space by the plan."""
 
 
 def _widths(counts: dict[int, int]) -> str:
@@ -151,7 +154,8 @@ def modelled(kernels: Sequence[Kernel]) -> list[dict[str, object]]:
         if case.operator not in operators:
             continue
         for gpu in static_model.GPUS:
-            times = static_model.seconds(case.work, gpu, kernels)
+            work = case.on(gpu)
+            times = static_model.seconds(work, gpu, kernels)
             known = [time for time in times.values() if time is not None]
             results.append(
                 {
@@ -159,7 +163,8 @@ def modelled(kernels: Sequence[Kernel]) -> list[dict[str, object]]:
                     "case": case.label,
                     "gpu": gpu.name,
                     "measured": False,
-                    "work": asdict(case.work),
+                    "work": asdict(work),
+                    "clocks_a_pair": static_model.clocks_a_pair(work, gpu, kernels),
                     "seconds": times,
                     "most_s": max(known),
                     "sum_s": sum(known),
@@ -189,6 +194,8 @@ def model_rows(results: Sequence[dict]) -> list[list[str]]:
                 *("" if time is None else f"{time * 1e6:,.1f}" if time else "" for time in times),
                 f"{result['most_s'] * 1e3:.3f}",
                 f"{result['sum_s'] * 1e3:.3f}",
+                f"{result['clocks_a_pair']:.1f}" if result["clocks_a_pair"] else "",
+                f"{work['work_bytes'] / 1e6:,.1f}" if work["work_bytes"] else "",
             ]
         )
     return rows

@@ -9,19 +9,23 @@
 2. name in `main_loops` the kernels that do the bulk, each with the work that its main loop shares
    out: `tensor_operations` or `multiply_adds`, or, where the loop does more of these than the
    formula has, `passes`, how often a warp goes through it. The instructions of that loop in the
-   compiled kernel then give the time that issuing them takes;
+   compiled kernel then give the time that issuing them takes. `stops` finds the way that a turn
+   of a loop with rare branches takes, see `sass.turn`;
 3. add the shapes to CASES, kernels with dynamic shared memory to DYNAMIC_SHARED, and files whose
    names begin otherwise than those there to SOURCES.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from bench import sass
 from bench.sass import Kernel, Name
+from crrcd_ext import _plan
 
 ISSUE = 4  # instructions of warps, a clock and multiprocessor
 SPECIAL = 16  # special functions, a clock and multiprocessor
@@ -49,12 +53,14 @@ GPUS = (
 
 @dataclass(frozen=True)
 class MainLoop:
-    """Work of the kernel whose readable name the expression finds; one of the three is given."""
+    """Work of the kernel whose readable name the expression finds; one of the three is given.
+    stops: what a turn of the tile loop comes by (`sass.turn`), else the whole main loop counts."""
 
     kernel: str
     tensor_operations: float = 0
     multiply_adds: float = 0
     passes: float = 0
+    stops: tuple[Mapping[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,13 +74,18 @@ class Work:
     multiply_adds: float = 0
     special: float = 0
     main_loops: tuple[MainLoop, ...] = ()
+    pairs: float = 0  # (anchor, key) of the first main loop
+    work_bytes: int = 0  # work space by the plan
 
 
 @dataclass(frozen=True)
 class Case:
     operator: str
     label: str
-    work: Work
+    work: Work | Callable[[Gpu], Work]  # a function where the plan is the GPU's
+
+    def on(self, gpu: Gpu) -> Work:
+        return self.work if isinstance(self.work, Work) else self.work(gpu)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -116,6 +127,72 @@ def instance_shared(B: int, K: int, D: int, N: int, storage: str) -> Work:
     )
 
 
+# ---------------------------------------------------------------------------------------------
+# relation_nce, NCE, bfloat16, one panel of queries, H = R = 128. csrc/cuda/relation_logits.cuh
+
+
+def logit_stops(stages: int) -> tuple[Mapping[str, int], ...]:
+    """What a warp does for a tile of 16 keys without masks and biases: fetching the next tile (at
+    the end where there is one buffer), making hid, W hid in two halves, the logits, their weights,
+    the gradient of the queries."""
+    fetch = ({"async_copy": 8},)
+    product, squares = {"tensor_core": 64, "ldmatrix": 40}, {"multiply_add": 32}
+    body = ({"shared_stores": 8, "shared_loads": 8}, product, squares, product, squares)
+    body += (product, {"special": 64}, {"tensor_core": 64, "ldmatrix": 36})
+    return fetch + body if stages == 2 else body + fetch
+
+
+def relation(gpu: Gpu, K: int, live: bool) -> Work:
+    """relation_nce, A = B = 64, H = R = 128, everything in bfloat16, keys are rows. Memory: inputs
+    and outputs once; keys as prepared, norms, partial sums and what else the plan keeps, once
+    written and once by each pass read, but sums over segments once in all and prepared keys once in
+    all, since the L2 cache holds a segment; torch's own steps on [A, B, H], of which each fits the
+    cache, are left out. Issue: turns of the logits' loop where no key is left out, without the
+    logarithm of every second turn; of the other passes, live, the loop of their products only."""
+    A = B = 64
+    H = R = 128
+    gradients = _plan.GRADIENTS if live else ("query",)
+    sizes = {"anchors": A, "queries": B, "keys": K, "hidden": H, "relation_dim": R}
+    made = _plan.plan(gpu.arch, **sizes, gradients=gradients)
+    logits = made["logits"]
+    least = 2 * (
+        K * H + A * H + R * H + 3 * A * B * R
+    )  # bank, anchors, W; query, positive, d query
+    memory = least + 2 * 2 * K * H + 2 * 2 * A * B * H + 2 * 4 * logits["chunks"] * A * B * H
+    pair, least_pair = H * R + 2 * B * H, H * H + 2 * B * H
+    loops = [
+        MainLoop(
+            r"relation_logits<kBF16, kNce, 4>",
+            passes=A * K / 16,
+            stops=logit_stops(logits["stages"]),
+        )
+    ]
+    if live:
+        outputs = 2 * (K * H + A * H + R * H)
+        keys, weight = made["keys"], made["weight"]
+        memory += outputs + 4 * A * K * (2 + 3)  # 1 / |w| for one pass, c for two
+        memory += 2 * 4 * keys["anchor_parts"] * K * H + 2 * 4 * keys["key_parts"] * A * H
+        memory += 2 * 4 * K * H + 2 * 4 * weight["chunks"] * H * H  # the keys' sum, G's gradient
+        least += outputs
+        gram = sum(16 * (row + 16) for row in range(0, H, 16))  # rows of 16 up to the diagonal
+        of_keys = H * H + 2 * B * H
+        pair, least_pair = pair + of_keys + gram, least_pair + B * H + H * (H + 1) // 2
+        loops += [
+            MainLoop(rf"relation_keys<kBF16, kNce, {keys['warps']}>", 2 * A * K * of_keys),
+            MainLoop(r"relation_gram<kBF16>", 2 * A * K * gram),
+        ]
+    return Work(
+        bytes=memory,
+        least_bytes=least,
+        tensor={"bf16": 2 * A * K * pair},
+        least_tensor=2 * A * K * least_pair,
+        special=2 * A * B * K * (2 if live else 1),
+        main_loops=tuple(loops),
+        pairs=A * K,
+        work_bytes=made["work_bytes"],
+    )
+
+
 CASES: list[Case] = [
     *(
         Case("instance_nce", f"own, B=64 K=16384 D=128 N=2,000,000, {storage} bank", work)
@@ -126,6 +203,15 @@ CASES: list[Case] = [
         Case("instance_nce", f"shared, B=64 K=65536 D=128 N=2,000,000, {storage} bank", work)
         for storage in ("float", "bf16")
         for work in [instance_shared(64, 65536, 128, 2_000_000, storage)]
+    ),
+    *(
+        Case(
+            "relation_nce",
+            f"bf16, A=B=64 H=R=128 K={K}, {'all gradients' if live else 'gradient of the query'}",
+            functools.partial(relation, K=K, live=live),
+        )
+        for K in (16384, 131072)
+        for live in (False, True)
     ),
 ]
 
@@ -146,34 +232,70 @@ SOURCES = {
 # What a launch adds to the shared memory that stands in the compiled kernel
 
 
-def _tile_memory(name: Name) -> int:
+def _tile_memory(name: Name, arch: str) -> int:
     size = {"float": 4, "double": 8}[name.types[0]]
     return 2 * 64 * 68 * size + 64 * size + 24 * 8
 
 
-DYNAMIC_SHARED: dict[str, Callable[[Name], int]] = {"shared_tiles": _tile_memory}
-"""Kernel -> bytes for its template arguments."""
+def _planned(part: str) -> Callable[[Name, str], int]:
+    """Of the pass by the plan for A = B = 64, H = R = 128, K = 16384, all gradients."""
+
+    def memory(name: Name, arch: str) -> int:
+        sizes = {"anchors": 64, "queries": 64, "keys": 16384, "hidden": 128, "relation_dim": 128}
+        if name.arguments[0] != "kBF16" or arch not in _plan.GPUS:
+            return 0
+        made = _plan.plan(arch, **sizes, gradients=_plan.GRADIENTS)[part]
+        usual = len(name.arguments) < 3 or name.arguments[2] == str(made["warps"])
+        return made["shared_bytes"] if usual else 0
+
+    return memory
+
+
+DYNAMIC_SHARED: dict[str, Callable[[Name, str], int]] = {
+    "shared_tiles": _tile_memory,
+    "relation_logits": _planned("logits"),
+    "relation_keys": _planned("keys"),
+    "relation_gram": _planned("weight"),
+}
+"""Kernel -> bytes for its template arguments on an architecture; 0 where they are not known."""
 
 
 # ---------------------------------------------------------------------------------------------
 # The model
 
 
-def issue_seconds(work: Work, gpu: Gpu, kernels: Iterable[Kernel]) -> float | None:
-    """Time to issue the instructions of the main loops; None where a loop is not known."""
-    kernels = [kernel for kernel in kernels if kernel.arch == gpu.arch and kernel.loop]
-    instructions = 0.0
-    for part in work.main_loops:
-        loop = next((k.loop for k in kernels if re.search(part.kernel, str(k.name))), None)
+def instructions(part: MainLoop, arch: str, kernels: Iterable[Kernel]) -> float | None:
+    """Instructions of warps that a main loop issues; None where it is not known."""
+    kernel = next(
+        (k for k in kernels if k.arch == arch and re.search(part.kernel, str(k.name))), None
+    )
+    if kernel is None or kernel.loop is None:
+        return None
+    loop = kernel.loop
+    if part.stops:
+        loop = kernel.tile_loop and sass.turn(kernel.tile_loop, part.stops)
         if loop is None:
             return None
-        passes = part.passes
-        if part.tensor_operations:
-            passes = part.tensor_operations / loop.tensor_operations
-        elif part.multiply_adds:
-            passes = part.multiply_adds / (32 * loop.multiply_add)
-        instructions += passes * loop.instructions
-    return instructions / (ISSUE * gpu.multiprocessors * gpu.gigahertz * 1e9)
+    passes = part.passes
+    if part.tensor_operations:
+        passes = part.tensor_operations / loop.tensor_operations
+    elif part.multiply_adds:
+        passes = part.multiply_adds / (32 * loop.multiply_add)
+    return passes * loop.instructions
+
+
+def issue_seconds(work: Work, gpu: Gpu, kernels: Iterable[Kernel]) -> float | None:
+    """Time to issue the instructions of the main loops; None where a loop is not known."""
+    parts = [instructions(part, gpu.arch, kernels) for part in work.main_loops]
+    if None in parts:
+        return None
+    return sum(parts) / (ISSUE * gpu.multiprocessors * gpu.gigahertz * 1e9)
+
+
+def clocks_a_pair(work: Work, gpu: Gpu, kernels: Iterable[Kernel]) -> float | None:
+    """Issue clocks of a multiprocessor for each pair of the first main loop."""
+    issued = instructions(work.main_loops[0], gpu.arch, kernels) if work.pairs else None
+    return issued and issued / (ISSUE * work.pairs)
 
 
 def seconds(work: Work, gpu: Gpu, kernels: Iterable[Kernel]) -> dict[str, float | None]:
@@ -190,8 +312,8 @@ def seconds(work: Work, gpu: Gpu, kernels: Iterable[Kernel]) -> dict[str, float 
 
 
 def assumptions() -> list[str]:
-    """One line for each GPU."""
-    lines = []
+    """What the cases of relation_nce take for granted, and a line for each GPU."""
+    lines = [" ".join(relation.__doc__.split())]
     for gpu in GPUS:
         rates = ", ".join(f"{kind} {rate:,.0f}" for kind, rate in gpu.tensor.items())
         lines.append(

@@ -161,6 +161,19 @@ def test_without_tensor_cores_the_main_loop_is_the_innermost_one_that_multiplies
     assert sass.main_loop(code).head == 0x30  # innermost, though the outer one has the FFMA
 
 
+def test_a_turn_takes_the_shortest_way_that_passes_the_stops():
+    loop = sass.tile_loop(code_of("nested"))
+    assert loop.head == 0x10  # the outermost one, its tensor-core work being within
+    # The inner loop is left by the call; the way around by 0xf0 is the longer one.
+    shortest = sass.turn(loop, [])
+    assert (shortest.instructions, shortest.tensor_core) == (10, 1)
+    twice = sass.turn(loop, [{"tensor_core": 1}, {"tensor_core": 1}])
+    assert (twice.instructions, twice.tensor_core) == (17, 2)
+    around = sass.turn(loop, [{"global_stores": 1}])
+    assert around.instructions == shortest.instructions
+    assert sass.turn(loop, [{"tensor_core": 2}]) is None
+
+
 @pytest.mark.parametrize(
     ("opcode", "operations"),
     [
@@ -291,4 +304,28 @@ def test_command_on_the_built_module(tmp_path, capsys):
 
 def test_dynamic_shared_memory_of_tiles():
     # operand and weight of 64 x 68, a factor for each of 64 rows, 24 doubles
-    assert static_model.DYNAMIC_SHARED["shared_tiles"](Name("shared_tiles", ("float",))) == 35264
+    assert (
+        static_model.DYNAMIC_SHARED["shared_tiles"](Name("shared_tiles", ("float",)), "") == 35264
+    )
+
+
+@pytest.mark.skipif(_backend.compiled is None, reason="the planner is part of the compiled module")
+def test_relation_nce_follows_the_plan():
+    from crrcd_ext import _plan
+
+    sizes = {"anchors": 64, "queries": 64, "hidden": 128, "relation_dim": 128}
+    for gpu in static_model.GPUS:
+        work = static_model.relation(gpu, 16384, live=False)
+        made = _plan.plan(gpu.arch, keys=16384, **sizes)
+        parts = made["logits"]["chunks"] * 64 * 64 * 128 * 4
+        keys, queries = 16384 * 128 * 2, 64 * 64 * 128 * 2
+        assert work.least_bytes == keys + 64 * 128 * 2 + 128 * 128 * 2 + 3 * queries
+        assert work.bytes == work.least_bytes + 2 * keys + 2 * queries + 2 * parts
+        assert work.bytes < 40e6
+        assert sum(work.tensor.values()) <= 1.05 * work.least_tensor
+        live = static_model.relation(gpu, 131072, live=True)
+        assert live.work_bytes < 64e6
+        name = Name("relation_logits", ("kBF16", "kNce", "4"), "relation_bf16")
+        everything = _plan.plan(gpu.arch, keys=16384, **sizes, gradients=_plan.GRADIENTS)
+        known = static_model.DYNAMIC_SHARED["relation_logits"](name, gpu.arch)
+        assert known == everything["logits"]["shared_bytes"]
