@@ -237,6 +237,10 @@ def _tile_memory(name: Name, arch: str) -> int:
     return 2 * 64 * 68 * size + 64 * size + 24 * 8
 
 
+def _difference_tile(name: Name, arch: str) -> int:
+    return 88064 if name.arguments[0] == "kF64" else 80000  # checked where the tile is declared
+
+
 def _planned(part: str) -> Callable[[Name, str], int]:
     """Of the pass by the plan for A = B = 64, H = R = 128, K = 16384, all gradients."""
 
@@ -253,6 +257,7 @@ def _planned(part: str) -> Callable[[Name, str], int]:
 
 DYNAMIC_SHARED: dict[str, Callable[[Name, str], int]] = {
     "shared_tiles": _tile_memory,
+    "difference_tiles": _difference_tile,
     "relation_logits": _planned("logits"),
     "relation_keys": _planned("keys"),
     "relation_gram": _planned("weight"),

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kDifferenceThreads, 1) difference_exact(Differ
 
   // one candidate a thread: pairs with this entry's key
   const auto work_off = [&](int64_t entry, int64_t row, bool wanted, int64_t a, int64_t b) {
-    wanted = wanted && p.offset[b * p.Ap + a] > T(kLeftOutLogit) && is_negative_of(p, b, row) &&
+    wanted = wanted && p.offset[b * p.Ap + a] > T(kLeftOutLogit) && is_negative(p, b, row) &&
              !is_anchors_own(p, a, row);
     int count = 0;
     const int place = place_in_list(wanted, s.of_warps, count);

@@ -59,21 +59,9 @@ __device__ __forceinline__ int64_t row_of(const DifferenceParams<T>& p, int64_t 
 }
 
 template <typename T>
-__device__ __forceinline__ bool is_negative_of(const DifferenceParams<T>& p, int64_t b,
-                                               int64_t row) {
-  if (p.query_id && p.query_id[b] == (p.key_id ? p.key_id[row] : row)) return false;
-  return !(p.query_label && p.query_label[b] == p.key_label[row]);
-}
-
-template <typename T>
 __device__ __forceinline__ bool is_anchors_own(const DifferenceParams<T>& p, int64_t a,
                                                int64_t row) {
   return p.anchor_id && p.anchor_id[a] == (p.key_id ? p.key_id[row] : row);
-}
-
-template <typename T>
-__device__ __forceinline__ bool keys_are_masked(const DifferenceParams<T>& p) {
-  return p.anchor_id || p.query_id || p.query_label;
 }
 
 // A number that S can hold, exactly.
@@ -128,8 +116,8 @@ struct DifferenceTile {
   double totals[2][kDifferenceThreads];  // loss and g of a thread, where registers are scarce
 };
 
-static_assert(sizeof(DifferenceTile<float>) <= 99 * 1024, "what a block of any GPU here can have");
-static_assert(sizeof(DifferenceTile<double>) <= 99 * 1024);
+// At most the 99 KB that a block of any GPU here can have; bench/static_model.py has the numbers.
+static_assert(sizeof(DifferenceTile<float>) == 80000 && sizeof(DifferenceTile<double>) == 88064);
 
 // kCount neighbouring numbers that lie on a boundary of their common size.
 template <int kCount, typename T>
@@ -369,13 +357,13 @@ __device__ __forceinline__ bool leave_out(const DifferenceParams<T>& p, Differen
       any |= out && a < p.A;
       if constexpr (!kOwn) {
         const int64_t b = b0 + i + lane;
-        const bool left = n < count && b < p.B && !is_negative_of(p, b, s.row[n]);
+        const bool left = n < count && b < p.B && !is_negative(p, b, s.row[n]);
         s.bias[at] = left ? T(kLeftOutLogit) : T(0);
         any |= left;
       }
     }
     if constexpr (kOwn) {
-      const bool left = n < count && !is_negative_of(p, b0, s.row[n]);
+      const bool left = n < count && !is_negative(p, b0, s.row[n]);
       if (lane == 0) s.bias[n * Tile::kLead] = left ? T(kLeftOutLogit) : T(0);
       any |= left;
     }

@@ -28,7 +28,7 @@ class DifferenceNce {
 
   DifferenceResult run() {
     options = x.query.options().dtype(dtype);
-    scale = x.scale.to(at::kDouble), offset = x.offset.to(at::kDouble);
+    scale = x.scale.to(options.dtype(at::kDouble)), offset = x.offset.to(scale.options());
     set_up();
     compare_pairs();
 

@@ -23,12 +23,6 @@ namespace {
 constexpr const char* kOutside =
     "crrcd_ext.instance_nce: index: expected rows of the bank in [0, N)";
 
-template <typename T>
-__device__ __forceinline__ bool is_negative(const InstanceParams<T>& p, int64_t b, int64_t row) {
-  if (p.query_id && p.query_id[b] == (p.key_id ? p.key_id[row] : row)) return false;
-  return !(p.query_label && p.query_label[b] == p.key_label[row]);
-}
-
 // softplus(s) and its derivative.
 template <typename T>
 __device__ __forceinline__ T softplus(T s, T& derivative) {
@@ -294,7 +288,7 @@ __global__ void __launch_bounds__(kWideThreads, 1) own_wide_entries(InstancePara
 
 // The gradient of the bank in one order: a warp for each row, over its entries.
 template <typename T>
-__global__ void __launch_bounds__(128) sum_sorted(InstanceParams<T> p) {
+__global__ void __launch_bounds__(128, 1) sum_sorted(InstanceParams<T> p) {
   constexpr int kColumns = 4;
   const int lane = threadIdx.x % kWarp;
   const int64_t row = int64_t(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;

@@ -68,6 +68,13 @@ __device__ __forceinline__ const S* bank_row(const BankView& bank, int64_t row) 
   return static_cast<const S*>(bank.data) + row * bank.row_stride;
 }
 
+// Whether a row of the bank is a negative of query b: neither its own nor of its class.
+template <typename Params>
+__device__ __forceinline__ bool is_negative(const Params& p, int64_t b, int64_t row) {
+  if (p.query_id && p.query_id[b] == (p.key_id ? p.key_id[row] : row)) return false;
+  return !(p.query_label && p.query_label[b] == p.key_label[row]);
+}
+
 // An id that the caller had to keep below `rows` and that no host has looked at.
 __device__ __forceinline__ int64_t checked_row(int64_t row, int64_t rows, const char* message) {
   if (static_cast<uint64_t>(row) >= static_cast<uint64_t>(rows)) gpu::trap(message);
