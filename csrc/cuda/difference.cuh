@@ -25,7 +25,7 @@ namespace {
 
 // ----------------------------------------------------------------------------------------- logits
 
-// One logit: loss, g, and what it adds to the sums of its pair.
+// A pair (a, b), and its sums.
 template <typename T>
 struct PairOf {
   T half_square, slope, offset;
@@ -41,7 +41,8 @@ struct LogitSums {
   __device__ __forceinline__ void flush() { loss += product.take(); }
 };
 
-// What a pair (a, b) and a key give; c and f = c <u, w> / |w|^2 in units of scale / log 2.
+// What a pair and a key add to the loss and to the pair's sums; c and f = c <u, w> / |w|^2 in units
+// of scale / log 2.
 template <Precision kPrecision, Pass kPass, typename T>
 __device__ __forceinline__ void add_logit(PairOf<T>& pair, T half_anchor, T half_query, T inverse,
                                           T left_out, LogitSums<T>& sums, T& c, T& f) {
@@ -262,7 +263,7 @@ __device__ __forceinline__ void add_product(const DifferenceTile<T>& s, const T*
 template <typename T, bool kOwn>
 __device__ __forceinline__ void add_gradients(const DifferenceParams<T>& p, DifferenceTile<T>& s,
                                               int a0, int b0, int64_t query_slice,
-                                              int64_t anchor_slice, int count, int64_t row,
+                                              int64_t anchor_slice, int count, int64_t place,
                                               bool fresh_query, bool fresh_anchor) {
   using Tile = DifferenceTile<T>;
   constexpr int kRowLead = Tile::kColumns + 4;
@@ -333,7 +334,7 @@ __device__ __forceinline__ void add_gradients(const DifferenceParams<T>& p, Diff
     for (int n = 0; n < 2; ++n)
       for (int j = 0; j < 4; ++j)
         if (line + n < count && d + column + j < width)
-          p.d_rows[(row + line + n) * p.D + d + column + j] = sum[n][j];
+          p.d_rows[(place + line + n) * p.D + d + column + j] = sum[n][j];
   }
 }
 

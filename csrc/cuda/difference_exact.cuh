@@ -54,20 +54,20 @@ __device__ __forceinline__ int place_in_list(bool wanted, int* shared, int& coun
   return before;
 }
 
-// One block: the list of near pairs.
+// The list of near pairs, a block a query.
 template <typename T>
 __global__ void __launch_bounds__(kDifferenceThreads) difference_near(DifferenceParams<T> p) {
   __shared__ int of_warps[kDifferenceWarps];
-  int64_t found = 0;
-  for (int64_t first = 0; first < p.B * p.Ap; first += kDifferenceThreads) {
-    const int64_t at = first + threadIdx.x;
+  const int64_t b = blockIdx.x;
+  int64_t begin = p.near_begin[b];
+  for (int64_t first = 0; first < p.A; first += kDifferenceThreads) {
+    const int64_t a = first + threadIdx.x, at = b * p.Ap + a;
     int count = 0;
-    const bool near = at < p.B * p.Ap && p.near[at];
+    const bool near = a < p.A && p.near[at];
     const int place = place_in_list(near, of_warps, count);
-    if (near) p.near_pair[found + place] = at;
-    found += count;
+    if (near) p.near_pair[begin + place] = at;
+    begin += count;
   }
-  if (threadIdx.x == 0) *p.near_count = found;
 }
 
 // Pairs that are worked off together.
@@ -75,6 +75,7 @@ template <typename T>
 struct ExactPairs {
   int64_t at[kDifferenceThreads];  // b Ap + a
   T c[kDifferenceThreads], e[kDifferenceThreads], f[kDifferenceThreads];
+  int64_t entry[kDifferenceThreads];  // those that have such pairs
   int of_warps[kDifferenceWarps];
   double scalars[3 * kDifferenceWarps];
 };
@@ -84,9 +85,10 @@ __global__ void __launch_bounds__(kDifferenceThreads, 1) difference_exact(Differ
   __shared__ ExactPairs<T> s;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t block = blockIdx.x, entries = p.own ? p.B * p.count : p.count;
-  const int64_t words = p.Ap / kDifferenceChunk<T>, near_pairs = *p.near_count;
-  T* const d_query = p.d_query + block * p.B * p.D;
-  T* const d_anchor = p.d_anchor + block * p.A * p.D;
+  const int64_t words = p.Ap / kDifferenceChunk<T>;
+  // slices behind those of the tiles
+  T* const d_query = p.d_query + (words * p.chunks + block) * p.B * p.D;
+  T* const d_anchor = p.d_anchor + (p.groups * p.chunks + block) * p.A * p.D;
   double total[3] = {};  // loss, g, g cosine
 
   // one candidate a thread: pairs with this entry's key
@@ -95,6 +97,7 @@ __global__ void __launch_bounds__(kDifferenceThreads, 1) difference_exact(Differ
              !is_anchors_own(p, a, row);
     int count = 0;
     const int place = place_in_list(wanted, s.of_warps, count);
+    if (count == 0) return;
     if (wanted) s.at[place] = b * p.Ap + a;
     __syncthreads();
     for (int i = warp; i < count; i += kDifferenceWarps) {
@@ -133,7 +136,7 @@ __global__ void __launch_bounds__(kDifferenceThreads, 1) difference_exact(Differ
       }
     }
     __syncthreads();
-    if constexpr (kPass != Pass::kLogSumExp)
+    if (kPass != Pass::kLogSumExp && (p.need_query || p.need_anchor || p.d_rows))
       for (int64_t d = threadIdx.x; d < p.D; d += kDifferenceThreads) {
         const T m = bank_element(p, row, d);
         T d_row = 0;
@@ -146,35 +149,51 @@ __global__ void __launch_bounds__(kDifferenceThreads, 1) difference_exact(Differ
           if (p.need_anchor) d_anchor[anchor * p.D + d] += d_u + d_w;
           d_row += d_w;
         }
-        if (p.d_rows && count > 0) p.d_rows[entry * p.D + d] += d_row;
+        if (p.d_rows) p.d_rows[entry * p.D + d] += d_row;
       }
     __syncthreads();
   };
 
+  // near pairs of the entry's query, or of all
+  const auto near_from = [&](int64_t entry) { return p.near_begin[p.own ? entry / p.count : 0]; };
+  const auto near_to = [&](int64_t entry) {
+    return p.near_begin[p.own ? entry / p.count + 1 : p.B];
+  };
   const int64_t last = entries * (block + 1) / p.exact_blocks;
-  for (int64_t entry = entries * block / p.exact_blocks; entry < last; ++entry) {
-    bool any = near_pairs > 0;
-    for (int64_t i = 0; i < words; ++i) any |= p.near_key[i * entries + entry] != 0;
-    if (!any) continue;
-    const int64_t own = p.own ? entry / p.count : 0, k = p.own ? entry % p.count : entry;
-    const int64_t row = row_of(p, own, p.first + k);
-    for (int64_t first = 0; first < near_pairs; first += kDifferenceThreads) {
-      const int64_t i = first + threadIdx.x;
-      const int64_t at = i < near_pairs ? p.near_pair[i] : 0, b = at / p.Ap, a = at % p.Ap;
-      const uint64_t word = p.near_key[a / kDifferenceChunk<T> * entries + entry];
-      const bool apart = word >> a % kDifferenceChunk<T> & 1;  // below
-      work_off(entry, row, i < near_pairs && !apart && (!p.own || b == own), a, b);
-    }
-    for (int64_t i = 0; i < words; ++i)
-      for (uint64_t word = p.near_key[i * entries + entry]; word != 0; word &= word - 1) {
-        const int64_t a = i * kDifferenceChunk<T> + __popcll((word & -word) - 1);
-        const int64_t queries = p.own ? 1 : p.B;
-        for (int64_t first = 0; first < queries; first += kDifferenceThreads) {
-          const int64_t b = p.own ? own : first + threadIdx.x;
-          const bool present = first + threadIdx.x < queries;
-          work_off(entry, row, present, a, present ? b : 0);
-        }
+  for (int64_t start = entries * block / p.exact_blocks; start < last;
+       start += kDifferenceThreads) {
+    const int64_t candidate = start + threadIdx.x;
+    bool hit = candidate < last && near_from(candidate) < near_to(candidate);
+    for (int64_t i = 0; candidate < last && i < words; ++i)
+      hit |= p.near_key[i * entries + candidate] != 0;
+    int hits = 0;
+    const int place = place_in_list(hit, s.of_warps, hits);
+    if (hit) s.entry[place] = candidate;
+    __syncthreads();
+    for (int at_hit = 0; at_hit < hits; ++at_hit) {
+      const int64_t entry = s.entry[at_hit];
+      const int64_t own = p.own ? entry / p.count : 0, k = p.own ? entry % p.count : entry;
+      const int64_t row = row_of(p, own, p.first + k);
+      const int64_t near_last = near_to(entry);
+      for (int64_t first = near_from(entry); first < near_last; first += kDifferenceThreads) {
+        const int64_t i = first + threadIdx.x;
+        const int64_t at = i < near_last ? p.near_pair[i] : 0, b = at / p.Ap, a = at % p.Ap;
+        const uint64_t word = p.near_key[a / kDifferenceChunk<T> * entries + entry];
+        const bool near_key_too = word >> a % kDifferenceChunk<T> & 1;  // its turn comes below
+        work_off(entry, row, i < near_last && !near_key_too, a, b);
       }
+      for (int64_t i = 0; i < words; ++i)
+        for (uint64_t word = p.near_key[i * entries + entry]; word != 0; word &= word - 1) {
+          const int64_t a = i * kDifferenceChunk<T> + __popcll((word & -word) - 1);
+          const int64_t queries = p.own ? 1 : p.B;
+          for (int64_t first = 0; first < queries; first += kDifferenceThreads) {
+            const int64_t b = p.own ? own : first + threadIdx.x;
+            const bool present = first + threadIdx.x < queries;
+            work_off(entry, row, present, a, present ? b : 0);
+          }
+        }
+    }
+    __syncthreads();
   }
   if constexpr (kPass == Pass::kLogSumExp) return;
   block_sum<kDifferenceThreads>(total, s.scalars);
@@ -232,8 +251,8 @@ void launch_pairs(const DifferenceParams<T>& p, void* stream) {
 
 template <typename T>
 void launch_near(const DifferenceParams<T>& p, void* stream) {
-  gpu::launch("difference_near", difference_near<T>, dim3(1), dim3(kDifferenceThreads), 0, stream,
-              p);
+  gpu::launch("difference_near", difference_near<T>, dim3(static_cast<unsigned>(p.B)),
+              dim3(kDifferenceThreads), 0, stream, p);
 }
 
 template <typename T>

@@ -110,8 +110,8 @@ struct DifferenceTile {
   alignas(16) T half_query[kKeys * kLead];   // |q - m|^2 / 2
   alignas(16) T bias[kKeys * kLead];         // as drop for (query, key)
   alignas(16) T weight[kKeys * kLead];       // W
-  T key_square[kKeys], key_sum[kKeys];
-  T f[kKeys];  // sum over anchors and queries
+  T key_square[kKeys], key_sum[kKeys];       // of two-byte rows
+  T f[kKeys];                                // sum over anchors and queries
   int64_t row[kKeys];
   double totals[2][kDifferenceThreads];  // loss and g of a thread, where registers are scarce
 };
@@ -179,8 +179,8 @@ __device__ __forceinline__ void load_keys(const DifferenceParams<T>& p,
   }
 }
 
-// Squared distances of the tile's keys from the block's anchors and queries, |m|^2, and with them
-// 1 / |w|: -1 for what is small.
+// Squared distances of the tile's keys from the block's anchors and queries, and 1 / |w|: -1 for
+// what is small.
 template <bool kOwn, typename T>
 __device__ __forceinline__ void measure_distances(const DifferenceParams<T>& p,
                                                   DifferenceTile<T>& s, int a0, int b0, int count) {

@@ -28,7 +28,8 @@ class DifferenceNce {
 
   DifferenceResult run() {
     options = x.query.options().dtype(dtype);
-    scale = x.scale.to(options.dtype(at::kDouble)), offset = x.offset.to(scale.options());
+    scale = scalar_operand(x.scale, options.dtype(at::kDouble));
+    offset = scalar_operand(x.offset, scale.options());
     set_up();
     compare_pairs();
 
@@ -124,8 +125,8 @@ class DifferenceNce {
     if (some()) choose_blocks();
   }
 
-  // Enough blocks to fill the device, none without a tile; and segments whose rows, and what is
-  // remembered of them, stay small.
+  // Enough blocks to fill the device, none without a tile; and segments, of a tile at least, whose
+  // rows, and what is remembered of them, stay small.
   void choose_blocks() {
     const int64_t words = p.Ap / kChunk, wanted = 2 * device.multiprocessors();
     p.groups = x.own() ? std::clamp<int64_t>(wanted / words, 1, x.B) : p.Bp / kChunk;
@@ -140,7 +141,10 @@ class DifferenceNce {
     if (emulated > 0) segment = emulated;
     const int64_t tiles = (std::min(segment, x.K) + kDifferenceKeys - 1) / kDifferenceKeys;
     p.chunks = std::clamp<int64_t>(wanted / (words * p.groups), 1, tiles);
-    p.exact_blocks = std::min(words, p.groups) * p.chunks;
+    const int64_t slice = std::max((x.A + x.B) * x.D, 2 * p.Ap * p.Bp);
+    p.exact_blocks =
+        std::clamp<int64_t>(kBudget / std::max<int64_t>(slice * static_cast<int64_t>(sizeof(T)), 1),
+                            1, std::min<int64_t>(wanted, 32));
   }
 
   // What depends on an anchor, a query and its positive alone.
@@ -157,9 +161,13 @@ class DifferenceNce {
     const at::Tensor pairs = mask.sum(at::kDouble);
     inverse_pairs = at::where(pairs.gt(0), pairs.reciprocal(), at::zeros_like(pairs));
     near.logical_and_(mask);
-    p.near_pair = make<int64_t>(near_pair, {p.Bp * p.Ap});
-    p.near_count = make<int64_t>(near_count, {1});
-    Kernels::near(p, device.stream());
+    if (some()) {
+      near_begin = at::zeros({x.B + 1}, options.dtype(at::kLong));
+      near_begin.narrow(0, 1, x.B).copy_(near.narrow(0, 0, x.B).sum(1).cumsum(0));
+      p.near_begin = ids(near_begin);
+      p.near_pair = make<int64_t>(near_pair, {x.B * x.A});
+      Kernels::near(p, device.stream());
+    }
     slope = (inverse * (scale / kLog2)).to(dtype);
     p.slope = data(slope);
     set_offset((-offset / kLog2).expand({p.Bp, p.Ap}));
@@ -212,9 +220,14 @@ class DifferenceNce {
     // own: nobody writes to the rows beyond B
     p.sum_inverse = make<T>(sum_inverse, {p.chunks, p.Bp, p.Ap}, x.own());
     p.sum_along = make<T>(sum_along, {p.chunks, p.Bp, p.Ap}, x.own());
-    if (p.need_query) p.d_query = make<T>(d_query, {words * p.chunks, x.B, x.D});
+    const auto slices = [&](at::Tensor& t, int64_t tiles, int64_t rows) {
+      T* memory = make<T>(t, {tiles + p.exact_blocks, rows, x.D});
+      t.narrow(0, tiles, p.exact_blocks).zero_();
+      return memory;
+    };
+    if (p.need_query) p.d_query = slices(d_query, words * p.chunks, x.B);
     if (p.need_anchor) {
-      p.d_anchor = make<T>(d_anchor, {p.groups * p.chunks, x.A, x.D});
+      p.d_anchor = slices(d_anchor, p.groups * p.chunks, x.A);
       p.sum_y = make<T>(sum_y, {p.groups * p.chunks, p.Ap});
     }
     if (x.needs(kDifferenceBank)) {
@@ -280,7 +293,7 @@ class DifferenceNce {
       d_rows_out = d_bank.defined() ? (d_bank * unit).to(x.bank.scalar_type())
                                     : at::zeros({x.N, x.D}, x.bank.options());
     const auto scalar = [](const at::Tensor& value, const at::Tensor& like) {
-      return value.to(like.scalar_type());
+      return value.to(like.options());
     };
     return {loss,
             p.need_query ? out_query.to(x.dtype) : none(x.query),
@@ -302,7 +315,7 @@ class DifferenceNce {
   at::Tensor bank, query, positive, anchor, scale, offset, origin, query_seen, anchor_seen;
   at::Tensor query_square, anchor_square, query_raw_square, anchor_raw_square, anchor_sum,
       half_square, inverse, inverse_positive, cosine, near;
-  at::Tensor mask, inverse_pairs, near_pair, near_count, slope, offsets, gram_offsets, near_key;
+  at::Tensor mask, inverse_pairs, near_pair, near_begin, slope, offsets, gram_offsets, near_key;
   at::Tensor scalars, total, sum_inverse, sum_along, d_query, d_anchor, sum_y, d_rows, d_bank;
 };
 

@@ -22,8 +22,8 @@ constexpr int kDifferenceKeys = 32;  // of a tile
 // sizes up to whole chunks. Logits are in units of log 2. An entry is a negative: of all queries
 // (shared), or entry b K + k of query b (own).
 //
-// Differences do not know where the origin is: rows are seen from the anchors' middle, where they
-// are short and sums over them cancel as little as they can. eps is part of it for all but anchors.
+// Differences do not know where the origin is: in sums rows are seen from the anchors' middle,
+// where they are short and cancel as little as they can. eps is part of it for all but anchors.
 template <typename T>
 struct DifferenceParams {
   int64_t A = 0, B = 0, K = 0, D = 0, N = 0;
@@ -58,9 +58,9 @@ struct DifferenceParams {
   T* inverse_positive = nullptr;  // 1 / |v|
   T* cosine = nullptr;            // <u, v> / (|u| |v|)
   bool* near = nullptr;           // |u| is so small that sums would cancel
-  // near pairs that count, b Ap + a each; written by difference_near
-  int64_t* near_pair = nullptr;   // [Bp Ap]
-  int64_t* near_count = nullptr;  // a number
+  // near pairs that count, b Ap + a each, in order; those of query b from near_begin[b] on
+  const int64_t* near_begin = nullptr;  // [B + 1]
+  int64_t* near_pair = nullptr;         // [B A], written by difference_near
 
   const T* slope = nullptr;        // scale / (|u| log 2)
   const T* offset = nullptr;       // added to a logit; kLeftOutLogit for a pair that does not count
@@ -80,15 +80,15 @@ struct DifferenceParams {
   // Blocks of difference_tiles: anchor chunks x groups x chunks. A group is a chunk of queries that
   // share their negatives, or a range of queries with their own.
   int64_t groups = 1, chunks = 1;
-  // Blocks of difference_exact, each with a slice of d_query and of d_anchor
+  // Blocks of difference_exact, each with a slice of d_query and d_anchor behind those of the tiles
   int64_t exact_blocks = 0;
 
   // sums, a slice a block, added up in their order
   double* scalars = nullptr;     // [blocks, 3]: loss, sum of g, sum of g cosine (exact ones alone)
   T* sum_inverse = nullptr;      // [chunks, Bp, Ap]: of g / |w|
   T* sum_along = nullptr;        // [chunks, Bp, Ap]: of g <u, w> / |w|
-  T* d_query = nullptr;          // [anchor chunks x chunks, B, D]: of W m
-  T* d_anchor = nullptr;         // [groups x chunks, A, D]: of Y m, as -d anchor
+  T* d_query = nullptr;          // [anchor chunks x chunks + exact blocks, B, D]: of W m
+  T* d_anchor = nullptr;         // [groups x chunks + exact blocks, A, D]: of Y m, as -d anchor
   T* sum_y = nullptr;            // [groups x chunks, Ap]
   T* d_rows = nullptr;           // [row parts, entries, D] or null: gradient of the segment's rows
   uint64_t* near_key = nullptr;  // [anchor chunks, entries]: bit a of the chunk, |w| is small

@@ -6,6 +6,7 @@
 #include "bank_update.h"
 #include "device.h"
 #include "instance_params.h"
+#include "operands.h"
 
 namespace crrcd::cuda {
 
@@ -24,16 +25,16 @@ class InstanceNce {
     positive = x.positive.to(dtype).contiguous();
     set_up();
     if (x.B > 0) instance_launch(p, device.stream());
-    const auto scalar = [&](int64_t i, at::ScalarType type) {
-      return x.B > 0 ? result.select(0, i).to(type) : at::zeros({}, result.options().dtype(type));
+    const auto scalar = [&](int64_t i, const at::TensorOptions& type) {
+      return x.B > 0 ? result.select(0, i).to(type) : at::zeros({}, type);
     };
     const auto none = [](const at::Tensor& like) { return at::empty({0}, like.options()); };
-    return {scalar(0, dtype),
+    return {scalar(0, query.options()),
             p.need_query ? d_query.to(x.dtype) : none(x.query),
             x.needs(kInstancePositive) ? d_positive.to(x.dtype) : none(x.positive),
             x.needs(kInstanceBank) ? bank_gradient() : none(x.bank),
-            x.needs(kInstanceScale) ? scalar(1, x.scale.scalar_type()) : none(x.scale),
-            x.needs(kInstanceOffset) ? scalar(2, x.offset.scalar_type()) : none(x.offset)};
+            x.needs(kInstanceScale) ? scalar(1, x.scale.options()) : none(x.scale),
+            x.needs(kInstanceOffset) ? scalar(2, x.offset.options()) : none(x.offset)};
   }
 
  private:
@@ -70,7 +71,7 @@ class InstanceNce {
     p.query = query.const_data_ptr<T>();
     p.positive = positive.const_data_ptr<T>();
     const auto scalar = query.options().dtype(at::kDouble);  // they may come from the CPU
-    scale = x.scale.to(scalar), offset = x.offset.to(scalar);
+    scale = scalar_operand(x.scale, scalar), offset = scalar_operand(x.offset, scalar);
     p.scale = scale.const_data_ptr<double>();
     p.offset = offset.const_data_ptr<double>();
     p.query_id = ids(x.query_id);

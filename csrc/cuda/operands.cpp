@@ -53,4 +53,9 @@ at::Tensor padded(const at::Tensor& t, int64_t columns, double value) {
   return out;
 }
 
+at::Tensor scalar_operand(const at::Tensor& value, const at::TensorOptions& options) {
+  // a fill, where a copy from the host would wait
+  return value.is_cpu() ? at::full({}, value.item<double>(), options) : value.to(options);
+}
+
 }  // namespace crrcd::cuda

@@ -19,4 +19,7 @@ at::Tensor operand(Precision precision, const at::Tensor& t, int64_t rows, int64
 // A copy of the last dimension with `value` behind it, in t's dtype.
 at::Tensor padded(const at::Tensor& t, int64_t columns, double value = 0);
 
+// A number on the device, wherever it comes from, without waiting for the device.
+at::Tensor scalar_operand(const at::Tensor& value, const at::TensorOptions& options);
+
 }  // namespace crrcd::cuda

@@ -32,7 +32,7 @@ class RelationNce {
     positive = x.positive.to(dtype).contiguous();
     weight = x.weight.to(dtype).contiguous();
     if (x.bias.defined()) bias = x.bias.to(dtype).contiguous();
-    scale = x.scale.to(options), offset = x.offset.to(options);
+    scale = scalar_operand(x.scale, options), offset = scalar_operand(x.offset, options);
     pair = pair_mask(x.A, x.B, x.anchor_id, x.query_id, x.self_pairs, x.query.device());
     const at::Tensor pairs = pair.sum(dtype);
     inverse_pairs = at::where(pairs.gt(0), pairs.reciprocal(), at::zeros_like(pairs));
@@ -265,7 +265,7 @@ class RelationNce {
                       const at::Tensor& d_logit_positive) {
     const auto none = [](const at::Tensor& like) { return at::empty({0}, like.options()); };
     const auto result = [](const at::Tensor& gradient, const at::Tensor& like) {
-      return gradient.to(like.scalar_type()).contiguous();
+      return gradient.to(like.options()).contiguous();
     };
     const at::Tensor factor = inverse_pairs / p.boost;
     // the positives' part goes last: it is the large term of a sum of many small ones
