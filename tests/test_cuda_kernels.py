@@ -201,15 +201,14 @@ def close_to_anchors(case: dict) -> dict:
 @pytest.mark.parametrize("index", ["own", "shared", None])
 def test_difference_nce_has_no_race_and_stays_in_bounds(index, objective, schedule, late):
     queries = 9 if index == "own" else 67
-    for sizes in ((5, 6, 70, 17, 90), (70, queries, 40, 9, 50), (3, 2, 33, 70, 40)):
-        case = make_difference(*sizes, index=index, objective=objective, ids=True, labels=True)
-        case = close_to_anchors(case)
-        for dtype, tolerance in DIFFERENCE_CLOSE.items():
-            low = cast(case, dtype)
-            plain = run(low, "reference", wanted=DIFFERENCE_WANTED)
-            with emulation(CHECKED, schedule, seed=3, late=late):
-                got = run(copied(low), CHECKED, wanted=DIFFERENCE_WANTED)
-            assert_close(got, truth(low, wanted=DIFFERENCE_WANTED), tolerance, plain)
+    sizes = [(5, 6, 70, 17, 90), (70, queries, 40, 9, 50), (3, 2, 33, 70, 40)]
+    for (dtype, tolerance), size in zip(DIFFERENCE_CLOSE.items(), sizes, strict=True):
+        case = make_difference(*size, index=index, objective=objective, ids=True, labels=True)
+        case = cast(close_to_anchors(case), dtype)
+        plain = run(case, "reference", wanted=DIFFERENCE_WANTED)
+        with emulation(CHECKED, schedule, seed=3, late=late):
+            got = run(copied(case), CHECKED, wanted=DIFFERENCE_WANTED)
+        assert_close(got, truth(case, wanted=DIFFERENCE_WANTED), tolerance, plain)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

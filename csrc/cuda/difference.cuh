@@ -340,13 +340,10 @@ __device__ __forceinline__ void add_gradients(const DifferenceParams<T>& p, Diff
 
 // ----------------------------------------------------------------------------------------- a block
 
-// Two, where the registers of both do.
+// Two, where the registers of both do: a thread has 16 pairs of shared negatives, 2 of own ones.
 template <Precision kPrecision, bool kOwn, Pass kPass>
-constexpr int blocks_of_difference = kPrecision == Precision::kF64                          ? 1
-                                     : kPass == Pass::kLogSumExp                            ? 1
-                                     : kOwn                                                 ? 2
-                                     : kPrecision == Precision::kF32 && kPass == Pass::kNce ? 2
-                                                                                            : 1;
+constexpr int blocks_of_difference =
+    kOwn && kPrecision != Precision::kF64 && kPass != Pass::kLogSumExp ? 2 : 1;
 
 template <Precision kPrecision, bool kOwn, Pass kPass>
 __global__ void __launch_bounds__(kDifferenceThreads, blocks_of_difference<kPrecision, kOwn, kPass>)
