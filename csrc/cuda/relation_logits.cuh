@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
   const int queries = left < kQueries ? static_cast<int>(left) : kQueries;
   const int query_tiles = (queries + 15) / 16 * 2;
   // before them nothing asks which logits count
-  const int whole_tiles = p.keep || query_tiles < kTiles ? 0 : static_cast<int>(p.keys / keys);
+  const int whole_tiles =
+      !kTwoVariants || p.keep || query_tiles < kTiles ? 0 : static_cast<int>(p.keys / keys);
   const bool first_range = first_column == 0;  // which also sums what has no columns
   const int wide = gradient_width<kPrecision>(p), rest = wide - first_column;
   const int column_tiles = (rest < kColumns ? rest : kColumns) / 8;
