@@ -15,9 +15,11 @@
 constexpr double kLeftOut = -1e30;  // the logit of what is no negative
 
 #if CRRCD_VECTOR_BYTES == 64
-constexpr int kSharedAnchors = 4;  // that share one walk over the keys of a tile
+constexpr int kSharedAnchors = 4;                     // that share one walk over the keys of a tile
+constexpr int kCompareRows = 4, kCompareVectors = 4;  // of a block of distances or products
 #else
 constexpr int kSharedAnchors = 2;
+constexpr int kCompareRows = 6, kCompareVectors = 2;
 #endif
 
 // Each query's own negatives among some neighbouring rows of the bank, sorted by row.
@@ -69,10 +71,12 @@ size_t carve(const DifferenceParams<T>& p, std::byte* base, DifferenceScratch<T>
   Carver c{base};
   const bool own = p.entries != nullptr;
   const int64_t ld_t = tile_stride(p);
-  const int64_t cells = own ? p.tile * p.ldA : p.A * ld_t;
+  // whole blocks of rows meet the anchors
+  const int64_t rows = own ? (p.tile + kCompareRows - 1) / kCompareRows * kCompareRows : p.tile;
+  const int64_t cells = own ? rows * p.ldA : p.A * ld_t;
   const int64_t shared = own ? 0 : p.B * ld_t;
   const bool keys = p.want == Want::kKeys;
-  s.rows = c.take<T>(p.tile * p.ldD);
+  s.rows = c.take<T>(rows * p.ldD);
   s.rows_t = c.take<T>(own ? 0 : p.Dp * ld_t);
   s.row = c.take<T>(p.ldD);
   s.row_square = c.take<T>(p.tile);
@@ -395,9 +399,9 @@ __attribute__((noinline)) void compare_panel(int64_t rows, int64_t depth, const 
                                              const T* y, int64_t ld_y, T* out, int64_t ld_out,
                                              Ahead& ahead) {
   int64_t i = 0;
-  for (; i + kDenseRows <= rows; i += kDenseRows)
-    compare_block<T, kCompare, kDenseRows, kVectors>(depth, x + i * ld_x, ld_x, y, ld_y,
-                                                     out + i * ld_out, ld_out, ahead);
+  for (; i + kCompareRows <= rows; i += kCompareRows)
+    compare_block<T, kCompare, kCompareRows, kVectors>(depth, x + i * ld_x, ld_x, y, ld_y,
+                                                       out + i * ld_out, ld_out, ahead);
   for (; i < rows; ++i)
     compare_block<T, kCompare, 1, kVectors>(depth, x + i * ld_x, ld_x, y, ld_y, out + i * ld_out,
                                             ld_out, ahead);
@@ -406,10 +410,11 @@ __attribute__((noinline)) void compare_panel(int64_t rows, int64_t depth, const 
 template <typename T, Compare kCompare>
 void compare(int64_t rows, int64_t columns, int64_t depth, const T* x, int64_t ld_x, const T* y,
              int64_t ld_y, T* out, int64_t ld_out, Ahead ahead = {}) {
-  constexpr int kLanes = Simd<T>::kLanes;
+  constexpr int kLanes = Simd<T>::kLanes, kWidth = kCompareVectors * kLanes;
   int64_t j = 0;
-  for (; j + 4 * kLanes <= columns; j += 4 * kLanes)
-    compare_panel<T, kCompare, 4>(rows, depth, x, ld_x, y + j, ld_y, out + j, ld_out, ahead);
+  for (; j + kWidth <= columns; j += kWidth)
+    compare_panel<T, kCompare, kCompareVectors>(rows, depth, x, ld_x, y + j, ld_y, out + j, ld_out,
+                                                ahead);
   for (; j < columns; j += kLanes)
     compare_panel<T, kCompare, 1>(rows, depth, x, ld_x, y + j, ld_y, out + j, ld_out, ahead);
 }
@@ -477,17 +482,25 @@ CRRCD_INLINE bool is_negative(const DifferenceParams<T>& p, int64_t b, int64_t r
          !(p.query_label && p.query_label[b] == p.key_label[row]);
 }
 
-// s.rows -= origin, s.row_square; returns nothing of what is not finite: it stays in the distances.
+// Row k of the negatives as row n of the tile: seen from the origin, and its square. What is not
+// finite stays in both.
 template <typename T>
-void see_from_origin(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64_t n) {
-  typename Simd<T>::V square{};
+void see_row(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, const BankView& bank,
+             int64_t k, int64_t n) {
+  constexpr int kLanes = Simd<T>::kLanes;
   T* row = s.rows + n * p.ldD;
-  for (int64_t d = 0; d < p.Dp; d += Simd<T>::kLanes) {
-    const auto x = load(row + d) - load(p.origin + d);
+  const T* from = row;
+  if (p.as_stored)
+    from = static_cast<const T*>(bank.data) + (bank.index ? bank.index[k] : k) * bank.row_stride;
+  else
+    load_row<T>(bank, k, p.D, p.ldD, row);
+  typename Simd<T>::V square[2] = {};
+  for (int64_t d = 0; d < p.Dp; d += kLanes) {
+    const auto x = load(from + d) - load(p.origin + d);
     store(row + d, x);
-    square += x * x;
+    square[d / kLanes % 2] += x * x;
   }
-  s.row_square[n] = horizontal_sum<T>(square);
+  s.row_square[n] = horizontal_sum<T>(square[0] + square[1]);
 }
 
 // Hands the sums over f and Y on to anchors and keys: y becomes f - Y.
@@ -610,10 +623,7 @@ template <typename T>
 bool load_shared_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64_t first,
                       int64_t m, int64_t width, bool& exact) {
   const int64_t ld_t = tile_stride(p);
-  for (int64_t n = 0; n < m; ++n) {
-    load_row<T>(p.bank, first + n, p.D, p.ldD, s.rows + n * p.ldD);
-    see_from_origin(p, s, n);
-  }
+  for (int64_t n = 0; n < m; ++n) see_row(p, s, p.bank, first + n, n);
   for (int64_t n = m; n < width; ++n) {
     for (int64_t d = 0; d < p.ldD; ++d) s.rows[n * p.ldD + d] = 0;
     s.row_square[n] = 0;
@@ -748,14 +758,22 @@ void shared_pass(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, in
 // ---------------------------------------------------------------------------- each query's own
 // negatives
 
+// Four sums: one would have to wait for itself.
 template <typename T>
 CRRCD_INLINE T squared_distance(int64_t n, const T* x, const T* y) {
-  typename Simd<T>::V sum{};
-  for (int64_t i = 0; i < n; i += Simd<T>::kLanes) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  typename Simd<T>::V sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+    for (int j = 0; j < 4; ++j) {
+      const auto difference = load(x + i + j * kLanes) - load(y + i + j * kLanes);
+      sum[j] += difference * difference;
+    }
+  for (; i < n; i += kLanes) {
     const auto difference = load(x + i) - load(y + i);
-    sum += difference * difference;
+    sum[0] += difference * difference;
   }
-  return horizontal_sum<T>(sum);
+  return horizontal_sum<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 // Row u of the tile against query b and anchors begin .. end. Returns sum_a c as a vector.
@@ -767,35 +785,49 @@ CRRCD_INLINE typename Simd<T>::V own_entry(const DifferenceParams<T>& p,
                                            typename Simd<T>::V& sum_g) {
   using V = typename Simd<T>::V;
   const int64_t row = u * p.ldA, pair = b * p.ldA;
+  // in registers: what is stored below could change p and s, as far as the compiler knows
+  const T* const inverses = s.inverse + row;
+  const T* const half_norms = s.half_norm + row;
+  const T* const drops = s.drop + row;
+  const T* const half_squares = p.half_square + pair;
+  const T* const slopes = p.slope + pair;
+  const T* const offsets = p.gram_offset + pair;
+  T* const sums_inverse = s.sum_inverse + pair;
+  T* const sums_along = s.sum_along + pair;
+  const T slope_weight = p.slope_weight;
   V total{};
   for (int64_t a = begin; a < end; a += Simd<T>::kLanes) {
-    const V inverse = load(s.inverse + row + a);
-    const V along =
-        (load(p.half_square + pair + a) - half_distance) * inverse + load(s.half_norm + row + a);
-    V logit = along * load(p.slope + pair + a) + load(p.gram_offset + pair + a);
-    if (kMasked) logit += load(s.drop + row + a);
+    const V inverse = load(inverses + a);
+    const V along = (load(half_squares + a) - half_distance) * inverse + load(half_norms + a);
+    const V slope = load(slopes + a);
+    V logit = along * slope + load(offsets + a);
+    if (kMasked) logit += load(drops + a);
     if (kPass == Pass::kLogSumExp) {
-      V top = load(s.running_max + pair + a), sum = load(s.running_sum + pair + a);
+      T* const tops = s.running_max + pair;
+      T* const sums = s.running_sum + pair;
+      V top = load(tops + a), sum = load(sums + a);
       if (positive_bits(logit - top)) {
         const V most = logit > top ? logit : top;
         sum *= exp2_nonpositive(top - most);
         top = most;
-        store(s.running_max + pair + a, top);
+        store(tops + a, top);
       }
-      store(s.running_sum + pair + a, sum + exp2_nonpositive(logit - top));
+      store(sums + a, sum + exp2_nonpositive(logit - top));
       continue;
     }
     const V g = logit_slope<T, kPass>(logit, q, above);
     if (kWant == Want::kLoss) continue;
-    const V weight = load(p.weight + pair + a);
+    const V weight = slope * slope_weight;
     const V g_inverse = g * inverse, g_along = g * along;
-    store(s.sum_inverse + pair + a, load(s.sum_inverse + pair + a) + g_inverse);
-    store(s.sum_along + pair + a, load(s.sum_along + pair + a) + g_along);
+    store(sums_inverse + a, load(sums_inverse + a) + g_inverse);
+    store(sums_along + a, load(sums_along + a) + g_along);
     sum_g += g;
     total += g_inverse * weight;
     if (kWant == Want::kKeys) {
-      store(s.y + row + a, load(s.y + row + a) + g_inverse * weight);
-      store(s.f + row + a, load(s.f + row + a) + g_along * weight);
+      T* const y = s.y + row;
+      T* const f = s.f + row;
+      store(y + a, load(y + a) + g_inverse * weight);
+      store(f + a, load(f + a) + g_along * weight);
     }
   }
   return total;
@@ -883,19 +915,17 @@ void own_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, const
   const int64_t rows = tile.rows;
   BankView bank = p.bank;
   bank.index = nullptr;
-  for (int64_t u = 0; u < rows; ++u) {
-    load_row<T>(bank, tile.row[u], p.D, p.ldD, s.rows + u * p.ldD);
-    see_from_origin(p, s, u);
-  }
+  for (int64_t u = 0; u < rows; ++u) see_row(p, s, bank, tile.row[u], u);
   // whole blocks of rows: what is computed of the last ones is not looked at
-  const int64_t blocks = (rows + kDenseRows - 1) / kDenseRows;
-  for (int64_t u = rows; u < blocks * kDenseRows; ++u) clear(p.ldD, s.rows + u * p.ldD);
-  const int64_t steps = blocks * (p.D / kDistanceDepth + 1);
+  const int64_t blocks = (rows + kCompareRows - 1) / kCompareRows;
+  for (int64_t u = rows; u < blocks * kCompareRows; ++u) clear(p.ldD, s.rows + u * p.ldD);
+  const int64_t steps =
+      blocks * (p.D / kDistanceDepth + 1) * (p.Ap / (kCompareVectors * Simd<T>::kLanes) + 1);
   // A product is cheaper than a distance. The digits that |w|^2 loses where it is not much above
   // kNearDifference are lost in the sums of all gradients but the keys', which keep them.
   const auto norms = [&]<Compare kCompare>() {
     compare<T, kCompare>(
-        blocks * kDenseRows, p.Ap, p.D, s.rows, p.ldD, p.anchor_seen_t, p.ldA, s.inverse, p.ldA,
+        blocks * kCompareRows, p.Ap, p.D, s.rows, p.ldD, p.anchor_seen_t, p.ldA, s.inverse, p.ldA,
         Ahead{&p.bank, tile.next, tile.next_rows, p.D, (tile.next_rows + steps - 1) / steps});
     return inverse_norms<T, kCompare>(s, rows, p.Ap, p.ldA, s.row_square, p.anchor_square);
   };
@@ -974,12 +1004,12 @@ void sort_bucket(const DifferenceParams<T>& p, int64_t index, Bucket& bucket) {
 }
 
 template <typename T, Pass kPass, Want kWant>
-void own_pass(const DifferenceParams<T>& p, DifferenceScratch<T> s, int64_t part,
+void own_pass(const DifferenceParams<T>& p, DifferenceScratch<T> s, int64_t part, std::byte* memory,
               DifferenceSums<T>& sums) {
   const int64_t pairs = p.B * p.ldA, width = p.B * p.ldD;
   T* const totals[] = {s.sum_inverse, s.sum_along, s.d_query};
   DifferenceScratch<T> block;  // of the same memory, with the sums of a block of entries
-  carve(p, p.scratch + part * p.scratch_bytes, block);
+  carve(p, memory, block);
   block.running_max = s.running_max, block.running_sum = s.running_sum;
   block.d_anchor = s.d_anchor, block.sum_f = s.sum_f;
   const auto start = [&] {
@@ -1033,9 +1063,9 @@ void own_pass(const DifferenceParams<T>& p, DifferenceScratch<T> s, int64_t part
 // of all
 
 template <typename T, Pass kPass, Want kWant>
-void difference_part(const DifferenceParams<T>& p, int64_t part) {
+void difference_part(const DifferenceParams<T>& p, int64_t part, std::byte* memory) {
   DifferenceScratch<T> s;
-  carve(p, p.scratch + part * p.scratch_bytes, s);
+  carve(p, memory, s);
   const int64_t pairs = p.B * p.ldA;
   s.sum_inverse = p.sum_inverse ? p.sum_inverse + part * pairs : nullptr;
   s.sum_along = p.sum_along ? p.sum_along + part * pairs : nullptr;
@@ -1046,7 +1076,7 @@ void difference_part(const DifferenceParams<T>& p, int64_t part) {
   s.running_sum = p.running_sum ? p.running_sum + part * pairs : nullptr;
   DifferenceSums<T> sums;
   if (p.entries)
-    own_pass<T, kPass, kWant>(p, s, part, sums);
+    own_pass<T, kPass, kWant>(p, s, part, memory, sums);
   else
     shared_pass<T, kPass, kWant>(p, s, part, sums);
   sums.fold();
@@ -1055,17 +1085,20 @@ void difference_part(const DifferenceParams<T>& p, int64_t part) {
 }
 
 template <typename T>
-void difference(const DifferenceParams<T>& p, int64_t part) {
+void difference(const DifferenceParams<T>& p, int64_t part, std::byte* memory) {
   switch (p.pass) {
     case Pass::kNce:
-      if (p.want == Want::kLoss) return difference_part<T, Pass::kNce, Want::kLoss>(p, part);
-      if (p.want == Want::kQuery) return difference_part<T, Pass::kNce, Want::kQuery>(p, part);
-      return difference_part<T, Pass::kNce, Want::kKeys>(p, part);
+      if (p.want == Want::kLoss)
+        return difference_part<T, Pass::kNce, Want::kLoss>(p, part, memory);
+      if (p.want == Want::kQuery)
+        return difference_part<T, Pass::kNce, Want::kQuery>(p, part, memory);
+      return difference_part<T, Pass::kNce, Want::kKeys>(p, part, memory);
     case Pass::kLogSumExp:
-      return difference_part<T, Pass::kLogSumExp, Want::kLoss>(p, part);
+      return difference_part<T, Pass::kLogSumExp, Want::kLoss>(p, part, memory);
     case Pass::kSoftmax:
-      if (p.want == Want::kKeys) return difference_part<T, Pass::kSoftmax, Want::kKeys>(p, part);
-      return difference_part<T, Pass::kSoftmax, Want::kQuery>(p, part);
+      if (p.want == Want::kKeys)
+        return difference_part<T, Pass::kSoftmax, Want::kKeys>(p, part, memory);
+      return difference_part<T, Pass::kSoftmax, Want::kQuery>(p, part, memory);
   }
 }
 

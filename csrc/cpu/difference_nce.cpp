@@ -137,6 +137,7 @@ class DifferenceNce {
     p.bank.data = bank.const_data_ptr();
     p.bank.storage = storage_of(kOp, bank);
     p.bank.row_stride = bank.stride(0);
+    p.as_stored = bank.scalar_type() == dtype && p.D == p.Dp;
     p.tile = 64;
     if (x.own()) {
       sort_negatives(threads);
@@ -152,20 +153,8 @@ class DifferenceNce {
     query = padded(x.query, dtype, x.B, p.ldD);
     positive = padded(x.positive, dtype, x.B, p.ldD);
     anchor = padded(x.anchor, dtype, x.A, p.ldD);
-    const at::Tensor middle = x.A > 0 ? anchor.narrow(1, 0, x.D).mean(0, false, at::kDouble)
-                                      : at::zeros({x.D}, at::TensorOptions().dtype(at::kDouble));
-    origin = padded(middle - x.eps, dtype, 1, p.ldD);
-    eps = padded(at::full({x.D}, x.eps, middle.options()), dtype, 1, p.ldD);
-    query_seen = query - origin;
-    anchor_seen = anchor - padded(middle, dtype, 1, p.ldD);
-    anchor_seen_t = padded(anchor_seen.t(), dtype, p.ldD, p.ldA);
-    query_square = query_seen.square().sum(1);
-    anchor_square = padded(anchor_seen.square().sum(1), dtype, 1, p.ldA);
     p.query = pointer<T>(query), p.positive = pointer<T>(positive), p.anchor = pointer<T>(anchor);
-    p.eps = pointer<T>(eps), p.origin = pointer<T>(origin);
-    p.query_seen = pointer<T>(query_seen), p.query_square = pointer<T>(query_square);
-    p.anchor_seen = pointer<T>(anchor_seen), p.anchor_square = pointer<T>(anchor_square);
-    p.anchor_seen_t = pointer<T>(anchor_seen_t);
+    see_from_middle();
 
     p.anchor_id = pointer<int64_t>(x.anchor_id);
     p.query_id = pointer<int64_t>(x.query_id);
@@ -176,9 +165,58 @@ class DifferenceNce {
     }
   }
 
+  // Queries and anchors seen from the anchors' middle.
+  void see_from_middle() {
+    std::vector<double> middle(static_cast<size_t>(x.D), 0);
+    for (int64_t a = 0; a < x.A; ++a)
+      for (int64_t d = 0; d < x.D; ++d) middle[d] += static_cast<double>(p.anchor[a * p.ldD + d]);
+    T* const eps = take(p.ldD);
+    T* const origin = take(p.ldD);
+    T* const middle_row = take(p.ldD);
+    for (int64_t d = 0; d < x.D; ++d) {
+      middle[d] /= static_cast<double>(std::max<int64_t>(x.A, 1));
+      eps[d] = static_cast<T>(x.eps);
+      origin[d] = static_cast<T>(middle[d] - x.eps);
+      middle_row[d] = static_cast<T>(middle[d]);
+    }
+    p.eps = eps, p.origin = origin;
+    p.query_seen = seen_rows(x.B, p.query, origin, p.query_square);
+    p.anchor_seen = seen_rows(x.A, p.anchor, middle_row, p.anchor_square);
+    T* const transposed = take(p.ldD * p.ldA);
+    for (int64_t a = 0; a < x.A; ++a)
+      for (int64_t d = 0; d < x.D; ++d) transposed[d * p.ldA + a] = p.anchor_seen[a * p.ldD + d];
+    p.anchor_seen_t = transposed;
+  }
+
+  const T* seen_rows(int64_t count, const T* rows, const T* from, const T*& squares) {
+    T* const seen = take(count * p.ldD);
+    T* const square = take(round_up(count, p.ldA));
+    for (int64_t i = 0; i < count; ++i) {
+      double sum = 0;
+      for (int64_t d = 0; d < x.D; ++d) {
+        const T value = rows[i * p.ldD + d] - from[d];
+        seen[i * p.ldD + d] = value;
+        sum += static_cast<double>(value) * static_cast<double>(value);
+      }
+      square[i] = static_cast<T>(sum);
+    }
+    squares = square;
+    return seen;
+  }
+
+  // Zeros that stay until the call ends.
+  T* take(int64_t count) {
+    kept.push_back(zeros({count}));
+    return mutable_pointer<T>(kept.back());
+  }
+
   void sort_negatives(int64_t threads) {
-    p.parts = std::clamp<int64_t>(x.B * x.K / 256, 1, threads);
-    const Tiling buckets = choose_buckets(x.B, x.N, p.parts);
+    // several parts a thread, but not too many sums
+    const int64_t sums = sizeof(T) * (x.B * (2 * p.ldA + p.ldD) + x.A * p.ldD);
+    const int64_t most =
+        std::clamp<int64_t>((int64_t(16) << 20) / std::max<int64_t>(sums, 1), threads, 4 * threads);
+    p.parts = std::clamp<int64_t>(x.B * x.K / 1024, 1, most);
+    const Tiling buckets = choose_buckets(x.B, x.N, threads);
     const OwnIndex index{x.index.const_data_ptr<int64_t>(), x.index.stride(0), x.index.stride(1)};
     sorted = sort_entries(index, x.B, 0, x.K, buckets, p.parts, true);
     p.entries = static_cast<const uint32_t*>(sorted.entries.const_data_ptr());
@@ -192,21 +230,14 @@ class DifferenceNce {
 
   // What depends on an anchor, a query and its positive alone.
   void compare_pairs() {
-    half_square = zeros({x.B, p.ldA});
-    inverse = zeros({x.B, p.ldA});
-    inverse_positive = zeros({x.B, p.ldA});
-    cosine = zeros({x.B, p.ldA});
+    const int64_t cells = x.B * p.ldA;
+    p.half_square = take(cells), p.inverse = take(cells), p.inverse_positive = take(cells);
+    p.cosine = take(cells);
     near = at::zeros({x.B, p.ldA}, at::TensorOptions().dtype(at::kByte));
-    p.half_square = mutable_pointer<T>(half_square);
-    p.inverse = mutable_pointer<T>(inverse);
-    p.inverse_positive = mutable_pointer<T>(inverse_positive);
-    p.cosine = mutable_pointer<T>(cosine);
     p.near = mutable_pointer<uint8_t>(near);
     for_parts(p.pair_parts, Functions<T>::pairs);
 
-    counts.assign(half_square.numel(), 0);
-    slope = zeros({x.B, p.ldA});
-    weight = zeros({x.B, p.ldA});
+    counts.assign(static_cast<size_t>(cells), 0);
     const at::Tensor mask =
         pair_mask(x.A, x.B, x.anchor_id, x.query_id, x.self_pairs, at::kCPU).t().contiguous();
     const bool* keep = mask.const_data_ptr<bool>();
@@ -226,13 +257,14 @@ class DifferenceNce {
       p.near_anchor = near_anchor.data();
     }
     inverse_pairs = pairs > 0 ? 1 / pairs : 0;
-    T* slopes = mutable_pointer<T>(slope);
-    T* weights = mutable_pointer<T>(weight);
+    T* const slopes = take(cells);
+    T* const weights = take(cells);
     for_pairs([&](int64_t at) {
       slopes[at] = p.inverse[at] * static_cast<T>(scale / kLog2);
       weights[at] = counts[at] ? p.inverse[at] * static_cast<T>(scale * inverse_pairs) : T(0);
     });
     p.slope = slopes;
+    p.slope_weight = static_cast<T>(kLog2 * inverse_pairs);
     p.weight = weights;
     set_offsets([&](int64_t) { return -offset / kLog2; });
   }
@@ -261,27 +293,40 @@ class DifferenceNce {
   // difference_finish needs of the positives.
   template <typename F>
   double compare_positives(const F& loss_of) {
-    c_positive = zeros({x.B, p.ldA});
-    e_positive = zeros({x.B, p.ldA});
-    f_positive = zeros({x.B, p.ldA});
-    T* c = mutable_pointer<T>(c_positive);
-    T* e = mutable_pointer<T>(e_positive);
-    T* f = mutable_pointer<T>(f_positive);
-    double loss = 0;
-    for_pairs([&](int64_t at) {
-      if (!counts[at]) return;
-      double d_logit = 0;
-      loss += loss_of(at, positive_logit(at), d_logit);
-      d_logit *= inverse_pairs;
-      d_offset_positive -= d_logit;
-      d_scale_positive += d_logit * p.cosine[at];
-      const double inverse_u = p.inverse[at], inverse_v = p.inverse_positive[at];
-      const double pull = d_logit * scale, along = pull * p.cosine[at];
-      c[at] = static_cast<T>(pull * inverse_u * inverse_v);
-      e[at] = static_cast<T>(along * inverse_u * inverse_u);
-      f[at] = static_cast<T>(along * inverse_v * inverse_v);
-    });
+    const int64_t cells = x.B * p.ldA;
+    T* const c = take(cells);
+    T* const e = take(cells);
+    T* const f = take(cells);
+    struct Sums {
+      double loss = 0, d_scale = 0, d_offset = 0;
+    };
+    std::vector<Sums> of_query(static_cast<size_t>(x.B));
+    at::parallel_for(0, x.B, std::max<int64_t>(1024 / std::max<int64_t>(x.A, 1), 1),
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t b = begin; b < end; ++b)
+                         for (int64_t at = b * p.ldA; at < b * p.ldA + x.A; ++at) {
+                           if (!counts[at]) continue;
+                           double d_logit = 0;
+                           Sums& sums = of_query[b];
+                           sums.loss += loss_of(at, positive_logit(at), d_logit);
+                           d_logit *= inverse_pairs;
+                           sums.d_offset -= d_logit;
+                           sums.d_scale += d_logit * p.cosine[at];
+                           const double inverse_u = p.inverse[at];
+                           const double inverse_v = p.inverse_positive[at];
+                           const double pull = d_logit * scale, along = pull * p.cosine[at];
+                           c[at] = static_cast<T>(pull * inverse_u * inverse_v);
+                           e[at] = static_cast<T>(along * inverse_u * inverse_u);
+                           f[at] = static_cast<T>(along * inverse_v * inverse_v);
+                         }
+                     });
     p.c_positive = c, p.e_positive = e, p.f_positive = f;
+    double loss = 0;
+    for (const Sums& sums : of_query) {
+      loss += sums.loss;
+      d_scale_positive += sums.d_scale;
+      d_offset_positive += sums.d_offset;
+    }
     return loss;
   }
 
@@ -291,10 +336,13 @@ class DifferenceNce {
 
   void dispatch() {
     if (x.K == 0 || x.A == 0 || x.B == 0) return;
-    p.scratch_bytes = (kernels.*Functions<T>::scratch)(p);
-    const at::Tensor memory = scratch(p.parts * static_cast<int64_t>(p.scratch_bytes));
-    p.scratch = static_cast<std::byte*>(memory.mutable_data_ptr());
-    for_parts(p.parts, Functions<T>::run);
+    const auto bytes = static_cast<int64_t>((kernels.*Functions<T>::scratch)(p));
+    const int64_t workers = std::min<int64_t>(p.parts, at::get_num_threads());
+    const at::Tensor memory = scratch(workers * bytes);
+    auto* base = static_cast<std::byte*>(memory.mutable_data_ptr());
+    in_turn(p.parts, workers, [&](int64_t part, int64_t worker) {
+      (kernels.*Functions<T>::run)(p, part, base + worker * bytes);
+    });
   }
 
   // log of the sum of exponentials over the positive and the kept negatives, [B, ldA] in double.
@@ -355,25 +403,24 @@ class DifferenceNce {
 
   DifferenceResult gradients(double loss, double sum_g) {
     const auto none = [](const at::Tensor& like) { return at::empty({0}, like.options()); };
-    at::Tensor c = zeros({x.B, p.ldA}), e = zeros({x.B, p.ldA});
+    const int64_t cells = x.B * p.ldA;
+    T* const c = take(cells);
+    T* const e = take(cells);
     double d_scale = d_scale_positive;
     if (p.sum_inverse) {
-      T* c_sum = mutable_pointer<T>(c);
-      T* e_sum = mutable_pointer<T>(e);
-      const int64_t slice = x.B * p.ldA;
-      for_pairs([&](int64_t at) {
-        T inverses = 0, along = 0;
-        for (int64_t i = 0; i < p.parts; ++i) {
-          inverses += p.sum_inverse[i * slice + at];
-          along += p.sum_along[i * slice + at];
+      for (int64_t i = 0; i < p.parts; ++i)
+        for (int64_t at = 0; at < cells; ++at) {
+          c[at] += p.sum_inverse[i * cells + at];
+          e[at] += p.sum_along[i * cells + at];
         }
+      for_pairs([&](int64_t at) {
         const T u = p.inverse[at];
-        c_sum[at] = inverses * p.weight[at];
-        e_sum[at] = along * p.weight[at] * u * u;
-        d_scale += inverse_pairs * u * along;
+        d_scale += inverse_pairs * u * e[at];
+        c[at] *= p.weight[at];
+        e[at] *= p.weight[at] * u * u;
       });
     }
-    p.c = pointer<T>(c), p.e = pointer<T>(e);
+    p.c = c, p.e = e;
     if (d_query.defined()) d_query = sum_parts(d_query);
     if (d_anchor.defined()) d_anchor = sum_parts(d_anchor);
     if (sum_f.defined()) sum_f = sum_parts(sum_f);
@@ -416,10 +463,8 @@ class DifferenceNce {
   std::vector<int64_t> near_begin;
   std::vector<int32_t> near_anchor;
   std::vector<uint8_t> counts;  // [B, ldA], whether a pair counts
-  at::Tensor bank, query, positive, anchor, origin, eps, query_seen, anchor_seen, anchor_seen_t;
-  at::Tensor query_square, anchor_square;
-  at::Tensor half_square, inverse, inverse_positive, cosine, near;
-  at::Tensor slope, weight, offsets, gram_offsets, c_positive, e_positive, f_positive;
+  std::vector<at::Tensor> kept;
+  at::Tensor bank, query, positive, anchor, near, offsets, gram_offsets;
   at::Tensor scalars, sum_inverse, sum_along, d_query, d_anchor, sum_f, d_bank, d_rows;
 };
 

@@ -31,7 +31,8 @@ struct DifferenceParams {
   Want want = Want::kLoss;
   bool need_query = false, need_bank = false;
 
-  BankView bank;  // with the index of shared negatives
+  BankView bank;           // with the index of shared negatives
+  bool as_stored = false;  // its rows are of type T and have width Dp
   // each query's own negatives: query << tile_shift | row within the bucket, sorted by bucket.
   // Those of bucket t begin at bucket_begin[t], those of part i at part_begin[i].
   const uint32_t* entries = nullptr;
@@ -63,6 +64,7 @@ struct DifferenceParams {
   uint8_t* near = nullptr;        // 1 where |u| is so small that sums would cancel
 
   const T* slope = nullptr;        // scale / (|u| log 2)
+  T slope_weight = 0;              // weight of a pair that counts / slope
   const T* weight = nullptr;       // scale / (|u| pairs), 0 for a pair that does not count
   const T* offset = nullptr;       // added to a logit; -1e30 for a pair that does not count
   const T* gram_offset = nullptr;  // the same, and -1e30 for near pairs
@@ -97,9 +99,6 @@ struct DifferenceParams {
   const T* e_positive = nullptr;
   const T* f_positive = nullptr;
   T* d_positive = nullptr;  // [B, ldD]
-
-  std::byte* scratch = nullptr;  // parts * scratch_bytes
-  size_t scratch_bytes = 0;
 };
 
 }  // namespace crrcd

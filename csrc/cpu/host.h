@@ -2,6 +2,9 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <atomic>
 
 #include "plan.h"
 
@@ -16,6 +19,17 @@ at::Tensor sum_parts(const at::Tensor& parts);
 // Memory whose contents do not matter; filled with NaN when poisoning is on, which the tests do.
 at::Tensor scratch(int64_t bytes);
 void set_poison(bool on);
+
+// function(part, worker) for every part. A worker that is ready takes the next part: threads are
+// not equally fast, nor parts equally long.
+template <typename F>
+void in_turn(int64_t parts, int64_t workers, const F& function) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t part; (part = next++) < parts;) function(part, worker);
+  });
+}
 
 template <typename T>
 const T* pointer(const at::Tensor& t) {

@@ -152,8 +152,8 @@ struct Kernels {
   size_t (*difference_scratch_f64)(const DifferenceParams<double>&);
   void (*difference_pairs_f32)(const DifferenceParams<float>&, int64_t part);
   void (*difference_pairs_f64)(const DifferenceParams<double>&, int64_t part);
-  void (*difference_f32)(const DifferenceParams<float>&, int64_t part);
-  void (*difference_f64)(const DifferenceParams<double>&, int64_t part);
+  void (*difference_f32)(const DifferenceParams<float>&, int64_t part, std::byte* scratch);
+  void (*difference_f64)(const DifferenceParams<double>&, int64_t part, std::byte* scratch);
   void (*difference_finish_f32)(const DifferenceParams<float>&, int64_t part);
   void (*difference_finish_f64)(const DifferenceParams<double>&, int64_t part);
 };

@@ -46,6 +46,16 @@ CRRCD_INLINE T horizontal_sum(typename Simd<T>::V v) {
     return _mm512_reduce_add_ps((__m512)v);
   else
     return _mm512_reduce_add_pd((__m512d)v);
+#elif CRRCD_VECTOR_BYTES == 32 && defined(__x86_64__)
+  if constexpr (sizeof(T) == 4) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+  } else {
+    const __m128d x =
+        _mm_add_pd(_mm256_castpd256_pd128((__m256d)v), _mm256_extractf128_pd((__m256d)v, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(x, _mm_unpackhi_pd(x, x)));
+  }
 #else
   T lane[Simd<T>::kLanes];
   store(lane, v);
