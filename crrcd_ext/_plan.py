@@ -10,22 +10,23 @@ from crrcd_ext import _backend
 
 class Gpu(NamedTuple):
     """Limits of an architecture: kilobytes of shared memory that a block can ask for and that a
-    multiprocessor has, and multiprocessors of its best-known device."""
+    multiprocessor has; multiprocessors and megabytes of L2 cache of its best-known device."""
 
     shared_block: int
     shared_processor: int
     processors: int
+    cache: int
     device: str
 
 
 GPUS = {
-    "sm_80": Gpu(163, 164, 108, "A100"),
-    "sm_86": Gpu(99, 100, 84, "A40"),
-    "sm_87": Gpu(163, 164, 16, "Orin"),
-    "sm_89": Gpu(99, 100, 142, "L40S"),
-    "sm_90a": Gpu(227, 228, 132, "H100"),
-    "sm_100a": Gpu(227, 228, 148, "B200"),
-    "sm_120a": Gpu(99, 100, 170, "RTX 5090"),
+    "sm_80": Gpu(163, 164, 108, 40, "A100"),
+    "sm_86": Gpu(99, 100, 84, 6, "A40"),
+    "sm_87": Gpu(163, 164, 16, 4, "Orin"),
+    "sm_89": Gpu(99, 100, 142, 96, "L40S"),
+    "sm_90a": Gpu(227, 228, 132, 50, "H100"),
+    "sm_100a": Gpu(227, 228, 148, 126, "B200"),
+    "sm_120a": Gpu(99, 100, 170, 96, "RTX 5090"),
 }
 PRECISIONS = ("float64", "float32", "tf32", "bfloat16", "float16")
 GRADIENTS = ("query", "keys", "anchor", "weight")
@@ -77,6 +78,7 @@ def plan(
         1024 * gpu.shared_block,
         1024 * gpu.shared_processor,
         gpu.processors,
+        gpu.cache << 20,
         PRECISIONS.index(precision),
         *sizes.values(),
         *(g in gradients for g in GRADIENTS),

@@ -101,7 +101,7 @@ py::dict plan(int64_t anchors, int64_t queries, int64_t keys, int64_t hidden, in
 }
 
 // Also in a build without CUDA kernels: it is asked before there is a GPU.
-py::dict gpu_plan(int64_t shared_block, int64_t shared_processor, int64_t processors,
+py::dict gpu_plan(int64_t shared_block, int64_t shared_processor, int64_t processors, int64_t cache,
                   int64_t precision, int64_t anchors, int64_t queries, int64_t keys, int64_t hidden,
                   int64_t relation_dim, bool d_query, bool d_keys, bool d_anchor, bool d_weight) {
   using namespace crrcd::cuda;
@@ -110,7 +110,8 @@ py::dict gpu_plan(int64_t shared_block, int64_t shared_processor, int64_t proces
   shape.weight = d_weight, shape.keys = d_keys, shape.anchor = d_anchor;
   const bool direct = is_direct(shape.precision);
   shape.query = d_query || (d_weight && !direct);
-  const RelationPlan plan = plan_relation(shape, {shared_block, shared_processor, processors});
+  const RelationPlan plan =
+      plan_relation(shape, {shared_block, shared_processor, processors, cache});
   py::dict out;
   out["fits"] = plan.fits;
   if (!plan.fits) return out;

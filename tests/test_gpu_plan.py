@@ -85,18 +85,52 @@ def test_the_main_pass_has_two_blocks_and_everything_resident(arch, precision):
 @each_arch
 @pytest.mark.parametrize("precision", _plan.PRECISIONS)
 def test_work_space_does_not_grow_with_the_keys(arch, precision):
-    few, many = (
+    some, few, many = (
         _plan.plan(arch, **SIZES | {"keys": keys}, precision=precision, gradients=EVERYTHING)
-        for keys in (131_072, 10_000_000)
+        for keys in (131_072, 1_000_000, 10_000_000)
     )
-    assert many["work_bytes"] <= 1.1 * few["work_bytes"]
-    assert few["work_bytes"] <= 64 << 20
+    assert many["work_bytes"] <= 1.1 * few["work_bytes"]  # segments are nearly as long as can be
+    assert max(made["work_bytes"] for made in (some, few, many)) <= 64 << 20
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
 def test_work_space_of_the_main_pass(arch):
     made = _plan.plan(arch, **SIZES | {"keys": 131_072}, precision="bfloat16")
     assert made["work_bytes"] <= 20 << 20
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
+@pytest.mark.parametrize("anchors", [48, 64, 100])
+@pytest.mark.parametrize("keys", [4096, 16384, 131_072])
+def test_keys_and_anchors_are_shared_out_evenly(arch, anchors, keys):
+    processors = _plan.GPUS[arch].processors
+    made = _plan.plan(
+        arch, **SIZES | {"keys": keys, "anchors": anchors}, gradients=("keys", "anchor")
+    )
+    tiles = -(-made["segment"] // made["keys"]["keys_of_a_tile"])
+    segments = -(-keys // made["segment"])
+    key_parts, anchor_parts = made["keys"]["key_parts"], made["keys"]["anchor_parts"]
+    assert key_parts * anchor_parts <= processors * made["keys"]["blocks_a_multiprocessor"]
+    busiest = segments * -(-tiles // key_parts) * -(-anchors // anchor_parts)
+    assert busiest <= 1.2 * keys / made["keys"]["keys_of_a_tile"] * anchors / processors
+    logits = made["logits"]
+    assert logits["chunks"] * anchors <= 2 * processors * logits["blocks_a_multiprocessor"]
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize("keys", [16384, 131_072])
+def test_one_sum_a_key_where_there_are_keys_for_all(arch, keys):
+    made = _plan.plan(arch, **SIZES | {"keys": keys}, gradients=EVERYTHING)
+    assert made["keys"]["anchor_parts"] == 1
+
+
+def test_a_large_cache_holds_more_keys():
+    few, many = (
+        _plan.plan(arch, **SIZES | {"keys": 131_072}, gradients=EVERYTHING)["segment"]
+        for arch in ("sm_86", "sm_90a")
+    )
+    of_key = 2 * 128 + 8 + 64 * 2 * 4  # the key, its mask, norms and what belongs to them
+    assert few * of_key <= 6 << 20 < 10 << 20 < many * of_key <= 16 << 20
 
 
 def test_what_does_not_fit_is_told():

@@ -21,7 +21,7 @@ class Device {
   void* stream() const { return nullptr; }
   int64_t multiprocessors() const { return 3; }
   GpuLimits limits() const {
-    return {emulated_shared_bytes, 2 * emulated_shared_bytes, 3, emulated_segment};
+    return {emulated_shared_bytes, 2 * emulated_shared_bytes, 3, 0, emulated_segment};
   }
   static inline int64_t emulated_shared_bytes = 99 * 1024, emulated_segment = 0;
 #else
@@ -40,7 +40,8 @@ class Device {
       return int64_t(value);
     };
     return {attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-            attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), multiprocessors()};
+            attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), multiprocessors(),
+            attribute(cudaDevAttrL2CacheSize)};
   }
 
  private:

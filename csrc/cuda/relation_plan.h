@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "relation_layout.h"
 
@@ -13,6 +14,7 @@ struct GpuLimits {
   int64_t shared_block = 0;      // bytes that a block can ask for
   int64_t shared_processor = 0;  // that blocks share, 1 KB of each block being the driver's
   int64_t processors = 0;
+  int64_t cache = 0;    // bytes of its L2
   int64_t segment = 0;  // keys at a time, a multiple of 128; 0: as its cache is used best
   static constexpr int64_t kRegisters = 65536, kRegistersOfThread = 255, kWarps = 48;
 };
@@ -60,6 +62,42 @@ bool choose_layout(const Candidates& candidates, const GpuLimits& gpu, Layout& b
     most = busy, best = layout, blocks = fit;
   }
   return most > 0;
+}
+
+// n / by, rounded up.
+inline int64_t ratio(int64_t n, int64_t by) { return (n + by - 1) / std::max<int64_t>(by, 1); }
+
+// How the pass over (key tile, anchor) is shared out.
+struct KeySplit {
+  int64_t segments = 1, key_parts = 1, anchor_parts = 1;
+  int64_t turns = 0;  // tiles that the busiest block makes, an anchor at a time, in all segments
+};
+
+// The best of the splits into `fewest` segments or up to twice as many, whose blocks all run at a
+// time. Each part of the anchors has sums of its own of all keys, so that of splits that take
+// nearly the same time the one with the fewest parts is best.
+template <typename MostParts>
+KeySplit split_keys(int64_t keys, int64_t fewest, int64_t tile, int64_t anchors, int64_t blocks,
+                    const MostParts& most_parts) {
+  const auto for_all = [&](const auto& f) {
+    for (int64_t segments = fewest; segments <= 2 * fewest; ++segments) {
+      const int64_t of_segment = ratio(keys, segments), tiles = ratio(of_segment, tile);
+      const int64_t most = std::min({most_parts(of_segment), anchors, blocks});
+      for (int64_t parts = 1; parts <= most; ++parts) {
+        const int64_t rounds = ratio(tiles, blocks / parts);
+        f(KeySplit{segments, ratio(tiles, rounds), parts,
+                   segments * rounds * ratio(anchors, parts)});
+      }
+    }
+  };
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for_all([&](const KeySplit& x) { least = std::min(least, x.turns); });
+  KeySplit best;
+  for_all([&](const KeySplit& x) {
+    if (x.turns <= least + least / 20 && (best.turns == 0 || x.anchor_parts < best.anchor_parts))
+      best = x;
+  });
+  return best;
 }
 
 inline RelationPlan plan_relation(const RelationShape& x, const GpuLimits& gpu) {
@@ -127,55 +165,59 @@ inline RelationPlan plan_relation(const RelationShape& x, const GpuLimits& gpu) 
   }
   if (!plan.fits) return plan;
 
-  // Keys at a time: what is kept of each should stay within the GPU's cache.
-  const auto up = [](int64_t n, int64_t to) { return (n + to - 1) / to * to; };
-  const auto ratio = [](int64_t n, int64_t by) { return (n + by - 1) / std::max<int64_t>(by, 1); };
-  const int64_t panels = queries / panel, keys = std::max<int64_t>(x.K, 1);
-  const int64_t of_key = int64_t(hidden) * size + panels * 8 +
-                         (x.live() ? x.A * sum * (1 + panels) : 0) +
-                         (x.keys ? int64_t(hidden) * sum : 0);
-  constexpr int64_t kStep = 128, kBudget = int64_t(6) << 20;
-  const int64_t most = std::max(kBudget / of_key / kStep * kStep, 8 * kStep);
-  const int64_t segments = ratio(keys, gpu.segment > 0 ? gpu.segment : most);
-  plan.segment = up(ratio(keys, segments), kStep);
+  // Keys at a time: what one pass leaves to the next of each should stay within the GPU's cache.
+  constexpr int64_t kStep = 128, kMegabyte = int64_t(1) << 20;
+  const int64_t panels = queries / panel;
+  const int64_t anchors = std::max<int64_t>(x.A, 1), keys = std::max<int64_t>(x.K, 1);
+  const int64_t passed_on =
+      int64_t(hidden) * size + panels * 8 + (x.live() ? anchors * sum * (1 + panels) : 0);
+  const int64_t of_key = passed_on + (x.keys ? int64_t(hidden) * sum : 0);
+  const int64_t budget = std::clamp(gpu.cache / 3, 6 * kMegabyte, 16 * kMegabyte);
+  const int64_t most = std::max(budget / passed_on / kStep * kStep, 8 * kStep);
+  const int64_t fewest = ratio(keys, gpu.segment > 0 ? gpu.segment : most);
+  KeySplit split{fewest};
+  const bool key_pass = x.keys || x.anchor || (direct && x.weight);
+  const int64_t slice = int64_t(relation) * hidden * sum;  // a block's gradient of W, direct form
+  if (key_pass) {
+    int64_t blocks = gpu.processors * plan.key_blocks / ratio(hidden, piece);
+    if (direct && x.weight) blocks = std::min(blocks, 4 * kMegabyte / slice);
+    split = split_keys(keys, fewest, direct ? plan.direct.keys() : plan.key.keys(), anchors,
+                       std::max<int64_t>(blocks, 1), [&](int64_t of_segment) -> int64_t {
+                         if (direct && x.weight) return 1;
+                         return std::max<int64_t>(8 * kMegabyte / (of_segment * hidden * sum), 4);
+                       });
+  }
+  plan.segment = ratio(ratio(keys, split.segments), kStep) * kStep;
 
   const int64_t logit_tiles = ratio(std::min(plan.segment, keys), plan.logit.keys());
   const int64_t columns = wide ? 32 * plan.logit.warps : 32;
   const int64_t gradient = direct ? relation : hidden;  // width of the queries'
-  const int64_t bases =
-      std::max<int64_t>(x.A, 1) * panels * (x.query ? ratio(gradient, columns) : 1);
-  plan.chunks =
-      std::clamp<int64_t>(ratio(gpu.processors * plan.logit_blocks, bases), 1, logit_tiles);
+  const int64_t bases = anchors * panels * (x.query ? ratio(gradient, columns) : 1);
+  // as many chunks as there is room for at a time, or one more
+  const auto time = [&](int64_t chunks) {
+    return ratio(bases * chunks, gpu.processors) * ratio(logit_tiles, chunks);
+  };
+  plan.chunks = std::clamp<int64_t>(gpu.processors * plan.logit_blocks / bases, 1, logit_tiles);
+  if (plan.chunks < logit_tiles && time(plan.chunks + 1) < time(plan.chunks)) ++plan.chunks;
   plan.work_bytes = plan.segment * of_key;
-  const int64_t part = std::max<int64_t>(x.A, 1) * queries * sum;
+  const int64_t part = anchors * queries * sum;
   if (x.query) plan.work_bytes += plan.chunks * part * gradient;
   plan.work_bytes += plan.chunks * plan.logit.warps * part;
-  if (x.keys || x.anchor || (direct && x.weight)) {
-    const int tile = direct ? plan.direct.keys() : plan.key.keys();
-    const int64_t key_tiles = ratio(std::min(plan.segment, keys), tile);
-    const int64_t ranges = ratio(hidden, piece), blocks = gpu.processors * plan.key_blocks;
-    plan.key_parts = std::clamp<int64_t>(ratio(blocks, ranges), 1, key_tiles);
-    plan.anchor_parts =
-        std::clamp<int64_t>(blocks / (ranges * plan.key_parts), 1, std::clamp<int64_t>(x.A, 1, 4));
+  if (key_pass) {
+    plan.key_parts = split.key_parts, plan.anchor_parts = split.anchor_parts;
     if (x.keys) plan.work_bytes += (plan.anchor_parts - 1) * plan.segment * hidden * sum;
-    if (x.anchor) plan.work_bytes += plan.key_parts * x.A * hidden * sum;
-    if (direct && x.weight) {
-      // a copy of the weight's gradient each
-      const int64_t slice = int64_t(relation) * hidden * sum;
-      plan.key_parts = std::min(plan.key_parts, std::max<int64_t>((int64_t(4) << 20) / slice, 1));
-      plan.anchor_parts = 1;
-      plan.work_bytes += plan.key_parts * slice;
-    }
+    if (x.anchor) plan.work_bytes += plan.key_parts * anchors * hidden * sum;
+    if (direct && x.weight) plan.work_bytes += plan.key_parts * slice;
   }
   if (!direct && x.weight) {
-    const int64_t rows = up(hidden, GramLayout::kRows);
+    const int64_t rows = ratio(hidden, GramLayout::kRows) * GramLayout::kRows;
     const int64_t tiles = ratio(std::min(plan.segment, keys), plan.gram.keys) * x.A;
-    const int64_t slice = rows * hidden * sum;
+    const int64_t gram = rows * hidden * sum;
     plan.gram_chunks = std::clamp<int64_t>(
         std::min(ratio(gpu.processors * plan.gram_blocks, rows / GramLayout::kRows),
-                 std::max<int64_t>((int64_t(4) << 20) / slice, 1)),
+                 std::max<int64_t>(4 * kMegabyte / gram, 1)),
         1, std::max<int64_t>(tiles, 1));
-    plan.work_bytes += plan.gram_chunks * slice;
+    plan.work_bytes += plan.gram_chunks * gram;
   }
   return plan;
 }
