@@ -131,13 +131,14 @@ def instance_shared(B: int, K: int, D: int, N: int, storage: str) -> Work:
 # relation_nce, NCE, bfloat16, one panel of queries, H = R = 128. csrc/cuda/relation_logits.cuh
 
 
-def logit_stops(stages: int) -> tuple[Mapping[str, int], ...]:
+def logit_stops(stages: int, norms: bool) -> tuple[Mapping[str, int], ...]:
     """What a warp does for a tile of 16 keys without masks and biases: fetching the next tile (at
-    the end where there is one buffer), making hid, W hid in two halves, the logits, their weights,
-    the gradient of the queries."""
+    the end where there is one buffer), making hid, for norms W hid in two halves, the logits, their
+    weights, the gradient of the queries."""
     fetch = ({"async_copy": 8},)
     product, squares = {"tensor_core": 64, "ldmatrix": 40}, {"multiply_add": 32}
-    body = ({"shared_stores": 8, "shared_loads": 8}, product, squares, product, squares)
+    body = ({"shared_stores": 8, "shared_loads": 8},)
+    body += (product, squares, product, squares) if norms else ()
     body += (product, {"special": 64}, {"tensor_core": 64, "ldmatrix": 36})
     return fetch + body if stages == 2 else body + fetch
 
@@ -147,8 +148,11 @@ def relation(gpu: Gpu, K: int, live: bool) -> Work:
     and outputs once; keys as prepared, norms, partial sums and what else the plan keeps, once
     written and once by each pass read, but sums over segments once in all and prepared keys once in
     all, since the L2 cache holds a segment; torch's own steps on [A, B, H], of which each fits the
-    cache, are left out. Issue: turns of the logits' loop where no key is left out, without the
-    logarithm of every second turn; of the other passes, live, the loop of their products only."""
+    cache, are left out. Tensor cores: for live keys W'W hid, of which norms come too, the logits
+    twice, the gradients by them of keys and queries, a triangle for W'W's; else W hid, the logits,
+    the gradient of the queries. Issue: turns of the logits' loop where no key is left out, without
+    the logarithm of every second turn; of the other passes, live, the loop of their products
+    only."""
     A = B = 64
     H = R = 128
     gradients = _plan.GRADIENTS if live else ("query",)
@@ -159,18 +163,19 @@ def relation(gpu: Gpu, K: int, live: bool) -> Work:
         K * H + A * H + R * H + 3 * A * B * R
     )  # bank, anchors, W; query, positive, d query
     memory = least + 2 * 2 * K * H + 2 * 2 * A * B * H + 2 * 4 * logits["chunks"] * A * B * H
-    pair, least_pair = H * R + 2 * B * H, H * H + 2 * B * H
+    of_queries = 2 * B * H
+    pair, least_pair = (0 if live else H * R) + of_queries, H * H + of_queries
     loops = [
         MainLoop(
             r"relation_logits<kBF16, kNce, 4>",
             passes=A * K / 16,
-            stops=logit_stops(logits["stages"]),
+            stops=logit_stops(logits["stages"], norms=not live),
         )
     ]
     if live:
         outputs = 2 * (K * H + A * H + R * H)
         keys, weight = made["keys"], made["weight"]
-        memory += outputs + 4 * A * K * (2 + 3)  # 1 / |w| for one pass, c for two
+        memory += outputs + 4 * A * K * (2 + 2)  # 1 / |w| and c, for one pass each
         memory += 2 * 4 * keys["anchor_parts"] * K * H + 2 * 4 * keys["key_parts"] * A * H
         memory += 2 * 4 * K * H + 2 * 4 * weight["chunks"] * H * H  # the keys' sum, G's gradient
         least += outputs

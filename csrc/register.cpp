@@ -138,7 +138,10 @@ py::dict gpu_plan(int64_t shared_block, int64_t shared_processor, int64_t proces
                                plan.direct.bytes(), plan.key_blocks)
                         : pass("keys", "gram", plan.key.warps, plan.key.keys(), plan.key.bytes(),
                                plan.key_blocks);
-    if (!direct) d["resident"] = static_cast<int>(plan.key.resident);
+    if (!direct) {
+      d["resident"] = static_cast<int>(plan.key.resident);
+      d["first"] = static_cast<int>(plan.keys_first);
+    }
     d["key_parts"] = plan.key_parts;
     d["anchor_parts"] = plan.anchor_parts;
   }

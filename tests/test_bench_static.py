@@ -323,6 +323,13 @@ def test_relation_nce_follows_the_plan():
         assert work.bytes == work.least_bytes + 2 * keys + 2 * queries + 2 * parts
         assert work.bytes < 40e6
         assert sum(work.tensor.values()) <= 1.05 * work.least_tensor
+        live = static_model.relation(gpu, 16384, live=True)
+        made = _plan.plan(gpu.arch, keys=16384, **sizes, gradients=_plan.GRADIENTS)
+        assert made["keys"]["first"] == 1  # as the model takes for granted
+        # W'W hid; the logits twice, the gradients by them of keys and queries; a triangle
+        assert sum(live.tensor.values()) == 2 * 64 * 16384 * (128**2 + 4 * 64 * 128 + 9216)
+        assert sum(live.tensor.values()) <= 1.2 * live.least_tensor
+        assert live.bytes < 150e6
         live = static_model.relation(gpu, 131072, live=True)
         assert live.work_bytes < 64e6
         name = Name("relation_logits", ("kBF16", "kNce", "4"), "relation_bf16")

@@ -160,6 +160,57 @@ def test_every_layout_of_relation_nce(precision, shared_kilobytes, hidden, relat
 
 
 @each_precision
+@pytest.mark.parametrize("queries, hidden", [(64, 64), (65, 64), (64, 65), (64, 128), (64, 129)])
+def test_either_order_of_the_passes_of_relation_nce(precision, queries, hidden):
+    """Norms come from the keys' pass or from the queries', by the numbers of both."""
+    dtype, setting, tolerance = precision
+    case = cast(settled(make(2, queries, 150, hidden, 40, 24, 160, ids=True)), dtype)
+    true, plain = truth(case), run(case, "reference")
+    with (
+        emulated_gpu(setting, shared_kilobytes=227),
+        emulation(CHECKED, "random", seed=queries, late=True),
+    ):
+        got = run(copied(case), CHECKED)
+    assert_close(got, true, tolerance, plain)
+
+
+def annihilated(step: float, bias: bool) -> dict:
+    """Keys whose hidden vectors have a part of which W makes zero, up to many times as long as the
+    rest; every third has no such part, every seventh a hidden vector of zeros."""
+    A, B, K, H, R = 3, 20, 170, 63, 48
+    g = torch.Generator().manual_seed(5)
+    one, two = torch.randint(-64, 65, (2, R, H // 3), generator=g).double() / 128
+    weight = torch.stack([one, two, -one - two], dim=2).flatten(1)
+    few = torch.randint(-4, 5, (A + K, H), generator=g).double() * step
+    bank = few[A:] - 1
+    bank[::3] = 2 * torch.randn(bank[::3].shape, generator=g, dtype=torch.float64)
+    bank[::7] = 9
+    # rows of W, so that what is made of queries and W is exact
+    query = torch.nn.functional.one_hot(torch.randint(R, (A, B), generator=g), R).double()
+    case = make(A, B, K, H, R, H, key_weight=False, index=False, bias=False)
+    case |= {"query": query, "anchor": few[:A] + 1, "bank": bank, "weight": weight}
+    return case | (
+        {"bias": step * torch.randint(-4, 5, (R,), generator=g).double()} if bias else {}
+    )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    "precision, step", [("tf32", 2.0**-9), ("bfloat16", 2.0**-6), ("float16", 2.0**-7)]
+)
+def test_norms_of_hidden_vectors_that_the_weight_annihilates(precision, step, objective, bias):
+    dtype, setting, _ = PRECISIONS[precision]
+    case = cast(annihilated(step, bias) | {"objective": objective}, dtype)
+    true = truth(case)
+    with emulated_gpu(setting), emulation(CHECKED):
+        got = run(copied(case), CHECKED)
+    # W'W hid itself, of which norms do not come here, cancels in the gradients of both sides of hid
+    for names, tolerance in ((set(true) - {"anchor", "bank"}, 1e-2), (("anchor", "bank"), 1e-1)):
+        assert_close(got, {k: true[k] for k in names}, tolerance)
+
+
+@each_precision
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_relation_nce_in_several_segments(precision, objective):
     # So many hidden units that the keys do not fit in one segment.

@@ -124,6 +124,26 @@ def test_one_sum_a_key_where_there_are_keys_for_all(arch, keys):
     assert made["keys"]["anchor_parts"] == 1
 
 
+@pytest.mark.parametrize(
+    "arch, precision, hidden, queries, first",
+    [
+        ("sm_90a", "bfloat16", 128, 64, 1),
+        ("sm_80", "float16", 128, 64, 1),
+        ("sm_90a", "bfloat16", 129, 64, 0),
+        ("sm_90a", "bfloat16", 128, 65, 0),
+        ("sm_90a", "tf32", 64, 64, 1),
+        ("sm_90a", "tf32", 65, 64, 0),
+        ("sm_86", "bfloat16", 128, 64, 0),  # no room for blocks of eight warps
+        ("sm_86", "bfloat16", 64, 64, 1),
+    ],
+)
+def test_the_keys_pass_comes_first_where_a_block_has_all(arch, precision, hidden, queries, first):
+    sizes = SIZES | {"hidden": hidden, "queries": queries}
+    made = _plan.plan(arch, **sizes, precision=precision, gradients=EVERYTHING)
+    assert made["keys"]["first"] == first
+    assert made["keys"]["warps"] == 8 or not first
+
+
 def test_a_large_cache_holds_more_keys():
     few, many = (
         _plan.plan(arch, **SIZES | {"keys": 131_072}, gradients=EVERYTHING)["segment"]

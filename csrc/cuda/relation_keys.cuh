@@ -3,15 +3,52 @@
 //     d hid_an = sum_b scale g r QW_ab + c_an (G hid_an + W'c)        G = W'W
 //     d P_a = sum_n [hid > 0] d hid        d X_n = -sum_a [hid > 0] d hid
 //
-// Norms and c come from the pass before; logits are computed again. A block has a range of key
-// tiles and a range of columns, and goes through the anchors with each tile: what belongs to a key
-// is summed in registers.
+// Norms and c come from the pass before, or, where a block has all columns and all queries, are
+// made here and r is left to that pass, which then comes after: |w|^2 = <hid, G hid + 2 W'c> +
+// |c|^2 has G hid already. It is taken from W where that sum cancels. Logits are made in both
+// passes. A block has a range of key tiles and a range of columns, and goes through the anchors
+// with each tile: what belongs to a key is summed in registers.
 #pragma once
 
 #include "relation_logits.cuh"
 
 namespace crrcd::cuda {
 namespace {
+
+// square = |W hid + bias|^2 of those of the warp's 16 keys for which it is asked, W from global
+// memory.
+template <Precision kPrecision, typename S, typename T, typename Params>
+__device__ __forceinline__ void square_by_weight(T (&square)[2], const bool (&asked)[2],
+                                                 const S* hidden, int ld, const Params& p) {
+  constexpr int kStep = sizeof(S) == 2 ? 16 : 8, kNext = kStep / 2;
+  const int lane = gpu::lane_id(), g = lane / 4, t = lane % 4;
+  hidden += lane_in_a<false, S>(ld);
+  T sum[2] = {};
+#pragma unroll 1
+  for (int row = 0; row < p.Rp; row += 8) {
+    const S* const weight =
+        static_cast<const S*>(p.weight) + int64_t(row + g) * p.Hp + (sizeof(S) == 2 ? 2 : 1) * t;
+    T w[4] = {};
+    for (int k = 0; k < p.Hp; k += kStep) {
+      std::uint32_t x[4];
+      load_a<false>(x, hidden + k, ld);
+      const std::uint32_t y[2] = {*reinterpret_cast<const std::uint32_t*>(weight + k),
+                                  *reinterpret_cast<const std::uint32_t*>(weight + k + kNext)};
+      if constexpr (sizeof(S) == 2)
+        gpu::mma_m16n8k16(w, x, y, S());
+      else
+        gpu::mma_tf32(w, x, y);
+    }
+    for (int i = 0; i < 4; ++i) {
+      if (p.bias) w[i] += p.bias[row + 2 * t + i % 2];
+      sum[i / 2] += w[i] * w[i];
+    }
+  }
+  for (int half = 0; half < 2; ++half) {
+    sum[half] = warp_sum<4>(sum[half]);
+    if (asked[half]) square[half] = sum[half];
+  }
+}
 
 template <Precision kPrecision, Pass kPass, int kWarps>
 __global__ void __launch_bounds__(32 * kWarps, 1)
@@ -20,6 +57,8 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
   using T = SumOf<kPrecision>;
   constexpr int kQueries = panel_rows(kPrecision), kTiles = kQueries / 8;
   constexpr int kColumns = piece_columns(kPrecision), kParts = kColumns / kQueries;
+  // before the pass over all (anchor, key); only where blocks have all columns and all queries
+  const bool first = kWarps > 1 && p.keys_first;
   CRRCD_DYNAMIC_SHARED(memory);
   const KeyLayout& layout = p.key_layout;
   constexpr int ld_slopes = kPanelLead<kPrecision>, ld_piece = kPieceLead<kPrecision>;
@@ -150,23 +189,62 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
                                 : kTiles);
         }
       T inverse[2], c[2] = {};
-      for (int half = 0; half < 2; ++half) {
-        const int64_t n = key + 8 * half;
-        inverse[half] = n < p.keys ? p.inverse_norm[a * p.Kp + n] : T(0);
-        for (int panel = 0; panel < panels && n < p.keys; ++panel)
-          c[half] += p.c[(panel * p.A + a) * p.Kp + n];
-      }
+      if (first) {
+        T square[2] = {}, length[2] = {};
 #pragma unroll
-      for (int i = 0; i < kParts; ++i)
+        for (int i = 0; i < kParts; ++i)
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j)
+          for (int j = 0; j < kTiles; ++j) {
+            const int column = i * kQueries + 8 * j + 2 * t;
+            if (column >= columns) continue;
+            Two<T> shift = {};
+            if (p.gram_bias) shift = load_two(p.gram_bias + column);
 #pragma unroll
-          for (int n = 0; n < 4; ++n) {
-            const int column = first_column + i * kQueries + 8 * j + 2 * t + n % 2;
-            T& u = d_hidden[i][j][n];
-            if (p.gram_bias && column < p.Hp) u += p.gram_bias[column];
-            u *= c[n / 2];
+            for (int half = 0; half < 2; ++half) {
+              const Two<S> hid = load_two(hidden + (g + 8 * half) * ld + column);
+              for (int n = 0; n < 2; ++n) {
+                const T h = widen(hid.x[n]);
+                square[half] += (d_hidden[i][j][2 * half + n] + 2 * shift.x[n]) * h;
+                length[half] += h * h;
+              }
+            }
           }
+        const T bias_square = p.bias_square ? *p.bias_square : T(0);
+        bool cancels[2];
+        for (int half = 0; half < 2; ++half) {
+          square[half] = warp_sum<4>(square[half]) + bias_square;
+          cancels[half] =
+              square[half] < *p.gram_least * warp_sum<4>(length[half]) + T(0.0625) * bias_square;
+        }
+        if (__any_sync(0xffffffffu, cancels[0] || cancels[1]))
+          square_by_weight<kPrecision>(square, cancels, hidden, ld, p);
+        for (int half = 0; half < 2; ++half) {
+          const int64_t n = key + 8 * half;
+          inverse[half] = n < p.keys ? inverse_norm<kPrecision>(square[half]) : T(0);
+          if (t == 0) p.inverse_norm[a * p.Kp + n] = inverse[half];
+        }
+      } else {
+        for (int half = 0; half < 2; ++half) {
+          const int64_t n = key + 8 * half;
+          inverse[half] = n < p.keys ? p.inverse_norm[a * p.Kp + n] : T(0);
+          for (int panel = 0; panel < panels && n < p.keys; ++panel)
+            c[half] += p.c[(panel * p.A + a) * p.Kp + n];
+        }
+      }
+      const auto scale_by_c = [&] {
+#pragma unroll
+        for (int i = 0; i < kParts; ++i)
+#pragma unroll
+          for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+              const int column = first_column + i * kQueries + 8 * j + 2 * t + n % 2;
+              T& u = d_hidden[i][j][n];
+              if (p.gram_bias && column < p.Hp) u += p.gram_bias[column];
+              u *= c[n / 2];
+            }
+      };
+      if (!first) scale_by_c();
 
       for (int panel = 0; panel < panels; ++panel) {
         if (panel > 0) turn(panel);
@@ -183,6 +261,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
           keep[half] = n < p.keys ? p.keep ? p.keep[panel * p.Kp + n] : ~std::uint64_t(0) : 0;
         }
         __syncwarp();  // what the panel before left in slopes has been read
+        T along[2] = {};
 #pragma unroll
         for (int j = 0; j < kTiles; ++j)
           if (j < query_tiles) {
@@ -191,12 +270,13 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
             for (int i = 0; i < 4; ++i) {
               const int half = i / 2;
               const T constant = p.qc ? p.qc[pair + b + i % 2] : T(0);
-              T logit =
-                  (z[j][i] + constant) * (inverse[half] * to_log2) - p.offset[pair + b + i % 2];
+              const T product = z[j][i] + constant;
+              T logit = product * (inverse[half] * to_log2) - p.offset[pair + b + i % 2];
               if (!(keep[half] >> (b + i % 2) & 1)) logit = T(-kLeftOut);
               const T weight = kPass == Pass::kNce
                                    ? reciprocal<kPrecision>(T(1) + exp2_of<kPrecision>(-logit))
                                    : exp2_of<kPrecision>(logit);
+              if constexpr (kWarps > 1) along[half] += weight * product;
               slope[i] = weight * (inverse[half] * scale * p.boost);
             }
             for (int half = 0; half < 2; ++half)
@@ -204,6 +284,12 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
                                     slope[2 * half + 1]);
           }
         __syncwarp();
+        if (first) {
+          for (int half = 0; half < 2; ++half)
+            c[half] = norm_gradient(warp_sum<4>(along[half]), inverse[half],
+                                    inverse[half] * scale * p.boost);
+          scale_by_c();
+        }
         const S* own = piece(at++);
 #pragma unroll
         for (int i = 0; i < kParts; ++i) {
@@ -221,15 +307,16 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
           const int column = i * kQueries + 8 * j + 2 * t;
+          if (column >= columns) continue;
           T over_keys[2] = {};
 #pragma unroll
-          for (int n = 0; n < 4; ++n) {
-            T value = d_hidden[i][j][n];
-            if (column >= columns ||
-                widen(hidden[(g + 8 * (n / 2)) * ld + first_column + column + n % 2]) <= 0)
-              value = 0;
-            d_x[i][j][n] -= value;
-            over_keys[n % 2] += value;
+          for (int half = 0; half < 2; ++half) {
+            const Two<S> hid = load_two(hidden + (g + 8 * half) * ld + first_column + column);
+            for (int n = 0; n < 2; ++n) {
+              const T value = widen(hid.x[n]) <= 0 ? T(0) : d_hidden[i][j][2 * half + n];
+              d_x[i][j][2 * half + n] -= value;
+              over_keys[n] += value;
+            }
           }
           if (!p.d_anchor) continue;
           for (int c = 0; c < 2; ++c) {

@@ -1,11 +1,14 @@
 // relation_nce, pass over all (anchor, key): norms, logits, loss and the gradient of the queries.
 //
-//     hid_an = relu(P_a - X_n)     w = W hid + c     r = 1 / |w|     cosine_abn = r (hid . QW_ab +
-//     q.c) s_abn = scale cosine - offset                g = d loss / d s d QW_ab = sum_n scale g r
-//     hid_an             c_an = -r^2 sum_b scale g cosine
+//     hid_an = relu(P_a - X_n)        w = W hid + c        r = 1 / |w|
+//     cosine_abn = r (hid . QW_ab + q.c)        s_abn = scale cosine - offset
+//     g = d loss / d s        d QW_ab = sum_n scale g r hid_an
+//     c_an = -r^2 sum_b scale g cosine
 //
 // At full precision w . Q_ab takes the place of hid . QW_ab + q.c, and d Q_ab = sum_n scale g r
 // w_an that of d QW_ab, since those could cancel.
+//
+// Where the keys' pass came first (relation_keys.cuh) it has left r, and nothing is made of W.
 //
 // A block has one anchor and a panel of queries, and goes through a range of key tiles. A warp has
 // 16 keys of a tile, so that norms and c are sums along its own rows. hid is made in place of X.
@@ -35,6 +38,12 @@ __host__ __device__ int64_t column_ranges(const Params& p) {
              : 1;
 }
 
+// c_an from sum_b g <w, Q_ab>.
+template <typename T>
+__device__ __forceinline__ T norm_gradient(T along, T inverse, T to_slope) {
+  return -along * to_slope * (inverse * inverse);
+}
+
 constexpr unsigned kTilesBetweenFlushes = 16;  // two short sums round less than one long one
 constexpr unsigned kTilesOfProduct = 2;  // whose 64 factors of a thread, at most 2, do not overflow
 
@@ -50,6 +59,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
   // Whether all logits counting is a case of its own; tf32 and single warps lack registers for it.
   constexpr bool kTwoVariants = kWarps > 1 && kPrecision != Precision::kTf32;
   constexpr bool kGradient = kPass != Pass::kLogSumExp;
+  const bool norms_there = kGradient && kWarps > 1 && !kDirect && p.keys_first;
   CRRCD_DYNAMIC_SHARED(memory);
   const LogitLayout& layout = p.logit_layout;
   constexpr int ld_slopes = kPanelLead<kPrecision>, ld_piece = kPieceLead<kPrecision>;
@@ -96,8 +106,10 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
   }
 
   // W, then QW of these queries, in pieces; or after each panel of W what it meets of Q
-  const int a_panel = layout.pieces_a_panel(), weight_panels = p.Rp / kQueries;
-  const int count = layout.pieces(), stride = kDirect ? p.Rp : p.Hp;  // of the queries' rows
+  const int a_panel = layout.pieces_a_panel();
+  const int weight_panels = norms_there ? 0 : p.Rp / kQueries;
+  const int count = norms_there ? a_panel : layout.pieces();
+  const int stride = kDirect ? p.Rp : p.Hp;  // of the queries' rows
   const auto is_query = [&](int i) {
     return kDirect ? i % (a_panel + 1) == a_panel : i >= weight_panels * a_panel;
   };
@@ -178,7 +190,9 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
 
     S* const relation = relation_tile + warp * kKeysOfWarp * ld_relation;
     S* const own_slopes = slopes + (warp * kKeysOfWarp + g) * ld_slopes + 2 * t;
-    T square[2] = {}, z[kTiles][4] = {};
+    T square[2] = {}, z[kTiles][4] = {};  // norms that are there already stand for their squares
+    if (norms_there)
+      for (int half = 0; half < 2; ++half) square[half] = p.inverse_norm[a * p.Kp + key + 8 * half];
     int at = 0;
     const auto multiply_hidden = [&](T(&product)[kTiles][4], int product_tiles) {
       int k = 0;
@@ -224,7 +238,8 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
     }
     T inverse[2], to_logit[2], to_slope[2];
     for (int half = 0; half < 2; ++half) {
-      inverse[half] = inverse_norm<kPrecision>(warp_sum<4>(square[half]));
+      inverse[half] =
+          norms_there ? square[half] : inverse_norm<kPrecision>(warp_sum<4>(square[half]));
       to_logit[half] = inverse[half] * to_log2;
       to_slope[half] = inverse[half] * scaled;
     }
@@ -309,10 +324,10 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
       if (p.live)
         for (int half = 0; half < 2; ++half) {
           const int64_t n = key + 8 * half;
-          const T c = -warp_sum<4>(along[half]) * to_slope[half] * (inverse[half] * inverse[half]);
+          const T c = norm_gradient(warp_sum<4>(along[half]), inverse[half], to_slope[half]);
           if (t == 0 && first_range) {
             p.c[(panel * p.A + a) * p.Kp + n] = c;
-            if (panel == 0) p.inverse_norm[a * p.Kp + n] = inverse[half];
+            if (panel == 0 && !norms_there) p.inverse_norm[a * p.Kp + n] = inverse[half];
             sum_c += c;
           }
         }

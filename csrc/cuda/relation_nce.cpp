@@ -158,8 +158,21 @@ class RelationNce {
         gram_bias = padded(at::mv(w.t(), bias.to(at::kDouble)).to(dtype), p.Hp);
         p.gram_bias = data(gram_bias);
       }
+      if (plan.keys_first) set_norm_limits(w);
     }
     p.scale = data(scale);
+  }
+
+  // Rounding W'W moves <hid, W'W hid> by about 2^-9 sum_i |w_i|^2 hid_i^2 at most, w_i being W's
+  // columns, in float16 also by what is below its smallest number. So the longest column tells how
+  // small it may be.
+  void set_norm_limits(const at::Tensor& w) {
+    constexpr double kLeast = 1.0 / 16, kSubnormal = kPrecision == Precision::kF16 ? 0x1p-12 : 0;
+    gram_least = w.square().sum(0).amax().mul(kLeast).add(kSubnormal).to(dtype);
+    p.gram_least = data(gram_least);
+    if (!bias.defined()) return;
+    bias_square = bias.square().sum();
+    p.bias_square = data(bias_square);
   }
 
   // What is taken from the logits, [A, B] or a number.
@@ -209,6 +222,7 @@ class RelationNce {
     p.need_query = wanted.query;
     p.need_offset = x.needs(kNeedOffset);
     p.live = wanted.live();
+    p.keys_first = plan.keys_first;
     const int64_t slices = p.chunks * plan.logit.warps;
     const bool some = x.K > 0 && x.A > 0 && x.B > 0;
     if (!some) return;
@@ -234,8 +248,9 @@ class RelationNce {
     if (x.needs(kNeedBank)) d_bank = at::zeros({x.N, x.D}, options);
     if (x.needs(kNeedKeyWeight)) d_key_weight = at::zeros({x.H, x.D}, options);
     for_segments([&] {
+      if (p.keys_first) Kernels::keys(p, device.stream());
       Kernels::logits(p, device.stream());
-      if (wanted.keys || wanted.anchor) Kernels::keys(p, device.stream());
+      if ((wanted.keys || wanted.anchor) && !p.keys_first) Kernels::keys(p, device.stream());
       if (wanted.weight) Kernels::weight(p, device.stream());
       if (wanted.keys) add_key_gradients();
     });
@@ -350,6 +365,7 @@ class RelationNce {
   int64_t made = -1;  // first key of the segment whose keys are there
   at::Tensor query, positive, weight, bias, scale, offset, pair, inverse_pairs, cosine, bank;
   at::Tensor key_weight, keys, keep, anchor, weight_stored, qw_stored, bias_padded, qc, gram;
+  at::Tensor gram_least, bias_square;
   at::Tensor gram_bias, offset_padded, scalars, d_qw, d_logit, inverse_norm, c, d_x, d_anchor;
   at::Tensor d_gram, hidden_sum, d_weight_parts, d_bias_parts, d_bank, d_key_weight;
 };

@@ -46,11 +46,16 @@ struct RelationNceParams {
   const T* qc = nullptr;         // [A, Bp] or null: Q c
   const void* gram = nullptr;    // [Hp up to a piece, Hp]: W'W
   const T* gram_bias = nullptr;  // [Hp] or null: W'c
-  const T* offset = nullptr;     // [A, Bp], in units of log 2; kLeftOut for what does not count
-  const T* scale = nullptr;      // a number
+  // For norms by W'W, two numbers: the least |W hid|^2 / |hid|^2 that its rounding leaves right,
+  // and |c|^2 or null
+  const T* gram_least = nullptr;
+  const T* bias_square = nullptr;
+  const T* offset = nullptr;  // [A, Bp], in units of log 2; kLeftOut for what does not count
+  const T* scale = nullptr;   // a number
 
   // Of the pass over (anchor, key): `chunks` ranges of tiles
   LogitLayout logit_layout;
+  bool keys_first = false;  // the pass over (key tile, anchor) has been there and left the norms
   int64_t chunks = 1, first_part = 0;
   bool need_query = false, need_offset = false, live = false;
   double* scalars = nullptr;  // [blocks, 4]: loss, sum of g cosine, sum of g, sum of c

@@ -36,6 +36,8 @@ struct RelationPlan {
   KeyLayout key;
   DirectLayout direct;  // instead of key and gram
   GramLayout gram;
+  bool keys_first =
+      false;  // whether the keys' pass makes the norms, with the product that it needs
   int64_t logit_blocks = 0, key_blocks = 0, gram_blocks = 0;  // that a processor holds at a time
   int64_t segment = 0;                                        // keys at a time, Kp at most
   int64_t chunks = 1, key_parts = 1, anchor_parts = 1, gram_chunks = 1;
@@ -150,6 +152,9 @@ inline RelationPlan plan_relation(const RelationShape& x, const GpuLimits& gpu) 
                               {{x.precision, 1, hidden, false}, 1},
                               {{x.precision, 1, hidden, false, 1}, 1}};
     plan.fits = choose_layout(keys, gpu, plan.key, plan.key_blocks) && plan.fits;
+    // where a block has all columns and all queries
+    plan.keys_first =
+        hidden <= piece && queries == panel && plan.key.warps == 8 && plan.logit.warps == 4;
   }
   if (!direct && x.weight) {
     struct GramChoice {
