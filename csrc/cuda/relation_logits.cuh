@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
 
   // W, then QW of these queries, in pieces; or after each panel of W what it meets of Q
   const int a_panel = layout.pieces_a_panel();
-  const int weight_panels = norms_there ? 0 : p.Rp / kQueries;
+  const int weight_panels = norms_there ? 0 : p.Rp / kQueries, weight_tiles = (p.R + 15) / 16 * 2;
   const int count = norms_there ? a_panel : layout.pieces();
   const int stride = kDirect ? p.Rp : p.Hp;  // of the queries' rows
   const auto is_query = [&](int i) {
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
       fetch_rows(pieces + i * layout.piece(), ld_piece, address(i), stride_of(i), kQueries,
                  columns_of(i));
   const auto fetch_keys = [&](int stage, int tile) {
-    fetch_rows(tiles_of_keys + stage * keys * ld, ld, x + int64_t(tile) * keys * p.Hp, p.Hp, keys,
+    fetch_rows(tiles_of_keys + stage * keys * ld, ld, x + unsigned(tile) * keys * p.Hp, p.Hp, keys,
                p.Hp, 32 * kWarps);
     gpu::cp_async_commit();
   };
@@ -190,9 +190,11 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
 
     S* const relation = relation_tile + warp * kKeysOfWarp * ld_relation;
     S* const own_slopes = slopes + (warp * kKeysOfWarp + g) * ld_slopes + 2 * t;
+    // segments are short enough for 32 bits
+    const unsigned norm_at = static_cast<unsigned>(a) * static_cast<unsigned>(p.Kp) + key;
     T square[2] = {}, z[kTiles][4] = {};  // norms that are there already stand for their squares
     if (norms_there)
-      for (int half = 0; half < 2; ++half) square[half] = p.inverse_norm[a * p.Kp + key + 8 * half];
+      for (int half = 0; half < 2; ++half) square[half] = p.inverse_norm[norm_at + 8 * half];
     int at = 0;
     const auto multiply_hidden = [&](T(&product)[kTiles][4], int product_tiles) {
       int k = 0;
@@ -204,7 +206,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
     };
     for (int rows = 0; rows < weight_panels; ++rows) {
       const int r0 = rows * kQueries;
-      const int relation_tiles = p.R - r0 < kQueries ? (p.R - r0 + 15) / 16 * 2 : kTiles;
+      const int relation_tiles = weight_tiles - rows * kTiles;  // or more than there are
       T w[kTiles][4] = {};
       const auto add_bias = [&] {
         if (p.bias)
@@ -327,7 +329,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
           const T c = norm_gradient(warp_sum<4>(along[half]), inverse[half], to_slope[half]);
           if (t == 0 && first_range) {
             p.c[(panel * p.A + a) * p.Kp + n] = c;
-            if (panel == 0 && !norms_there) p.inverse_norm[a * p.Kp + n] = inverse[half];
+            if (panel == 0 && !norms_there) p.inverse_norm[norm_at + 8 * half] = inverse[half];
             sum_c += c;
           }
         }

@@ -167,8 +167,8 @@ class RelationNce {
   // columns, in float16 also by what is below its smallest number. So the longest column tells how
   // small it may be.
   void set_norm_limits(const at::Tensor& w) {
-    constexpr double kLeast = 1.0 / 16, kSubnormal = kPrecision == Precision::kF16 ? 0x1p-12 : 0;
-    gram_least = w.square().sum(0).amax().mul(kLeast).add(kSubnormal).to(dtype);
+    constexpr double kSubnormal = kPrecision == Precision::kF16 ? 0x1p-12 : 0;
+    gram_least = w.square().sum(0).amax().mul(kCancelled).add(kSubnormal).to(dtype);
     p.gram_least = data(gram_least);
     if (!bias.defined()) return;
     bias_square = bias.square().sum();

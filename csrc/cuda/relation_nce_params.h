@@ -13,6 +13,9 @@ namespace crrcd::cuda {
 // The offset of what does not count: no exponential of it is left.
 constexpr double kLeftOut = 1e30;
 
+// A norm by W'W is taken from W where it has cancelled to less than this share of its terms.
+constexpr double kCancelled = 1.0 / 16;
+
 // Matrices are contiguous, row major. Operands of products (void) hold what the precision
 // multiplies; sums, and what is only added or scaled, are T. Hp, Rp, Bp, Kp, Dp: sizes with the
 // zeros behind them.
