@@ -198,6 +198,41 @@ def relation(gpu: Gpu, K: int, live: bool) -> Work:
     )
 
 
+# ---------------------------------------------------------------------------------------------
+# difference_nce, gradient of the query, NCE, shared negatives. csrc/cuda/difference.cuh
+
+LOGIT_MULTIPLY_ADDS, LOGIT_SPECIAL = 20, 2  # of law of cosines, softplus and sums, of a logit
+
+
+def difference_shared(gpu: Gpu, K: int, operands: str) -> Work:
+    """difference_nce, A = B = 64, D = 128, shared negatives: a block compares all anchors and
+    queries with tiles of 32 keys, whose rows come from device memory once; its sums, and a bit of
+    every (anchor, key), are written once and read once. At full precision a distance takes a
+    subtraction and a multiply-add a column, from two-byte rows it is a product on tensor cores;
+    weights times rows are multiply-adds in both. Issue: the loop over the logits only, at full
+    precision; with products on tensor cores that is not what counts as the main loop."""
+    A = B = 64
+    D, row = 128, 128 * BYTES[operands]
+    tiles = -(-K // 32)
+    chunks = min(2 * gpu.multiprocessors, tiles)
+    ends = (A + 3 * B) * row + K * 8  # anchor; query, positive, gradient; index
+    kept = chunks * 4 * (B * D + 2 * A * B) + 8 * K
+    distances = (A + B) * K * D
+    tensor = {} if operands == "float" else {operands: 2 * distances}
+    logits = MainLoop("difference_tiles<kF32, false, kNce>", passes=8 * K)  # 8 warps, each key
+    return Work(
+        bytes=K * row + ends + 2 * kept,
+        least_bytes=K * row + ends,
+        tensor=tensor,
+        least_tensor=sum(tensor.values()),
+        multiply_adds=(0 if tensor else 2 * distances)
+        + B * K * D
+        + A * B * K * LOGIT_MULTIPLY_ADDS,
+        special=A * B * K * LOGIT_SPECIAL,
+        main_loops=() if tensor else (logits,),
+    )
+
+
 CASES: list[Case] = [
     *(
         Case("instance_nce", f"own, B=64 K=16384 D=128 N=2,000,000, {storage} bank", work)
@@ -208,6 +243,14 @@ CASES: list[Case] = [
         Case("instance_nce", f"shared, B=64 K=65536 D=128 N=2,000,000, {storage} bank", work)
         for storage in ("float", "bf16")
         for work in [instance_shared(64, 65536, 128, 2_000_000, storage)]
+    ),
+    *(
+        Case(
+            "difference_nce",
+            f"shared, A=B=64 K=16384 D=128, {operands}, gradient of the query",
+            functools.partial(difference_shared, K=16384, operands=operands),
+        )
+        for operands in ("float", "bf16")
     ),
     *(
         Case(
@@ -297,7 +340,7 @@ def instructions(part: MainLoop, arch: str, kernels: Iterable[Kernel]) -> float 
 def issue_seconds(work: Work, gpu: Gpu, kernels: Iterable[Kernel]) -> float | None:
     """Time to issue the instructions of the main loops; None where a loop is not known."""
     parts = [instructions(part, gpu.arch, kernels) for part in work.main_loops]
-    if None in parts:
+    if not parts or None in parts:
         return None
     return sum(parts) / (ISSUE * gpu.multiprocessors * gpu.gigahertz * 1e9)
 
@@ -322,8 +365,8 @@ def seconds(work: Work, gpu: Gpu, kernels: Iterable[Kernel]) -> dict[str, float 
 
 
 def assumptions() -> list[str]:
-    """What the cases of relation_nce take for granted, and a line for each GPU."""
-    lines = [" ".join(relation.__doc__.split())]
+    """What cases that follow a plan take for granted, and a line for each GPU."""
+    lines = [" ".join(case.__doc__.split()) for case in (relation, difference_shared)]
     for gpu in GPUS:
         rates = ", ".join(f"{kind} {rate:,.0f}" for kind, rate in gpu.tensor.items())
         lines.append(

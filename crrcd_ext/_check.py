@@ -135,12 +135,15 @@ def check_range(operator: str, argument: str, index: Tensor | None, bank: Tensor
     """Rows of the bank, where looking at them costs nothing: not on a device, not in a graph."""
     if index is None or index.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    outside = (index < 0) | (index >= len(bank))
-    if outside.any():
-        place = tuple(outside.nonzero()[0].tolist())
-        where = place[0] if len(place) == 1 else list(place)
-        got = f"{int(index[place])} at position {where}"
-        fail(IndexError, operator, argument, f"rows of the bank in [0, {len(bank)})", got)
+    if index.numel() == 0:
+        return
+    low, high = index.aminmax()  # one pass, where comparisons of each would be four
+    if low >= 0 and high < len(bank):
+        return
+    place = tuple(((index < 0) | (index >= len(bank))).nonzero()[0].tolist())
+    where = place[0] if len(place) == 1 else list(place)
+    got = f"{int(index[place])} at position {where}"
+    fail(IndexError, operator, argument, f"rows of the bank in [0, {len(bank)})", got)
 
 
 def check_compiled_dtype(operator: str, dtype: torch.dtype, backend: str) -> None:

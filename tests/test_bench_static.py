@@ -269,6 +269,23 @@ def test_bytes_of_instance_nce():
     assert work.bytes == 1024 * 128 * 4 + 3 * 64 * 128 * 4 + 1024 * 8
 
 
+def test_work_of_difference_nce():
+    gpu = next(gpu for gpu in static_model.GPUS if gpu.name == "H100")
+    single = static_model.difference_shared(gpu, 16384, "float")
+    ends = 4 * 64 * 128 * 4 + 16384 * 8  # anchor, query, positive, gradient; index
+    assert single.least_bytes == 16384 * 128 * 4 + ends
+    # of 264 blocks 64 rows of gradient and two sums a pair; a 64-bit word a key; in and out
+    kept = 264 * (64 * 128 + 2 * 64 * 64) * 4 + 16384 * 8
+    assert single.bytes == single.least_bytes + 2 * kept
+    assert not single.tensor
+    half = static_model.difference_shared(gpu, 16384, "bf16")
+    assert half.tensor == {"bf16": 2 * 128 * 16384 * 128}
+    assert single.multiply_adds - half.multiply_adds == 2 * 128 * 16384 * 128
+    # fewer tiles of 32 keys than blocks
+    few = static_model.difference_shared(gpu, 320, "float")
+    assert few.bytes - few.least_bytes == 2 * (10 * (64 * 128 + 2 * 64 * 64) * 4 + 320 * 8)
+
+
 def test_command_on_the_built_module(tmp_path, capsys):
     built = _backend.compiled is not None and _backend.compiled.build_info()["cuda"]
     if not built:
