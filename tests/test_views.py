@@ -26,7 +26,7 @@ OPERATORS = {  # inputs in float64, by operator and kind of negatives
 ALL = [*cases.BACKENDS, *EMULATED, *(name for name in LIBRARIES if name not in EMULATED)]
 DTYPES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
-each_operator = pytest.mark.parametrize("operator, backend", itertools.product(OPERATORS, ALL))
+each_operator = pytest.mark.parametrize("operator, backend", [*itertools.product(OPERATORS, ALL)])
 
 
 def memory_of(backend: str) -> AbstractContextManager:
