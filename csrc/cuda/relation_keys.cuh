@@ -213,8 +213,11 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
         bool cancels[2];
         for (int half = 0; half < 2; ++half) {
           square[half] = warp_sum<4>(square[half]) + bias_square;
-          cancels[half] = square[half] <
-                          *p.gram_least * warp_sum<4>(length[half]) + T(kCancelled) * bias_square;
+          length[half] = warp_sum<4>(length[half]);
+          const T least = *p.gram_least * length[half] + T(kCancelled) * bias_square;
+          // what is no number, of a W'W that is none, comes from W too
+          cancels[half] =
+              !(square[half] > least) && !(length[half] == 0 && square[half] == bias_square);
         }
         if (__any_sync(0xffffffffu, cancels[0] || cancels[1]))
           square_by_weight<kPrecision>(square, cancels, hidden, ld, p);

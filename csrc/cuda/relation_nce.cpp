@@ -151,24 +151,25 @@ class RelationNce {
       p.qc = data(qc);
     }
     if (!kDirect && (wanted.keys || wanted.anchor)) {
-      const at::Tensor w = weight.to(at::kDouble);
-      gram = operand(at::mm(w.t(), w), round_up_int(p.Hp, piece), p.Hp);
+      const at::Tensor w = weight.to(at::kDouble), exact = at::mm(w.t(), w);
+      gram = operand(exact, round_up_int(p.Hp, piece), p.Hp);
       p.gram = gram.const_data_ptr();
       if (bias.defined()) {
         gram_bias = padded(at::mv(w.t(), bias.to(at::kDouble)).to(dtype), p.Hp);
         p.gram_bias = data(gram_bias);
       }
-      if (plan.keys_first) set_norm_limits(w);
+      if (plan.keys_first) set_norm_limits(exact);
     }
     p.scale = data(scale);
   }
 
-  // Rounding W'W moves <hid, W'W hid> by about 2^-9 sum_i |w_i|^2 hid_i^2 at most, w_i being W's
-  // columns, in float16 also by what is below its smallest number. So the longest column tells how
-  // small it may be.
-  void set_norm_limits(const at::Tensor& w) {
-    constexpr double kSubnormal = kPrecision == Precision::kF16 ? 0x1p-12 : 0;
-    gram_least = w.square().sum(0).amax().mul(kCancelled).add(kSubnormal).to(dtype);
+  // With E what rounding has done to W'W, <hid, W'W hid> is off by |E|_F |hid|^2 at most, and by
+  // the rounding of its sums. Infinite where float16 cannot hold W'W.
+  void set_norm_limits(const at::Tensor& exact) {
+    constexpr double kSums = 0x1p-20;
+    const at::Tensor stored = gram.narrow(0, 0, x.H).narrow(1, 0, x.H).to(at::kDouble);
+    const at::Tensor error = (exact - stored).norm() + exact.norm() * kSums;
+    gram_least = error.div(kCancelled).to(dtype);
     p.gram_least = data(gram_least);
     if (!bias.defined()) return;
     bias_square = bias.square().sum();
