@@ -69,7 +69,8 @@ def compiler_version() -> str:
 
 
 cuda = with_cuda()
-flags = ["-O0", "-g"] if DEBUG else ["-O3", "-DNDEBUG"]
+# Python's own flags may ask for debug symbols, which double the time and the size
+flags = ["-O0", "-g"] if DEBUG else ["-O3", "-g0", "-DNDEBUG"]
 link_flags = ["-fopenmp"] if platform.system() == "Linux" else []
 if SANITIZE:
     link_flags += ["-fsanitize=address,undefined"]

@@ -54,8 +54,7 @@ void check_rows(const char* op, const char* name, const at::Tensor& index, int64
     return bits >> 63 != 0;
   };
   std::atomic<bool> found{false};
-  const int64_t grain =
-      std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::max<int64_t>(count, 1));
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(count, 1));
   at::parallel_for(0, lines, grain, [&](int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line)
       if (outside(line)) found = true;

@@ -2,11 +2,10 @@
 // came.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <cstdint>
 #include <optional>
 
+#include "aten.h"
 #include "bank.h"
 
 #define CRRCD_CHECK_SHAPE(op, name, tensor, ...)                                                   \

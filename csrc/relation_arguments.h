@@ -1,11 +1,11 @@
 // The arguments of relation_nce, checked; the same on every device.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <optional>
 #include <string>
 #include <tuple>
+
+#include "aten.h"
 
 namespace crrcd {
 

@@ -1,10 +1,10 @@
 // The momentum update of a memory bank, checked first and committed when every read is over.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <utility>
 #include <vector>
+
+#include "../aten.h"
 
 namespace crrcd {
 

@@ -1,11 +1,11 @@
 // What the CPU host entries share: padded copies and scratch memory.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
 #include <atomic>
 
+#include "../aten.h"
 #include "plan.h"
 
 namespace crrcd {

@@ -1,10 +1,10 @@
 // The entries (query, row of the bank) of each query's own negatives, sorted by tiles of the bank.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <cstdint>
 #include <vector>
+
+#include "../aten.h"
 
 namespace crrcd {
 

@@ -1,10 +1,10 @@
 // The relation operator on the CPU: unit relation vectors of every (anchor, sample) pair.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <optional>
 #include <tuple>
+
+#include "../aten.h"
 
 namespace crrcd {
 

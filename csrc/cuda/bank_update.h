@@ -1,7 +1,7 @@
 // The momentum update of a memory bank on a GPU, checked first and committed behind every read.
 #pragma once
 
-#include <ATen/ATen.h>
+#include "../aten.h"
 
 namespace crrcd::cuda {
 

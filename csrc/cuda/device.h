@@ -1,8 +1,7 @@
 // The device that a host entry works on; with CRRCD_SIMT the emulated one of the tests.
 #pragma once
 
-#include <ATen/ATen.h>
-
+#include "../aten.h"
 #include "relation_plan.h"
 
 #ifndef CRRCD_SIMT

@@ -1,8 +1,7 @@
 // Matrices as the relation kernels multiply them.
 #pragma once
 
-#include <ATen/ATen.h>
-
+#include "../aten.h"
 #include "relation_layout.h"
 
 namespace crrcd::cuda {
