@@ -387,8 +387,15 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
           all = all * exp2_of<kPrecision>(high - most) + more * exp2_of<kPrecision>(other - most);
           high = most;
         }
-        const int64_t at = (p.first_part + chunk * kWarps + warp) * p.A * p.Bp + cell;
-        if (g == 0) p.running_max[at] = high, p.running_sum[at] = all;
+        if (g != 0) continue;
+        const int64_t at = (chunk * kWarps + warp) * p.A * p.Bp + cell;
+        if (p.accumulate) {
+          const T before = p.running_max[at], most = high > before ? high : before;
+          all = all * exp2_of<kPrecision>(high - most) +
+                p.running_sum[at] * exp2_of<kPrecision>(before - most);
+          high = most;
+        }
+        p.running_max[at] = high, p.running_sum[at] = all;
       }
     }
 }

@@ -201,17 +201,13 @@ class RelationNce {
   at::Tensor sweep_log_sum_exp(const at::Tensor& logit) {
     set_offset(offset);
     p.pass = Pass::kLogSumExp;
+    if (x.K == 0 || x.A == 0 || x.B == 0) return logit;
     const int64_t slices = p.chunks * plan.logit.warps;
-    const int64_t parts = slices * ((x.K + p.Kp - 1) / p.Kp);
     at::Tensor top, sum;
-    p.running_max = make<T>(top, {parts, x.A, p.Bp});
-    p.running_sum = make<T>(sum, {parts, x.A, p.Bp});
-    for_segments([&] {
-      p.first_part = p.first_key / p.Kp * slices;
-      Kernels::logits(p, device.stream());
-    });
+    p.running_max = make<T>(top, {slices, x.A, p.Bp});
+    p.running_sum = make<T>(sum, {slices, x.A, p.Bp});
+    for_segments([&] { Kernels::logits(p, device.stream()); });
     const at::Tensor own = logit.to(at::kDouble);
-    if (parts == 0 || x.A == 0 || x.B == 0) return logit;
     const at::Tensor tops = top.narrow(2, 0, x.B).to(at::kDouble).mul(kLog2);
     const at::Tensor sums = sum.narrow(2, 0, x.B).to(at::kDouble);
     const at::Tensor most = at::maximum(tops.amax(0), own);

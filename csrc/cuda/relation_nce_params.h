@@ -59,13 +59,13 @@ struct RelationNceParams {
   // Of the pass over (anchor, key): `chunks` ranges of tiles
   LogitLayout logit_layout;
   bool keys_first = false;  // the pass over (key tile, anchor) has been there and left the norms
-  int64_t chunks = 1, first_part = 0;
+  int64_t chunks = 1;
   bool need_query = false, need_offset = false, live = false;
   double* scalars = nullptr;  // [blocks, 4]: loss, sum of g cosine, sum of g, sum of c
   T* d_qw = nullptr;          // [chunks, A, Bp, Hp]; of Q, [chunks, A, Bp, Rp], for the direct form
   T* d_logit = nullptr;       // [chunks, warps, A, Bp] or null: sums of slopes
-  T* running_max = nullptr;   // [parts, A, Bp], in units of log 2 (InfoNCE's first sweep)
-  T* running_sum = nullptr;   // [parts, A, Bp]
+  T* running_max = nullptr;   // [chunks, warps, A, Bp], of log 2 (InfoNCE's first sweep)
+  T* running_sum = nullptr;   // the same
   T* inverse_norm = nullptr;  // [A, Kp] 1 / |w| (live)
   T* c = nullptr;             // [panels of queries, A, Kp] (live): d |w|^2 / 2
 

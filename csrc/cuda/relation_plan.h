@@ -207,7 +207,7 @@ inline RelationPlan plan_relation(const RelationShape& x, const GpuLimits& gpu) 
   plan.work_bytes = plan.segment * of_key;
   const int64_t part = anchors * queries * sum;
   if (x.query) plan.work_bytes += plan.chunks * part * gradient;
-  plan.work_bytes += plan.chunks * plan.logit.warps * part;
+  plan.work_bytes += plan.chunks * plan.logit.warps * part * 2;
   if (key_pass) {
     plan.key_parts = split.key_parts, plan.anchor_parts = split.anchor_parts;
     if (x.keys) plan.work_bytes += (plan.anchor_parts - 1) * plan.segment * hidden * sum;
