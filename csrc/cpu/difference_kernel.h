@@ -919,8 +919,10 @@ void own_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, const
   // whole blocks of rows: what is computed of the last ones is not looked at
   const int64_t blocks = (rows + kCompareRows - 1) / kCompareRows;
   for (int64_t u = rows; u < blocks * kCompareRows; ++u) clear(p.ldD, s.rows + u * p.ldD);
-  const int64_t steps =
-      blocks * (p.D / kDistanceDepth + 1) * (p.Ap / (kCompareVectors * Simd<T>::kLanes) + 1);
+  constexpr int kWidth = kCompareVectors * Simd<T>::kLanes;
+  const int64_t panels = p.Ap / kWidth + p.Ap % kWidth / Simd<T>::kLanes;
+  const int64_t depths = (p.D + kDistanceDepth - 1) / kDistanceDepth;
+  const int64_t steps = blocks * panels * (depths > 1 ? depths : 1);
   // A product is cheaper than a distance. The digits that |w|^2 loses where it is not much above
   // kNearDifference are lost in the sums of all gradients but the keys', which keep them.
   const auto norms = [&]<Compare kCompare>() {

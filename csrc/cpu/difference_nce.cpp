@@ -211,12 +211,12 @@ class DifferenceNce {
   }
 
   void sort_negatives(int64_t threads) {
-    // several parts a thread, but not too many sums
+    // several parts for each of many threads, but not too many sums
     const int64_t sums = sizeof(T) * (x.B * (2 * p.ldA + p.ldD) + x.A * p.ldD);
-    const int64_t most =
-        std::clamp<int64_t>((int64_t(16) << 20) / std::max<int64_t>(sums, 1), threads, 4 * threads);
+    const int64_t room = (int64_t(16) << 20) / std::max<int64_t>(sums, 1);
+    const int64_t most = threads == 1 ? 1 : std::clamp<int64_t>(room, threads, 4 * threads);
     p.parts = std::clamp<int64_t>(x.B * x.K / 1024, 1, most);
-    const Tiling buckets = choose_buckets(x.B, x.N, threads);
+    const Tiling buckets = choose_buckets(x.B, x.N, std::min(threads, p.parts));
     const OwnIndex index{x.index.const_data_ptr<int64_t>(), x.index.stride(0), x.index.stride(1)};
     sorted = sort_entries(index, x.B, 0, x.K, buckets, p.parts, true);
     p.entries = static_cast<const uint32_t*>(sorted.entries.const_data_ptr());
@@ -257,14 +257,14 @@ class DifferenceNce {
       p.near_anchor = near_anchor.data();
     }
     inverse_pairs = pairs > 0 ? 1 / pairs : 0;
+    p.slope_weight = static_cast<T>(kLog2 * inverse_pairs);
     T* const slopes = take(cells);
     T* const weights = take(cells);
     for_pairs([&](int64_t at) {
       slopes[at] = p.inverse[at] * static_cast<T>(scale / kLog2);
-      weights[at] = counts[at] ? p.inverse[at] * static_cast<T>(scale * inverse_pairs) : T(0);
+      weights[at] = counts[at] ? slopes[at] * p.slope_weight : T(0);
     });
     p.slope = slopes;
-    p.slope_weight = static_cast<T>(kLog2 * inverse_pairs);
     p.weight = weights;
     set_offsets([&](int64_t) { return -offset / kLog2; });
   }

@@ -33,7 +33,7 @@ struct DifferenceParams {
 
   BankView bank;           // with the index of shared negatives
   bool as_stored = false;  // its rows are of type T and have width Dp
-  // each query's own negatives: query << tile_shift | row within the bucket, sorted by bucket.
+  // each query's own negatives: query << bucket_shift | row within the bucket, sorted by bucket.
   // Those of bucket t begin at bucket_begin[t], those of part i at part_begin[i].
   const uint32_t* entries = nullptr;
   const int64_t* bucket_begin = nullptr;  // [buckets + 1]

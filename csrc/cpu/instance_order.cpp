@@ -46,13 +46,14 @@ SortedEntries sort_entries(const OwnIndex& index, int64_t queries, int64_t first
   sorted.entries = scratch(count * 4);
   auto* entries = static_cast<uint32_t*>(sorted.entries.mutable_data_ptr());
 
-  // A counting sort in which every part has its own counters; entries keep their order.
-  std::vector<std::vector<int64_t>> place(parts);
-  at::parallel_for(0, parts, 1, [&](int64_t from, int64_t to) {
-    for (int64_t part = from; part < to; ++part) {
-      place[part].assign(tiles, 0);
-      int64_t* counter = place[part].data();
-      for_entries(index, first, last, count * part / parts, count * (part + 1) / parts,
+  // A counting sort in which every share has its own counters; entries keep their order.
+  const int64_t shares = std::min<int64_t>(parts, at::get_num_threads());
+  std::vector<std::vector<int64_t>> place(shares);
+  at::parallel_for(0, shares, 1, [&](int64_t from, int64_t to) {
+    for (int64_t share = from; share < to; ++share) {
+      place[share].assign(tiles, 0);
+      int64_t* counter = place[share].data();
+      for_entries(index, first, last, count * share / shares, count * (share + 1) / shares,
                   [&](int64_t, int64_t row) { ++counter[row >> shift]; });
     }
   });
@@ -60,18 +61,18 @@ SortedEntries sort_entries(const OwnIndex& index, int64_t queries, int64_t first
   int64_t total = 0;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     sorted.tile_begin[tile] = total;
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t found = place[part][tile];
-      place[part][tile] = total;
+    for (std::vector<int64_t>& counter : place) {
+      const int64_t found = counter[tile];
+      counter[tile] = total;
       total += found;
     }
   }
   sorted.tile_begin[tiles] = total;
   const uint32_t mask = (uint32_t(1) << shift) - 1;
-  at::parallel_for(0, parts, 1, [&](int64_t from, int64_t to) {
-    for (int64_t part = from; part < to; ++part) {
-      int64_t* next = place[part].data();
-      for_entries(index, first, last, count * part / parts, count * (part + 1) / parts,
+  at::parallel_for(0, shares, 1, [&](int64_t from, int64_t to) {
+    for (int64_t share = from; share < to; ++share) {
+      int64_t* next = place[share].data();
+      for_entries(index, first, last, count * share / shares, count * (share + 1) / shares,
                   [&](int64_t b, int64_t row) {
                     entries[next[row >> shift]++] =
                         static_cast<uint32_t>(b << shift) | (static_cast<uint32_t>(row) & mask);

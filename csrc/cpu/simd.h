@@ -1,5 +1,5 @@
 // Vectors of the instruction set that the including file was compiled for, written with the
-// compiler's vector extensions; only the comparison masks need intrinsics.
+// compiler's vector extensions; intrinsics are where these would be slow.
 // Included once per instruction set, inside that set's namespace: no include guard.
 
 #define CRRCD_INLINE inline __attribute__((always_inline))
