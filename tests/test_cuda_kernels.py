@@ -166,11 +166,20 @@ def test_either_order_of_the_passes_of_relation_nce(precision, queries, hidden):
     dtype, setting, tolerance = precision
     case = cast(settled(make(2, queries, 150, hidden, 40, 24, 160, ids=True)), dtype)
     true, plain = truth(case), run(case, "reference")
+    library = emulated.LIBRARIES[CHECKED]
     with (
         emulated_gpu(setting, shared_kilobytes=227),
         emulation(CHECKED, "random", seed=queries, late=True),
     ):
+        library.launched()
         got = run(copied(case), CHECKED)
+    passes = [name for name in library.launched() if name in ("relation_keys", "relation_logits")]
+    if dtype.itemsize > 2 and setting == "highest":
+        assert passes == ["relation_logits"]
+    elif queries <= 64 and hidden <= (64 if setting == "high" else 128):
+        assert passes == ["relation_keys", "relation_logits"]  # a block has all of both
+    else:
+        assert passes == ["relation_logits", "relation_keys"]
     assert_close(got, true, tolerance, plain)
 
 

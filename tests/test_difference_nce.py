@@ -570,11 +570,11 @@ def test_magnitudes_far_from_one(backend, dtype, index):
 @objectives
 @indices
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_shows(backend, objective, index, value):
+@pytest.mark.parametrize("D", [6, 16])  # rows of the bank are read as they are, if wide enough
+def test_what_is_not_finite_shows(backend, objective, index, value, D):
     for name in ("query", "positive", "anchor", "bank"):
-        case = cast(
-            make_difference(3, 4, 20, 6, 20, objective=objective, index=index), torch.float32
-        )
+        case = make_difference(3, 4, 20, D, 20, objective=objective, index=index)
+        case = cast(case, torch.float32)
         row = 1 if index is None else int(case["index"].flatten()[3]) if name == "bank" else 1
         case[name][row, 2] = value
         for wanted in ((), ("query",), DIFFERENTIABLE):

@@ -243,10 +243,11 @@ def test_launches_no_gpu_could_start(emulator, threads, shared, message):
         emulator.call("run_too_much", threads, shared)
 
 
-def test_launches_are_counted(emulator):
-    before = emulator.launches()
+def test_launches_are_listed(emulator):
+    emulator.launched()
     emulator.call("run_trap_at", -1)
-    assert emulator.launches() == before + 1
+    assert emulator.launched() == ["trap_at"]
+    assert emulator.launched() == []
 
 
 # ------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ OPERATORS = {  # inputs in float64, by operator and kind of negatives
     "instance_nce": lambda: make_instance(6, 40, 8, 13, ids=True, labels=True),
     "instance_nce, shared": lambda: make_instance(6, 40, 8, 13, index="shared", labels=True),
     "instance_nce, whole bank": lambda: make_instance(6, 40, 8, index=None, ids=True),
-    "difference_nce": lambda: make_difference(5, 6, 40, 8, 13, ids=True, labels=True),
+    "difference_nce": lambda: make_difference(5, 6, 40, 16, 13, ids=True, labels=True),
 }
 # The checker finds misaligned accesses, and those of what is no tensor's memory.
 ALL = [*cases.BACKENDS, *EMULATED, *(name for name in LIBRARIES if name not in EMULATED)]

@@ -147,7 +147,7 @@ class Library:
     def __init__(self, path: Path, checked: bool) -> None:
         self.path, self.checked = path, checked
         self.handle = ctypes.CDLL(str(path))
-        self.handle.simt_launches.restype = ctypes.c_uint64
+        self.handle.simt_launched.restype = ctypes.c_char_p
 
     def configure(self, schedule: str = "forward", *, seed: int = 0, late: bool = False) -> None:
         """Order of the threads, seed of the random one, cp.async at once or at its wait."""
@@ -176,9 +176,9 @@ class Library:
         """Keys that relation_nce works off at a time; 0: as many as it likes."""
         self.handle.simt_set_segment(ctypes.c_int64(keys))
 
-    def launches(self) -> int:
-        """Kernels started since the library was loaded."""
-        return self.handle.simt_launches()
+    def launched(self) -> list[str]:
+        """Names of the kernels started since the last call, of many the latest."""
+        return self.handle.simt_launched().decode().split()
 
     def call(self, entry: str, *arguments: torch.Tensor | int) -> None:
         """Calls an entry of entry.h; raises RuntimeError with what emulator or checker found."""

@@ -11,6 +11,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <numeric>
@@ -72,7 +73,7 @@ constexpr std::size_t kMaxShared = 227 * 1024;  // the most that any supported G
 
 Settings settings;
 std::mt19937_64 random_numbers;
-std::uint64_t launch_count = 0;
+std::deque<const char*> launch_names;
 void (*launch_hook)() = nullptr;
 
 Launch running{};
@@ -528,7 +529,12 @@ void configure(const Settings& wanted) {
   random_numbers.seed(wanted.seed);
 }
 
-std::uint64_t launches() { return launch_count; }
+std::string launched() {
+  std::string names;
+  for (const char* name : launch_names) names += std::string(name) + " ";
+  launch_names.clear();
+  return names;
+}
 
 void on_launch(void (*hook)()) { launch_hook = hook; }
 
@@ -538,7 +544,8 @@ void run(const Launch& launch) {
   const std::uint64_t threads = std::uint64_t{launch.block.x} * launch.block.y * launch.block.z;
   check_launch(launch, threads);
   if (launch_hook != nullptr) launch_hook();
-  ++launch_count;
+  launch_names.push_back(launch.name);
+  if (launch_names.size() > 64) launch_names.pop_front();
   running = launch;
   reserve_stacks();
   reserve_shared(launch.shared_bytes);
@@ -1101,4 +1108,8 @@ SIMT_EXPORT void simt_watch(const void* pointer, std::size_t bytes, const char* 
 
 SIMT_EXPORT void simt_forget() { simt::forget(); }
 
-SIMT_EXPORT unsigned long long simt_launches() { return simt::launches(); }
+SIMT_EXPORT const char* simt_launched() {
+  static std::string names;
+  names = simt::launched();
+  return names.c_str();
+}

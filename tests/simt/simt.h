@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -61,8 +62,9 @@ void forget();  // all of them
 // Called before every launch, for whoever keeps the list of that memory elsewhere.
 void on_launch(void (*hook)());
 
-// How often launch() was called, so that a test can tell that kernels ran at all.
-std::uint64_t launches();
+// Names of the kernels launched since the last call, each followed by a blank; the oldest are
+// forgotten when they are many.
+std::string launched();
 
 // const: the compiler may keep the value, since it is the same for the whole life of a thread.
 __attribute__((const)) uint3 thread_index();
