@@ -14,6 +14,8 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUTPUT ?= runs/demo
 BENCH_OUTPUT ?= runs/bench
+# Tests are mostly small: a process for each of two cores, whatever the machine has.
+TEST_PROCESSES ?= 2
 # The one place where torch is pinned. Any arguments of pip's can stand here:
 #   make demo TORCH="torch torchvision --find-links=/folder/of/wheels"
 TORCH_x86_64 := torch==2.14.1 torchvision==0.29.1
@@ -45,7 +47,7 @@ demo: $(INSTALLED)
 	  || fail "The demo stopped; the line above says why. 'make demo' goes on from the last finished run."
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest tests -q
+	@$(BIN)/python -m pytest tests -q -n $(TEST_PROCESSES)
 
 build: $(INSTALLED)
 

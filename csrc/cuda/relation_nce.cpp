@@ -32,6 +32,7 @@ class RelationNce {
     positive = x.positive.to(dtype).contiguous();
     weight = x.weight.to(dtype).contiguous();
     if (x.bias.defined()) bias = x.bias.to(dtype).contiguous();
+    if (kPrecision == Precision::kF16) set_weight_unit();
     scale = scalar_operand(x.scale, options), offset = scalar_operand(x.offset, options);
     pair = pair_mask(x.A, x.B, x.anchor_id, x.query_id, x.self_pairs, x.query.device());
     const at::Tensor pairs = pair.sum(dtype);
@@ -86,6 +87,17 @@ class RelationNce {
 
   static const T* data(const at::Tensor& t) {
     return t.defined() ? t.const_data_ptr<T>() : nullptr;
+  }
+
+  // Cosines do not know how long relations are. The range of float16 holds W'W up to a column of
+  // 255 and slopes / |w| of none far below 1: a longer or shorter W is scaled by a power of two.
+  void set_weight_unit() {
+    if (weight.numel() == 0) return;
+    const at::Tensor longest = weight.square().sum(0).amax().sqrt();
+    const at::Tensor unit = (longest / longest.clamp(0.25, 128)).log2().floor().exp2();
+    inverse_unit = unit.reciprocal().masked_fill(longest.le(0), 1);
+    weight = weight * inverse_unit;
+    if (bias.defined()) bias = bias * inverse_unit;
   }
 
   void set_up() {
@@ -164,7 +176,7 @@ class RelationNce {
   }
 
   // With E what rounding has done to W'W, <hid, W'W hid> is off by |E|_F |hid|^2 at most, and by
-  // the rounding of its sums. Infinite where float16 cannot hold W'W.
+  // the rounding of its sums.
   void set_norm_limits(const at::Tensor& exact) {
     constexpr double kSums = 0x1p-20;
     const at::Tensor stored = gram.narrow(0, 0, x.H).narrow(1, 0, x.H).to(at::kDouble);
@@ -280,6 +292,7 @@ class RelationNce {
       return gradient.to(like.options()).contiguous();
     };
     const at::Tensor factor = inverse_pairs / p.boost;
+    const at::Tensor of_weight = inverse_unit.defined() ? factor * inverse_unit : factor;
     // the positives' part goes last: it is the large term of a sum of many small ones
     const at::Tensor pull = (d_logit_positive * scale).unsqueeze(-1);
     const auto summed = [](const at::Tensor& parts) {
@@ -333,9 +346,9 @@ class RelationNce {
         at::Tensor b = at::mv(weight.to(at::kDouble), sums.to(at::kDouble)) +
                        bias.to(at::kDouble) * total.select(0, 3) +
                        at::bmm(logits.unsqueeze(1), query).to(at::kDouble).sum(0).squeeze(0);
-        if (x.needs(kNeedBias)) d_biases = result(b * factor, x.bias);
+        if (x.needs(kNeedBias)) d_biases = result(b * of_weight, x.bias);
       }
-      if (x.needs(kNeedWeight)) d_weight = result(g * factor, x.weight);
+      if (x.needs(kNeedWeight)) d_weight = result(g * of_weight, x.weight);
     } else if (wanted.weight) {
       if (x.needs(kNeedWeight)) d_weight = at::zeros_like(x.weight);
       if (x.needs(kNeedBias)) d_biases = at::zeros_like(x.bias);
@@ -362,7 +375,7 @@ class RelationNce {
   int64_t made = -1;  // first key of the segment whose keys are there
   at::Tensor query, positive, weight, bias, scale, offset, pair, inverse_pairs, cosine, bank;
   at::Tensor key_weight, keys, keep, anchor, weight_stored, qw_stored, bias_padded, qc, gram;
-  at::Tensor gram_least, bias_square;
+  at::Tensor inverse_unit, gram_least, bias_square;
   at::Tensor gram_bias, offset_padded, scalars, d_qw, d_logit, inverse_norm, c, d_x, d_anchor;
   at::Tensor d_gram, hidden_sum, d_weight_parts, d_bias_parts, d_bank, d_key_weight;
 };

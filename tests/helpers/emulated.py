@@ -39,7 +39,7 @@ try:
         for name, checked in (("simt", False), ("simt checked", True))
         if not (checked and build.SANITIZE)
     }
-except build.BuildError as error:
+except build.Unavailable as error:
     missing = str(error)
 EMULATED = [*(["simt"] if missing is None else []), *ON_DEVICE]
 """To be added to the backends of tests of operators that have CUDA kernels; on a machine with a GPU

@@ -8,6 +8,7 @@ everything that goes into them, so that a second call finds them ready.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -15,8 +16,9 @@ import platform
 import re
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -48,20 +50,26 @@ class BuildError(RuntimeError):
     """The emulated kernels cannot be built; the message says what to install or mend."""
 
 
-class ToolkitMissing(BuildError):
+class Unavailable(BuildError):
+    """This machine cannot build them, whatever the sources: another system, no g++."""
+
+
+class ToolkitMissing(Unavailable):
     """No headers of a CUDA toolkit: a machine that cannot build the CUDA kernels either."""
 
 
 def compiler() -> str:
     if platform.machine() != "x86_64" or platform.system() != "Linux":
-        raise BuildError(f"the emulator is for Linux on x86-64, this is {platform.platform()}")
+        raise Unavailable(f"the emulator is for Linux on x86-64, this is {platform.platform()}")
     command = os.environ.get("CXX", "g++")
     try:
         out = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        raise BuildError(f"`{command}` does not run: install g++ or set CXX") from None
+        raise Unavailable(f"`{command}` does not run: install g++ or set CXX") from None
     if "Free Software Foundation" not in out.stdout:
-        raise BuildError(f"`{command}` is no g++, whose sanitizer hooks the checker needs: set CXX")
+        raise Unavailable(
+            f"`{command}` is no g++, whose sanitizer hooks the checker needs: set CXX"
+        )
     return command
 
 
@@ -130,6 +138,16 @@ def compile_object(source: Path, flags: list[str]) -> Path:
     return target
 
 
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Processes that want the same library build it once: the others wait."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@one_at_a_time()
 def link(name: str, jobs: list[tuple[Path, list[str]]], flags: Sequence[str] = ()) -> Path:
     """Compiles sources, each with its flags, and links them; nothing is done twice."""
     with ThreadPoolExecutor(PROCESSES) as pool:
