@@ -166,11 +166,11 @@ def test_either_order_of_the_passes_of_relation_nce(precision, queries, hidden):
     dtype, setting, tolerance = precision
     case = cast(settled(make(2, queries, 150, hidden, 40, 24, 160, ids=True)), dtype)
     true, plain = truth(case), run(case, "reference")
-    library = emulated.LIBRARIES[CHECKED]
     with (
         emulated_gpu(setting, shared_kilobytes=227),
         emulation(CHECKED, "random", seed=queries, late=True),
     ):
+        library = emulated.LIBRARIES[CHECKED]
         library.launched()
         got = run(copied(case), CHECKED)
     passes = [name for name in library.launched() if name in ("relation_keys", "relation_logits")]

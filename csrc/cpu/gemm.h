@@ -117,22 +117,27 @@ void sparse_gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const
 }
 
 #if CRRCD_VECTOR_BYTES == 64
-constexpr int kDenseRows = 4;  // 16 accumulators of 32 registers
+constexpr int kDenseRows = 4, kDenseVectors = 4;  // 16 accumulators of 32 registers
 #else
-constexpr int kDenseRows = 2;  // 8 accumulators of 16 registers
+constexpr int kDenseRows = 6, kDenseVectors = 2;  // 12 accumulators of 16 registers
 #endif
+
+// Rows of A from i on in blocks of kRows, what is left in smaller ones.
+template <typename T, Product kProduct, int kRows, int kVectors, bool kTransposed>
+CRRCD_INLINE void dense_rows(int64_t i, int64_t m, int64_t k, const T* a, int64_t lda, const T* b,
+                             int64_t ldb, T* c, int64_t ldc, bool zero) {
+  for (; i + kRows <= m; i += kRows)
+    block<T, kProduct, kRows, kVectors, false, kTransposed>(a + (kTransposed ? i : i * lda), lda, b,
+                                                            ldb, k, 0, c + i * ldc, ldc, zero);
+  if constexpr (kRows > 1)
+    dense_rows<T, kProduct, kRows == 6 ? 4 : kRows / 2, kVectors, kTransposed>(i, m, k, a, lda, b,
+                                                                               ldb, c, ldc, zero);
+}
 
 template <typename T, Product kProduct, int kVectors, bool kTransposed>
 __attribute__((noinline)) void dense_panel(int64_t m, int64_t k, const T* a, int64_t lda,
                                            const T* b, int64_t ldb, T* c, int64_t ldc, bool zero) {
-  const int64_t row = kTransposed ? 1 : lda;
-  int64_t i = 0;
-  for (; i + kDenseRows <= m; i += kDenseRows)
-    block<T, kProduct, kDenseRows, kVectors, false, kTransposed>(a + i * row, lda, b, ldb, k, 0,
-                                                                 c + i * ldc, ldc, zero);
-  for (; i < m; ++i)
-    block<T, kProduct, 1, kVectors, false, kTransposed>(a + i * row, lda, b, ldb, k, 0, c + i * ldc,
-                                                        ldc, zero);
+  dense_rows<T, kProduct, kDenseRows, kVectors, kTransposed>(0, m, k, a, lda, b, ldb, c, ldc, zero);
 }
 
 // The same without a mask; kTransposed: A is given as [k, m].
@@ -142,19 +147,17 @@ void dense_gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const 
   constexpr int kLanes = Simd<T>::kLanes;
   int64_t j = 0;
   while (j < n) {
-    int64_t vectors = (n - j) / kLanes;
-    if (vectors > 4) vectors = 4;
-#define CRRCD_PANEL(NV)                                                                    \
-  case NV:                                                                                 \
-    dense_panel<T, kProduct, NV, kTransposed>(m, k, a, lda, b + j, ldb, c + j, ldc, zero); \
-    break
-    switch (vectors) {
-      CRRCD_PANEL(1);
-      CRRCD_PANEL(2);
-      CRRCD_PANEL(3);
-      CRRCD_PANEL(4);
+    const int64_t left = (n - j) / kLanes;
+    const int64_t vectors = left < kDenseVectors ? left : kDenseVectors;
+    const auto panel = [&]<int kVectors>() {
+      dense_panel<T, kProduct, kVectors, kTransposed>(m, k, a, lda, b + j, ldb, c + j, ldc, zero);
+    };
+    if (vectors == 1) panel.template operator()<1>();
+    if (vectors == 2) panel.template operator()<2>();
+    if constexpr (kDenseVectors == 4) {
+      if (vectors == 3) panel.template operator()<3>();
+      if (vectors == 4) panel.template operator()<4>();
     }
-#undef CRRCD_PANEL
     j += vectors * kLanes;
   }
 }

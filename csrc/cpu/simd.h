@@ -131,7 +131,8 @@ CRRCD_INLINE Simd<float>::V reciprocal(Simd<float>::V x) {
 CRRCD_INLINE Simd<double>::V reciprocal(Simd<double>::V x) { return 1.0 / x; }
 
 // exp(x) for x <= 0, to about one unit in the last place; 0 where the result is not a normal
-// number.
+// number. The sum with `rounder` has the integer in its lowest bits, which are shifted to where the
+// exponent is.
 CRRCD_INLINE Simd<float>::V exp_nonpositive(Simd<float>::V x) {
   using V = Simd<float>::V;
   using I = Simd<float>::I;
@@ -147,8 +148,7 @@ CRRCD_INLINE Simd<float>::V exp_nonpositive(Simd<float>::V x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  I exponent = ((I)t - (I)rounder + 127) << 23;
-  V result = p * (V)exponent;
+  const V result = (V)((I)p + ((I)t << 23));
   return x < -87.0f ? V{} : result;
 }
 
@@ -178,8 +178,7 @@ CRRCD_INLINE Simd<double>::V exp_nonpositive(Simd<double>::V x) {
   V r = x - n * 6.93147180369123816490e-01;
   r = r - n * 1.90821492927058770002e-10;
   const V p = exp_near_zero(r);
-  I exponent = ((I)t - (I)rounder + 1023) << 52;
-  V result = p * (V)exponent;
+  const V result = (V)((I)p + ((I)t << 52));
   return x < -708.0 ? V{} : result;
 }
 
@@ -207,7 +206,7 @@ CRRCD_INLINE Simd<float>::V exp2_nonpositive(Simd<float>::V x) {
   const __mmask16 tiny = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_LT_OQ);
   return (V)_mm512_maskz_scalef_ps(static_cast<__mmask16>(~tiny), (__m512)p, (__m512)n);
 #else
-  const V result = p * (V)(((I)t - (I)rounder + 127) << 23);
+  const V result = (V)((I)p + ((I)t << 23));
   return x < -126.0f ? V{} : result;
 #endif
 }
@@ -219,7 +218,7 @@ CRRCD_INLINE Simd<double>::V exp2_nonpositive(Simd<double>::V x) {
   const V t = x + rounder;
   const V n = t - rounder;
   const V p = exp_near_zero((x - n) * 0.69314718055994530942);
-  const V result = p * (V)(((I)t - (I)rounder + 1023) << 52);
+  const V result = (V)((I)p + ((I)t << 52));
   return x < -1022.0 ? V{} : result;
 }
 
