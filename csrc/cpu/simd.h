@@ -12,6 +12,7 @@ struct Simd<float> {
   typedef float V __attribute__((vector_size(CRRCD_VECTOR_BYTES)));
   typedef float Unaligned __attribute__((vector_size(CRRCD_VECTOR_BYTES), aligned(4), may_alias));
   typedef int32_t I __attribute__((vector_size(CRRCD_VECTOR_BYTES)));
+  typedef uint32_t U __attribute__((vector_size(CRRCD_VECTOR_BYTES)));
   static constexpr int kLanes = CRRCD_VECTOR_BYTES / 4;
 };
 
@@ -20,6 +21,7 @@ struct Simd<double> {
   typedef double V __attribute__((vector_size(CRRCD_VECTOR_BYTES)));
   typedef double Unaligned __attribute__((vector_size(CRRCD_VECTOR_BYTES), aligned(8), may_alias));
   typedef int64_t I __attribute__((vector_size(CRRCD_VECTOR_BYTES)));
+  typedef uint64_t U __attribute__((vector_size(CRRCD_VECTOR_BYTES)));
   static constexpr int kLanes = CRRCD_VECTOR_BYTES / 8;
 };
 
@@ -135,7 +137,7 @@ CRRCD_INLINE Simd<double>::V reciprocal(Simd<double>::V x) { return 1.0 / x; }
 // exponent is.
 CRRCD_INLINE Simd<float>::V exp_nonpositive(Simd<float>::V x) {
   using V = Simd<float>::V;
-  using I = Simd<float>::I;
+  using U = Simd<float>::U;
   const V rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   V t = x * 1.44269504088896341f + rounder;
   V n = t - rounder;
@@ -148,7 +150,7 @@ CRRCD_INLINE Simd<float>::V exp_nonpositive(Simd<float>::V x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const V result = (V)((I)p + ((I)t << 23));
+  const V result = p * (V)(((U)t << 23) + 0x3f800000u);
   return x < -87.0f ? V{} : result;
 }
 
@@ -171,14 +173,14 @@ CRRCD_INLINE Simd<double>::V exp_near_zero(Simd<double>::V r) {
 
 CRRCD_INLINE Simd<double>::V exp_nonpositive(Simd<double>::V x) {
   using V = Simd<double>::V;
-  using I = Simd<double>::I;
+  using U = Simd<double>::U;
   const V rounder = splat(6755399441055744.0);
   V t = x * 1.4426950408889634074 + rounder;
   V n = t - rounder;
   V r = x - n * 6.93147180369123816490e-01;
   r = r - n * 1.90821492927058770002e-10;
   const V p = exp_near_zero(r);
-  const V result = (V)((I)p + ((I)t << 52));
+  const V result = p * (V)(((U)t << 52) + 0x3ff0000000000000u);
   return x < -708.0 ? V{} : result;
 }
 
@@ -189,7 +191,7 @@ CRRCD_INLINE Simd<float>::V exp2_nonpositive(Simd<float>::V x) {
 #if CRRCD_VECTOR_BYTES == 64 && defined(__x86_64__)
   const V n = (V)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  using I = Simd<float>::I;
+  using U = Simd<float>::U;
   const V rounder = splat(12582912.0f);
   const V t = x + rounder;
   const V n = t - rounder;
@@ -206,19 +208,19 @@ CRRCD_INLINE Simd<float>::V exp2_nonpositive(Simd<float>::V x) {
   const __mmask16 tiny = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_LT_OQ);
   return (V)_mm512_maskz_scalef_ps(static_cast<__mmask16>(~tiny), (__m512)p, (__m512)n);
 #else
-  const V result = (V)((I)p + ((I)t << 23));
+  const V result = p * (V)(((U)t << 23) + 0x3f800000u);
   return x < -126.0f ? V{} : result;
 #endif
 }
 
 CRRCD_INLINE Simd<double>::V exp2_nonpositive(Simd<double>::V x) {
   using V = Simd<double>::V;
-  using I = Simd<double>::I;
+  using U = Simd<double>::U;
   const V rounder = splat(6755399441055744.0);
   const V t = x + rounder;
   const V n = t - rounder;
   const V p = exp_near_zero((x - n) * 0.69314718055994530942);
-  const V result = (V)((I)p + ((I)t << 52));
+  const V result = p * (V)(((U)t << 52) + 0x3ff0000000000000u);
   return x < -1022.0 ? V{} : result;
 }
 
