@@ -2,7 +2,9 @@
 // compiler twice as long.
 #pragma once
 
+#ifndef AT_PER_OPERATOR_HEADERS
 #define AT_PER_OPERATOR_HEADERS
+#endif
 
 #include <ATen/TensorIndexing.h>
 #include <ATen/TensorOperators.h>

@@ -246,9 +246,10 @@ def test_norms_where_the_product_of_the_weight_is_rounded_one_way(shift):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("queries", [20, 70])
-@pytest.mark.parametrize("length", [300, 1e-3])
-def test_a_product_of_the_weight_beyond_float16(length, queries, bias):
-    case = make(3, queries, 170, 64, 48, 64, key_weight=False, index=False, bias=bias)
+@pytest.mark.parametrize("length", [300, 255.98, 1e-3])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_product_of_the_weight_beyond_float16(objective, length, queries, bias):
+    case = make(3, queries, 170, 64, 48, 64, index=False, bias=bias, objective=objective)
     if length > 1:
         case["weight"][:, 5] *= length / case["weight"][:, 5].norm()
     else:

@@ -527,6 +527,18 @@ def test_logits_of_ten_thousand(backend, objective, dtype, sign, offset):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_masked_logits_of_ten_thousand(backend, dtype):
+    # what is masked is no part of the normaliser, and can be far above it
+    case = make(4, 6, 2000, 16, 12, 8, 2000, labels=True, objective="infonce", scale=1e4)
+    case["query_label"], case["key_label"] = torch.arange(6) % 2, torch.arange(2000) % 2
+    case["bank"][::2] += 1
+    low = cast(case, dtype)
+    got, true = run(low, backend), truth(low)
+    assert_close(got, true, 1e-8 if dtype == torch.float64 else 2e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_logits_of_ten_thousand_in_bfloat16(backend, objective):
     case = make(5, 6, 30, 16, 12, 8, 40, objective=objective, scale=1e4)

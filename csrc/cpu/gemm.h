@@ -116,11 +116,29 @@ void sparse_gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const
   }
 }
 
+// Register blocks of dense products.
 #if CRRCD_VECTOR_BYTES == 64
 constexpr int kDenseRows = 4, kDenseVectors = 4;  // 16 accumulators of 32 registers
 #else
-constexpr int kDenseRows = 6, kDenseVectors = 2;  // 12 accumulators of 16 registers
+constexpr int kDenseRows = 6, kDenseVectors = 2;  // 12 accumulators, of 16 registers on x86-64
 #endif
+
+constexpr int fewer_rows(int rows) { return rows == 6 ? 4 : rows / 2; }
+
+// f<vectors>(first column) for columns [0, n) in panels of kDenseVectors vectors or fewer.
+template <typename T, typename F>
+CRRCD_INLINE void for_panels(int64_t n, const F& f) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  int64_t j = 0;
+  for (; j + kDenseVectors * kLanes <= n; j += kDenseVectors * kLanes)
+    f.template operator()<kDenseVectors>(j);
+  const int64_t left = (n - j) / kLanes;
+  if (left == 1) f.template operator()<1>(j);
+  if constexpr (kDenseVectors == 4) {
+    if (left == 2) f.template operator()<2>(j);
+    if (left == 3) f.template operator()<3>(j);
+  }
+}
 
 // Rows of A from i on in blocks of kRows, what is left in smaller ones.
 template <typename T, Product kProduct, int kRows, int kVectors, bool kTransposed>
@@ -130,8 +148,8 @@ CRRCD_INLINE void dense_rows(int64_t i, int64_t m, int64_t k, const T* a, int64_
     block<T, kProduct, kRows, kVectors, false, kTransposed>(a + (kTransposed ? i : i * lda), lda, b,
                                                             ldb, k, 0, c + i * ldc, ldc, zero);
   if constexpr (kRows > 1)
-    dense_rows<T, kProduct, kRows == 6 ? 4 : kRows / 2, kVectors, kTransposed>(i, m, k, a, lda, b,
-                                                                               ldb, c, ldc, zero);
+    dense_rows<T, kProduct, fewer_rows(kRows), kVectors, kTransposed>(i, m, k, a, lda, b, ldb, c,
+                                                                      ldc, zero);
 }
 
 template <typename T, Product kProduct, int kVectors, bool kTransposed>
@@ -144,20 +162,7 @@ __attribute__((noinline)) void dense_panel(int64_t m, int64_t k, const T* a, int
 template <typename T, Product kProduct = Product::kFull, bool kTransposed = false>
 void dense_gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb,
                 T* c, int64_t ldc, bool zero) {
-  constexpr int kLanes = Simd<T>::kLanes;
-  int64_t j = 0;
-  while (j < n) {
-    const int64_t left = (n - j) / kLanes;
-    const int64_t vectors = left < kDenseVectors ? left : kDenseVectors;
-    const auto panel = [&]<int kVectors>() {
-      dense_panel<T, kProduct, kVectors, kTransposed>(m, k, a, lda, b + j, ldb, c + j, ldc, zero);
-    };
-    if (vectors == 1) panel.template operator()<1>();
-    if (vectors == 2) panel.template operator()<2>();
-    if constexpr (kDenseVectors == 4) {
-      if (vectors == 3) panel.template operator()<3>();
-      if (vectors == 4) panel.template operator()<4>();
-    }
-    j += vectors * kLanes;
-  }
+  for_panels<T>(n, [&]<int kVectors>(int64_t j) {
+    dense_panel<T, kProduct, kVectors, kTransposed>(m, k, a, lda, b + j, ldb, c + j, ldc, zero);
+  });
 }

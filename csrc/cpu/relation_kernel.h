@@ -349,7 +349,7 @@ void tile_logits(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t a, int
         q = q * e + (q + e);
       } else {
         g = exp_nonpositive(logit - load(log_normalizer + b));
-        if (kMasked) g *= load(keep + n * p.ldB + b);
+        if (kMasked) g = load(keep + n * p.ldB + b) > 0 ? g : V{};  // g may be no number
       }
       const V ds = g * (weight * (slope * p.gradient_scale));
       store(s.ds + n * p.ldB + b, ds);
@@ -411,26 +411,33 @@ CRRCD_INLINE void hidden_gradient_block(int64_t k, const T* left, int64_t ld_lef
     }
 }
 
+// Rows from n on in blocks of kRows, what is left in smaller ones.
+template <typename T, Product kProduct, int kRows, int kVectors>
+CRRCD_INLINE void hidden_gradient_rows(int64_t n, int64_t m, int64_t k, const T* left,
+                                       int64_t ld_left, const T* right, int64_t ld_right,
+                                       const T* hid, int64_t ldH, const T* extra,
+                                       const T* coefficient, T* d_x,
+                                       typename Simd<T>::V (&anchor_sum)[kVectors]) {
+  for (; n + kRows <= m; n += kRows)
+    hidden_gradient_block<T, kProduct, kRows, kVectors>(
+        k, left + n * ld_left, ld_left, right, ld_right, hid + n * ldH, ldH,
+        extra ? extra + n * ldH : nullptr, coefficient + n, d_x ? d_x + n * ldH : nullptr,
+        anchor_sum);
+  if constexpr (kRows > 1)
+    hidden_gradient_rows<T, kProduct, fewer_rows(kRows), kVectors>(
+        n, m, k, left, ld_left, right, ld_right, hid, ldH, extra, coefficient, d_x, anchor_sum);
+}
+
 template <typename T, Product kProduct, int kVectors>
 __attribute__((noinline)) void hidden_gradient_panel(int64_t m, int64_t k, const T* left,
                                                      int64_t ld_left, const T* right,
                                                      int64_t ld_right, const T* hid, int64_t ldH,
                                                      const T* extra, const T* coefficient, T* d_x,
                                                      T* d_anchor) {
-  using V = typename Simd<T>::V;
   constexpr int kLanes = Simd<T>::kLanes;
-  V anchor_sum[kVectors] = {};
-  int64_t n = 0;
-  for (; n + kDenseRows <= m; n += kDenseRows)
-    hidden_gradient_block<T, kProduct, kDenseRows, kVectors>(
-        k, left + n * ld_left, ld_left, right, ld_right, hid + n * ldH, ldH,
-        extra ? extra + n * ldH : nullptr, coefficient + n, d_x ? d_x + n * ldH : nullptr,
-        anchor_sum);
-  for (; n < m; ++n)
-    hidden_gradient_block<T, kProduct, 1, kVectors>(
-        k, left + n * ld_left, ld_left, right, ld_right, hid + n * ldH, ldH,
-        extra ? extra + n * ldH : nullptr, coefficient + n, d_x ? d_x + n * ldH : nullptr,
-        anchor_sum);
+  typename Simd<T>::V anchor_sum[kVectors] = {};
+  hidden_gradient_rows<T, kProduct, kDenseRows, kVectors>(
+      0, m, k, left, ld_left, right, ld_right, hid, ldH, extra, coefficient, d_x, anchor_sum);
   if (d_anchor)
     for (int j = 0; j < kVectors; ++j)
       store(d_anchor + j * kLanes, load(d_anchor + j * kLanes) + anchor_sum[j]);
@@ -440,26 +447,11 @@ template <typename T, Product kProduct = Product::kFull>
 void hidden_gradient(int64_t m, int64_t hp, int64_t k, const T* left, int64_t ld_left,
                      const T* right, int64_t ld_right, const T* hid, int64_t ldH, const T* extra,
                      const T* coefficient, T* d_x, T* d_anchor) {
-  constexpr int kLanes = Simd<T>::kLanes;
-  for (int64_t j = 0; j < hp;) {
-    const int64_t vectors = (hp - j) / kLanes < 4 ? (hp - j) / kLanes : 4;
-    const T* e = extra ? extra + j : nullptr;
-    T* dx = d_x ? d_x + j : nullptr;
-    T* da = d_anchor ? d_anchor + j : nullptr;
-#define CRRCD_PANEL(NV)                                                                            \
-  case NV:                                                                                         \
-    hidden_gradient_panel<T, kProduct, NV>(m, k, left, ld_left, right + j, ld_right, hid + j, ldH, \
-                                           e, coefficient, dx, da);                                \
-    break
-    switch (vectors) {
-      CRRCD_PANEL(1);
-      CRRCD_PANEL(2);
-      CRRCD_PANEL(3);
-      CRRCD_PANEL(4);
-    }
-#undef CRRCD_PANEL
-    j += vectors * kLanes;
-  }
+  for_panels<T>(hp, [&]<int kVectors>(int64_t j) {
+    hidden_gradient_panel<T, kProduct, kVectors>(
+        m, k, left, ld_left, right + j, ld_right, hid + j, ldH, extra ? extra + j : nullptr,
+        coefficient, d_x ? d_x + j : nullptr, d_anchor ? d_anchor + j : nullptr);
+  });
 }
 
 template <typename T>

@@ -90,11 +90,13 @@ class RelationNce {
   }
 
   // Cosines do not know how long relations are. The range of float16 holds W'W up to a column of
-  // 255 and slopes / |w| of none far below 1: a longer or shorter W is scaled by a power of two.
+  // 255 and slopes / |w| of none far below 1: longer or shorter W and c are scaled by a power of
+  // two.
   void set_weight_unit() {
     if (weight.numel() == 0) return;
-    const at::Tensor longest = weight.square().sum(0).amax().sqrt();
-    const at::Tensor unit = (longest / longest.clamp(0.25, 128)).log2().floor().exp2();
+    at::Tensor longest = weight.square().sum(0).amax().sqrt();
+    if (bias.defined()) longest = at::maximum(longest, bias.square().sum().sqrt());
+    const at::Tensor unit = (longest / longest.clamp(0.25, 127)).log2().floor().exp2();
     inverse_unit = unit.reciprocal().masked_fill(longest.le(0), 1);
     weight = weight * inverse_unit;
     if (bias.defined()) bias = bias * inverse_unit;

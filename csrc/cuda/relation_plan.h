@@ -41,7 +41,7 @@ struct RelationPlan {
   int64_t logit_blocks = 0, key_blocks = 0, gram_blocks = 0;  // that a processor holds at a time
   int64_t segment = 0;                                        // keys at a time, Kp at most
   int64_t chunks = 1, key_parts = 1, anchor_parts = 1, gram_chunks = 1;
-  int64_t work_bytes = 0;  // beyond operands and results
+  int64_t work_bytes = 0;  // beyond operands and results, at most
 };
 
 inline int64_t blocks_at_a_time(int64_t bytes, int warps, const GpuLimits& gpu) {
