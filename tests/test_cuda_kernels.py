@@ -256,10 +256,10 @@ def test_a_product_of_the_weight_beyond_float16(objective, length, queries, bias
         for name in ("weight", "bias") if bias else ("weight",):
             case[name] = case[name] * (length / case["weight"].norm(dim=0).max())
     case = cast(case, torch.float16)
-    true = truth(case)
+    true, plain = truth(case), run(case, "reference")  # keys near an anchor change sides
     with emulated_gpu("highest", shared_kilobytes=227), emulation("simt"):
         got = run(copied(case), "simt")
-    assert_close(got, true, 1e-2)
+    assert_close(got, true, 1e-2, plain)
 
 
 @each_precision
