@@ -8,7 +8,6 @@ everything that goes into them, so that a second call finds them ready.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
 import hashlib
 import os
@@ -141,6 +140,8 @@ def compile_object(source: Path, flags: list[str]) -> Path:
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
     """Processes that want the same library build it once: the others wait."""
+    import fcntl  # not on Windows, where there is no emulator
+
     BUILD.mkdir(parents=True, exist_ok=True)
     with (BUILD / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
