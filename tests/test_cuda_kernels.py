@@ -256,9 +256,11 @@ def test_a_product_of_the_weight_beyond_float16(objective, length, queries, bias
         for name in ("weight", "bias") if bias else ("weight",):
             case[name] = case[name] * (length / case["weight"].norm(dim=0).max())
     case = cast(case, torch.float16)
-    true, plain = truth(case), run(case, "reference")  # keys near an anchor change sides
+    true, plain = truth(case), run(case, "reference")
     with emulated_gpu("highest", shared_kilobytes=227), emulation("simt"):
         got = run(copied(case), "simt")
+    keys = ("anchor", "bank", "key_weight")  # some near an anchor change sides of the ReLU
+    assert_close(got, {k: true[k] for k in true if k not in keys}, 1e-2)
     assert_close(got, true, 1e-2, plain)
 
 
