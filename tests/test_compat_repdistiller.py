@@ -92,7 +92,8 @@ def test_steps_as_the_public_code_makes_them(kind):
         for name, gradient in gradients.items():
             assert distance(gradient, expected_gradients[name]) < 3e-6, name
         ours, theirs = loss.contrast, formula.contrast
-        torch.testing.assert_close(ours.params, theirs.params, rtol=1e-6, atol=0)
+        # Z is a mean of exp(cosine / 0.07): a rounding of an exponent near 14 is 14 of its own.
+        torch.testing.assert_close(ours.params, theirs.params, rtol=3e-6, atol=0)
         assert (ours.params[2:4] > 0).all()
         for name in ("memory_v1", "memory_v2"):
             rows, expected_rows = getattr(ours, name), getattr(theirs, name)
