@@ -167,9 +167,10 @@ class Resources:
     max_threads: int | None = None
 
 
-def parse_resources(lines: Iterable[str]) -> dict[tuple[str, str], Resources]:
-    """(architecture, symbol) -> Resources, from --dump-resource-usage."""
-    found, arch, symbol = {}, "", ""
+def parse_resources(lines: Iterable[str], arch: str = "") -> dict[tuple[str, str], Resources]:
+    """(architecture, symbol) -> Resources, from --dump-resource-usage; ``arch`` is that of a file
+    for one architecture, where no line says it."""
+    found, symbol = {}, ""
     for line in lines:
         words = line.split()
         if line.startswith("arch ="):
@@ -184,9 +185,9 @@ def parse_resources(lines: Iterable[str]) -> dict[tuple[str, str], Resources]:
     return found
 
 
-def parse_max_threads(lines: Iterable[str]) -> dict[tuple[str, str], int]:
+def parse_max_threads(lines: Iterable[str], arch: str = "") -> dict[tuple[str, str], int]:
     """(architecture, symbol) -> threads of __launch_bounds__, from -elf."""
-    found, arch, symbol, wanted = {}, "", "", False
+    found, symbol, wanted = {}, "", False
     for line in lines:
         if line.startswith("arch ="):
             arch = line.split()[-1]
@@ -232,9 +233,11 @@ class Instruction:
         return bool(self.predicate) or "," in self.operands
 
 
-def parse_sass(lines: Iterable[str]) -> Iterator[tuple[str, str, list[Instruction]]]:
+def parse_sass(
+    lines: Iterable[str], arch: str = ""
+) -> Iterator[tuple[str, str, list[Instruction]]]:
     """(architecture, symbol, instructions) of each kernel, from -sass."""
-    arch, symbol, code = "", "", []
+    symbol, code = "", []
     for line in lines:
         instruction = _INSTRUCTION.match(line)
         if instruction:
@@ -566,6 +569,20 @@ def resources(module: Path) -> dict[tuple[str, str], Resources]:
     return parse_resources(_lines(module, "--dump-resource-usage"))
 
 
+def _kernel(arch: str, symbol: str, code: list[Instruction], use: Resources) -> Kernel:
+    loop = main_loop(code)
+    return Kernel(
+        arch,
+        symbol,
+        name_of(symbol),
+        use,
+        count(code),
+        count(loop.code) if loop else None,
+        loop.contains if loop else 0,
+        tile_loop(code),
+    )
+
+
 def kernels(module: Path, archs: Iterable[str], pattern: str = "") -> list[Kernel]:
     """The kernels of these architectures whose readable name the expression `pattern` finds."""
     use = resources(module)
@@ -574,19 +591,17 @@ def kernels(module: Path, archs: Iterable[str], pattern: str = "") -> list[Kerne
         threads = parse_max_threads(_lines(module, "-elf", "-arch", wanted))
         for arch, symbol, code in parse_sass(_lines(module, "-sass", "-arch", wanted)):
             name = name_of(symbol)
-            if not re.search(pattern, f"{name.source} {name}"):
-                continue
-            loop = main_loop(code)
-            found.append(
-                Kernel(
-                    arch,
-                    symbol,
-                    name,
-                    replace(use[arch, symbol], max_threads=threads.get((arch, symbol))),
-                    count(code),
-                    count(loop.code) if loop else None,
-                    loop.contains if loop else 0,
-                    tile_loop(code),
-                )
-            )
+            if re.search(pattern, f"{name.source} {name}"):
+                limit = threads.get((arch, symbol))
+                whole = replace(use[arch, symbol], max_threads=limit)
+                found.append(_kernel(arch, symbol, code, whole))
     return found
+
+
+def only_kernel(binary: Path, arch: str) -> Kernel:
+    """The kernel of a file that has one, for one architecture."""
+    use = parse_resources(_lines(binary, "--dump-resource-usage"), arch)
+    threads = parse_max_threads(_lines(binary, "-elf"), arch)
+    ((arch, symbol, code),) = parse_sass(_lines(binary, "-sass"), arch)
+    limit = threads.get((arch, symbol))
+    return _kernel(arch, symbol, code, replace(use[arch, symbol], max_threads=limit))

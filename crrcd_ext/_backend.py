@@ -6,28 +6,39 @@ The argument ``backend=`` decides, then set_backend or use_backend, then CRRCD_B
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
-from crrcd_ext import _schema  # noqa: F401  the operators are defined before _C gives them kernels
-
-LIBRARY = "crrcd"
+# The operators are defined before they are given kernels.
+from crrcd_ext import autograd, triton  # noqa: F401  isort: skip
+from crrcd_ext.triton import register  # noqa: F401  isort: skip
 
 
 class Compiled(NamedTuple):
-    """A backend of compiled kernels: the type of its tensors' device and the library that has its
+    """A backend of kernels: the type of its tensors' device and the library that has its
     operators."""
 
     device: str
-    library: str = LIBRARY
+    library: str = "crrcd"
 
 
-COMPILED = {"cpu": Compiled("cpu"), "cuda": Compiled("cuda")}
+COMPILED = {
+    "cpu": Compiled("cpu"),
+    "cuda": Compiled("cuda"),
+    "triton": Compiled("cpu" if triton.INTERPRETED else "cuda", "crrcd_triton"),
+}
+BACKENDS = ("reference", *COMPILED)
+"""The names for users; tests add backends of their own to ``COMPILED``."""
+
+AUTO = {"cpu": ("cpu",), "cuda": ("cuda",)}
+"""What "auto" tries, in order, by the type of the device; the last resort is the reference. The
+Triton kernels have to be asked for: some of their configurations still spill registers."""
 
 compiled = None
 """The module crrcd_ext._C, or None."""
@@ -49,18 +60,20 @@ INSTALL = (
 _environment = os.environ.get("CRRCD_BACKEND") or None
 _chosen: str | None = None
 _warned = False
+_logged: set[tuple[str, str, str]] = set()
+log = logging.getLogger("crrcd_ext")
 
 
 def available_backends() -> dict[str, str | None]:
     """Every backend by name, with None where it can run and otherwise the reason why it cannot."""
-    return {name: _why_not(name) if name in COMPILED else None for name in _names()}
-
-
-def _names() -> list[str]:
-    return ["reference", *(name for name, k in COMPILED.items() if k.library == LIBRARY)]
+    return {name: _why_not(name) for name in BACKENDS}
 
 
 def _why_not(name: str) -> str | None:
+    if name == "triton":
+        return triton.why_not()
+    if name == "reference":
+        return None
     if missing is not None:
         return f"crrcd_ext._C is not there ({missing})"
     if COMPILED[name].device == "cuda":
@@ -74,8 +87,10 @@ def _why_not(name: str) -> str | None:
 def set_backend(name: str | None) -> None:
     """Choose the backend of every later call in this process that does not name its own.
 
-    ``name`` is "auto", "reference", "cpu" or "cuda"; None gives the choice back to CRRCD_BACKEND
-    and "auto". Raises ValueError for another name, RuntimeError for one that cannot run here.
+    ``name`` is "auto", "reference", "cpu", "cuda" or "triton", or several with commas between them,
+    of which each call takes the first that can run on its tensors' device (the reference, if none
+    can), as in "cuda,triton". None gives the choice back to CRRCD_BACKEND and "auto". Raises
+    ValueError for another name, RuntimeError for a single one that cannot run here.
     """
     global _chosen
     if name is not None:
@@ -96,7 +111,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def current_backend() -> str:
-    """The choice for calls without ``backend=``: "auto" or the name of a backend."""
+    """The choice for calls without ``backend=``: "auto" or what set_backend takes."""
     return _chosen or _environment or "auto"
 
 
@@ -111,42 +126,60 @@ def resolve(operator: str, backend: str | None, device: torch.device) -> str:
     else:
         name = "auto"
     if name == "auto":
-        return _best(operator, device)
+        if device.type == "cpu" and missing is not None:
+            _warn_once()
+        return _first(operator, AUTO.get(device.type, ()), device.type)
+    if "," in name:
+        return _first(operator, tuple(name.split(",")), device.type)
     if name == "reference":
         return name
-    kernels = COMPILED[name]
-    if kernels.device != device.type:
+    expected = COMPILED[name].device
+    if expected != device.type:
+        if name == "triton" and triton.INTERPRETED:
+            expected += " (TRITON_INTERPRET=1 has the kernels run in Python; unset it for the GPU)"
         raise ValueError(
-            f"crrcd_ext.{operator}: backend {name!r}: expected tensors on {kernels.device}, got "
-            f"{device}"
+            f"crrcd_ext.{operator}: backend {name!r}: expected tensors on {expected}, got {device}"
         )
     return name
 
 
-def _best(operator: str, device: torch.device) -> str:
-    if device.type == "cpu" and missing is not None:
-        _warn_once()
-    for name, kernels in COMPILED.items():
-        if kernels.device == device.type and _why_not(name) is None:
+def _first(operator: str, names: tuple[str, ...], device: str) -> str:
+    """The first of ``names`` that can run there."""
+    for name in names:
+        if name == "reference":
+            break
+        if COMPILED[name].device == device and _why_not(name) is None:
+            _log_once(operator, device, name)
             return name
+    _log_once(operator, device, "reference")
     return "reference"
 
 
 def _require(name: str, where: str) -> None:
-    if name not in ("auto", "reference", *COMPILED):
-        names = ", ".join(["auto", *_names()])
-        raise ValueError(f"crrcd_ext.{where}: backend: expected one of {names}, got {name!r}")
-    reason = _why_not(name) if name in COMPILED else None
+    several = name.split(",")
+    for one in several:
+        if one not in BACKENDS and one not in COMPILED and (one != "auto" or len(several) > 1):
+            names = ", ".join(["auto", *BACKENDS])
+            raise ValueError(f"crrcd_ext.{where}: backend: expected one of {names}, got {one!r}")
+    reason = _why_not(name) if len(several) == 1 and name != "auto" else None
     if reason is not None:
-        remedy = f"; {INSTALL}" if missing is not None else ""
+        remedy = f"; {INSTALL}" if missing is not None and name != "triton" else ""
         raise RuntimeError(
             f"crrcd_ext.{where}: backend {name!r} is not available: {reason}{remedy}"
         )
 
 
-@torch.compiler.assume_constant_result
+def _constant(function: Callable) -> Callable:
+    """Traced code calls the function while it is traced and never breaks the graph.
+
+    This is torch.compiler.assume_constant_result, which would import the whole compiler.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant
 def _warn_once() -> bool:
-    # A constant for the compiler: traced code warns while it is traced and never breaks the graph.
     global _warned
     if not _warned:
         _warned = True
@@ -156,4 +189,12 @@ def _warn_once() -> bool:
             RuntimeWarning,
             stacklevel=4,
         )
+    return True
+
+
+@_constant
+def _log_once(operator: str, device: str, name: str) -> bool:
+    if (operator, device, name) not in _logged:
+        _logged.add((operator, device, name))
+        log.info("%s on %s: backend %s", operator, device, name)
     return True

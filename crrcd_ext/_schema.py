@@ -1,15 +1,13 @@
-"""Schemas and fake kernels of the ``crrcd::`` operators; the compiled module registers the kernels.
+"""Schemas and fake kernels of the operators, for every library that has kernels for them.
 
-They are defined here and not in C++ so that an installation without a compiler has them too, for
-tracing and export.
+``crrcd::`` has those of the compiled module, ``crrcd_triton::`` those in Triton. They are defined
+here and not in C++ so that an installation without a compiler has them too, for tracing and export.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-library = torch.library.Library("crrcd", "DEF")
 
 _MASKS = "Tensor? query_id, Tensor? key_id, Tensor? query_label, Tensor? key_label"
 _NCE_BEFORE = "Tensor query, Tensor positive, Tensor anchor"
@@ -59,10 +57,6 @@ SCHEMAS = (
     "bank_update_(Tensor(a!) bank, Tensor index, Tensor value, float momentum, bool normalize)"
     " -> ()",
 )
-"""The signatures, for the library that tests run the GPU's kernels under on the CPU too."""
-
-for _schema in SCHEMAS:
-    library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -76,15 +70,13 @@ def _gradient(needed: int, like: Tensor, shape=None) -> Tensor:
     return torch.empty(like.shape if shape is None else shape, dtype=like.dtype, device=like.device)
 
 
-@torch.library.register_fake("crrcd::relation", lib=library)
-def _(anchor, sample, weight, bias):
+def _relation(anchor, sample, weight, bias):
     pairs = (anchor.shape[0], sample.shape[0])
     inverse_norm = anchor.new_empty(pairs, dtype=wide_dtype(anchor.dtype))
     return anchor.new_empty((*pairs, weight.shape[0])), inverse_norm
 
 
-@torch.library.register_fake("crrcd::relation_backward", lib=library)
-def _(grad, relation, inverse_norm, anchor, sample, weight, need):
+def _relation_backward(grad, relation, inverse_norm, anchor, sample, weight, need):
     return (
         _gradient(need & 1, anchor),
         _gradient(need & 2, sample),
@@ -116,15 +108,28 @@ def _instance_nce(query, positive, bank, scale, offset, *rest):
     return _loss_and_gradients(rest[6], query, positive, bank, scale, offset)
 
 
-for _name, _fake in (
-    ("relation_nce", _relation_nce),
-    ("difference_nce", _difference_nce),
-    ("instance_nce", _instance_nce),
-):
-    torch.library.register_fake(f"crrcd::{_name}", _fake, lib=library)
-    torch.library.register_fake(f"crrcd::{_name}_", _fake, lib=library)
-
-
-@torch.library.register_fake("crrcd::bank_update_", lib=library)
-def _(bank, index, value, momentum, normalize):
+def _bank_update_(bank, index, value, momentum, normalize):
     return None
+
+
+_FAKES = {
+    "relation": _relation,
+    "relation_backward": _relation_backward,
+    "relation_nce": _relation_nce,
+    "relation_nce_": _relation_nce,
+    "difference_nce": _difference_nce,
+    "difference_nce_": _difference_nce,
+    "instance_nce": _instance_nce,
+    "instance_nce_": _instance_nce,
+    "bank_update_": _bank_update_,
+}
+
+
+def define(namespace: str) -> torch.library.Library:
+    """Defines the operators, with fakes and without kernels; they live as long as the result."""
+    library = torch.library.Library(namespace, "DEF")
+    for schema in SCHEMAS:
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for name, fake in _FAKES.items():
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+    return library

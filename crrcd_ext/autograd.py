@@ -1,4 +1,4 @@
-"""Derivatives of the compiled operators.
+"""Derivatives of the operators with kernels, in each library of them.
 
 The losses compute their gradients in the forward pass: a scalar loss needs nothing from backward
 but one factor. relation keeps what its own backward operator reads.
@@ -74,14 +74,6 @@ def _relation_backward(ctx, grad, library: str):
     return tuple(g if ctx.need & 1 << bit else None for bit, g in enumerate(gradients))
 
 
-torch.library.register_autograd(
-    "crrcd::relation",
-    lambda ctx, grad, _: _relation_backward(ctx, grad, "crrcd"),
-    setup_context=_keep_relation,
-    lib=_schema.library,
-)
-
-
 class Relation(torch.autograd.Function):
     """Eager relation of a library's, arguments in its order."""
 
@@ -97,7 +89,9 @@ class Relation(torch.autograd.Function):
         return (None, *_relation_backward(ctx, grad, ctx.library))
 
 
-def _loss_function(formula: Formula) -> type[torch.autograd.Function]:
+def _loss_function(
+    formula: Formula, libraries: list[torch.library.Library]
+) -> type[torch.autograd.Function]:
     """Registers the operator's derivative and returns the Function of its eager calls."""
 
     def keep(ctx, inputs, output) -> None:
@@ -125,14 +119,29 @@ def _loss_function(formula: Formula) -> type[torch.autograd.Function]:
     def function_backward(ctx, *gradients):
         return (None, *backward(ctx, *gradients))
 
-    torch.library.register_autograd(
-        f"crrcd::{formula.name}", backward, setup_context=keep, lib=_schema.library
-    )
+    for library in libraries:
+        torch.library.register_autograd(
+            f"{library.ns}::{formula.name}", backward, setup_context=keep, lib=library
+        )
     members = {"forward": staticmethod(forward), "backward": staticmethod(function_backward)}
     return type(f"{formula.name}_function", (torch.autograd.Function,), members)
 
 
-_FUNCTIONS = {f: _loss_function(f) for f in (RELATION_NCE, DIFFERENCE_NCE, INSTANCE_NCE)}
+def _relation_function(library: torch.library.Library) -> None:
+    """Registers the derivative of the library's relation."""
+    torch.library.register_autograd(
+        f"{library.ns}::relation",
+        lambda ctx, grad, _: _relation_backward(ctx, grad, library.ns),
+        setup_context=_keep_relation,
+        lib=library,
+    )
+
+
+LIBRARIES = [_schema.define(namespace) for namespace in ("crrcd", "crrcd_triton")]
+"""The operators' definitions, which live as long."""
+for _library in LIBRARIES:
+    _relation_function(_library)
+_FUNCTIONS = {f: _loss_function(f, LIBRARIES) for f in (RELATION_NCE, DIFFERENCE_NCE, INSTANCE_NCE)}
 
 
 def relation(

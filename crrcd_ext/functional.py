@@ -51,8 +51,8 @@ def relation(
         sample: X, [M, H], projected samples.
         weight: W, [R, H].
         bias: c, [R], or None.
-        backend: "auto", "reference", "cpu", "cuda"; None takes set_backend, then CRRCD_BACKEND,
-            then "auto".
+        backend: "auto", "reference", "cpu", "cuda", "triton", or several as for
+            crrcd_ext.set_backend; None takes that, then CRRCD_BACKEND, then "auto".
 
     Floating dtypes may differ: the computation runs in the type that they promote to, under
     torch.autocast in the autocast type (float64 stays as it is). Norms are float32 or better.

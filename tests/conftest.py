@@ -1,15 +1,29 @@
 """A test run without the compiled module is a failure, not a pass with skips.
 
 CRRCD_TEST_REFERENCE_ONLY=1 allows it, for work on the Python side alone.
+
+Of the operators' tests that Triton's interpreter runs, which is slow, a share is selected, always
+the same; CRRCD_TRITON_SHARE=1 takes all of them.
 """
 
 from __future__ import annotations
 
 import os
+import random
+
+# Products of numpy, which Triton's interpreter makes, are too small for several threads.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when numpy is imported, as by torch
 
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    # The interpreter runs the Triton kernels (helpers/interpreted.py). It has to be asked for
+    # before the kernels are defined.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from helpers.interpreted import INTERPRETED
 
 from crrcd_ext import _backend
 
@@ -24,6 +38,20 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             "CRRCD_TEST_REFERENCE_ONLY=1 to test the Python side alone",
             returncode=1,
         )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    share = float(os.environ.get("CRRCD_TRITON_SHARE", "0.15"))
+    drawn = random.Random(0)
+
+    def left_out(item: pytest.Item) -> bool:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        return parameters.get("backend") in INTERPRETED and drawn.random() >= share
+
+    out = [item for item in items if left_out(item)]
+    gone = set(out)
+    items[:] = [item for item in items if item not in gone]
+    config.hook.pytest_deselected(items=out)
 
 
 @pytest.fixture(autouse=True)

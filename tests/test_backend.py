@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.cases import BACKENDS, COMPILED, make, make_instance
+from helpers.interpreted import INTERPRETED
 from helpers.process import python
 
 import crrcd_ext
@@ -66,7 +67,7 @@ def test_use_backend_is_undone_by_an_error():
 
 
 def test_unknown_names():
-    message = r"backend: expected one of auto, reference, cpu, cuda, got 'hip'$"
+    message = r"backend: expected one of auto, reference, cpu, cuda, triton, got 'hip'$"
     with pytest.raises(ValueError, match=r"^crrcd_ext\.set_backend: " + message):
         crrcd_ext.set_backend("hip")
     with pytest.raises(ValueError, match=r"^crrcd_ext\.relation_nce: " + message):
@@ -104,15 +105,82 @@ def test_a_device_without_compiled_kernels_has_the_reference():
             _backend.resolve("relation", "cpu", device)
 
 
+def test_several_names_are_an_order_of_preference(monkeypatch):
+    on_gpu = _backend.COMPILED["triton"]._replace(device="cuda")
+    monkeypatch.setitem(_backend.COMPILED, "triton", on_gpu)
+    absent = {"cuda": "no device", "triton": None}
+    monkeypatch.setattr(_backend, "_why_not", absent.get)
+    cuda = torch.device("cuda")
+    assert _backend.resolve("relation", None, cuda) == "reference"
+    assert _backend.resolve("relation", "cuda,triton", cuda) == "triton"
+    absent["cuda"] = None
+    assert _backend.resolve("relation", None, cuda) == "cuda"
+    assert _backend.resolve("relation", "triton,cuda", cuda) == "triton"
+    assert _backend.resolve("relation", "reference,cuda", cuda) == "reference"
+    assert _backend.resolve("relation", "triton,cuda", torch.device("meta")) == "reference"
+    with pytest.raises(ValueError, match=r"expected one of .*, got 'hip'$"):
+        _backend.resolve("relation", "triton,hip", cuda)
+
+
+def test_the_choice_is_logged_once(monkeypatch, caplog):
+    monkeypatch.setattr(_backend, "_logged", set())
+    with caplog.at_level("INFO", logger="crrcd_ext"):
+        for _ in range(3):
+            _backend.resolve("relation", None, torch.device("cpu"))
+    assert [r.getMessage() for r in caplog.records] == [f"relation on cpu: backend {AUTO}"]
+
+
+WHY_NOT = """
+import importlib.metadata, sys, torch
+import crrcd_ext
+from crrcd_ext import _backend
+assert "triton" not in sys.modules and "torch._dynamo" not in sys.modules
+release = {release!r}
+version = importlib.metadata.version
+def look(name):
+    if name != "triton":
+        return version(name)
+    if release is None:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return release
+importlib.metadata.version = look
+torch.cuda.is_available = lambda: {gpu}
+torch.cuda.get_device_capability = lambda: (7, 5)
+print(crrcd_ext.available_backends()["triton"])
+"""
+
+
+@pytest.mark.parametrize(
+    "release, gpu, interpreted, expected",
+    [
+        (None, True, "0", "Triton is not installed (pip install triton"),
+        ("3.1.0", True, "0", "Triton 3.1.0 is too old (3.2 or newer is needed)"),
+        ("3.8.0", False, "0", "torch sees no GPU"),
+        ("3.8.0", True, "0", "the GPU is sm_75 (sm_80 or newer is needed)"),
+        ("3.8.0", False, "1", "None"),
+    ],
+)
+def test_why_triton_cannot_run(release, gpu, interpreted, expected):
+    done = python(WHY_NOT.format(release=release, gpu=gpu), TRITON_INTERPRET=interpreted)
+    assert done.stdout.startswith(expected), done.stdout + done.stderr
+
+
+@pytest.mark.skipif("triton" not in INTERPRETED, reason="about interpreted kernels")
+def test_the_interpreter_takes_no_tensors_of_a_gpu():
+    message = r"backend 'triton': expected tensors on cpu \(TRITON_INTERPRET=1 .*\), got cuda$"
+    with pytest.raises(ValueError, match=message):
+        _backend.resolve("relation", "triton", torch.device("cuda"))
+
+
 def test_meta_tensors_have_the_reference():
     anchor, sample, weight = (torch.ones(n, 5, device="meta") for n in (2, 3, 4))
     assert functional.relation(anchor, sample, weight).shape == (2, 3, 4)
 
 
 def test_available_backends():
-    assert list(crrcd_ext.available_backends()) == ["reference", "cpu", "cuda"]
+    assert list(crrcd_ext.available_backends()) == ["reference", "cpu", "cuda", "triton"]
     able = [k for k, v in crrcd_ext.available_backends().items() if v is None]
-    assert [k for k in able if k != "cuda"] == BACKENDS
+    assert [k for k in able if k not in ("cuda", "triton")] == BACKENDS
 
 
 def test_environment():
@@ -124,7 +192,8 @@ def test_environment_with_a_wrong_name():
     done = python(RESOLVE, CRRCD_BACKEND="fast")
     assert done.returncode != 0
     message = (
-        "crrcd_ext.CRRCD_BACKEND: backend: expected one of auto, reference, cpu, cuda, got 'fast'"
+        "crrcd_ext.CRRCD_BACKEND: backend: expected one of auto, reference, cpu, cuda, triton, "
+        "got 'fast'"
     )
     assert message in done.stderr
 

@@ -55,7 +55,9 @@ ALLOWED = {
     "reference": {"_schema"},
     "autograd": {"_schema"},
     "_check": {"_schema"},
-    "_backend": {"_schema"},
+    # The operators are defined and given kernels before a backend can be chosen.
+    "_backend": {"autograd", "triton"},
+    "triton": {"_schema", "_check", "reference", "triton"},
     "functional": {"_schema", "reference", "autograd", "_check", "_backend"},
     "modules": {"functional", "reference", "modules"},
     "compat": {"functional", "modules"},
@@ -96,6 +98,21 @@ def test_arrows_of_the_package(path):
     assert part in ALLOWED, f"{part}: say in this test what it may import"
     allowed = ALLOWED[part] | ({""} if part == "__main__" else set())
     assert imported(path) <= allowed, f"{path.name} imports {imported(path) - allowed}"
+
+
+KERNELS = sorted((PACKAGE / "triton" / "kernels").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.name)
+def test_triton_kernels_import_no_torch(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        for name in names:
+            known = name.split(".")[0] in ("__future__", "triton")
+            own = name == "crrcd_ext.triton" or name.startswith("crrcd_ext.triton.kernels")
+            assert known or own, f"{path.name} imports {name}"
 
 
 def test_nothing_below_functional_chooses_a_backend():

@@ -12,7 +12,8 @@ from crrcd_ext import available_backends, functional
 BACKENDS = [
     name
     for name, reason in available_backends().items()
-    if reason is None and name != "cuda"  # whose tensors are elsewhere
+    # "cuda" has its tensors elsewhere; "triton" too, or is slow (helpers.interpreted)
+    if reason is None and name not in ("cuda", "triton")
 ]
 COMPILED = [name for name in BACKENDS if name != "reference"]
 

@@ -1,0 +1,1 @@
+"""The kernels: what runs on the GPU, without a word of torch."""

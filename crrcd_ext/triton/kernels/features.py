@@ -1,0 +1,164 @@
+"""What a key is to an anchor, for a tile of keys: hidden units, relations, logits, slopes.
+
+Names of sizes: A anchors, B queries, K keys, H hidden units, F features; BN, BB, BH, BF are blocks
+of keys, queries, hidden units and features, NH and NF the numbers of such blocks.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from crrcd_ext.triton.kernels.tile import INFONCE, LOG2E, dot, kept, narrow
+
+DIRECT = tl.constexpr(0)
+"""The features of a key are its relation before it has unit length, w = W relu(P - X) + c."""
+GRAM = tl.constexpr(1)
+"""The features are hidden units, hid = relu(P - X): <q, w> = <W'q, hid> + <q, c>."""
+DIFFERENCE = tl.constexpr(2)
+"""The features are differences, x - anchor + eps. Products in float16, whose range they may leave,
+take them at unit length."""
+
+
+@triton.jit
+def positions(n, first, keys, index, INDEXED: tl.constexpr):
+    """Rows of the bank that are the keys n of a segment; those beyond its end repeat the first."""
+    n = tl.where(n < keys, n, 0).to(tl.int64) + first
+    if INDEXED:
+        return tl.load(index + n)
+    else:
+        return n
+
+
+@triton.jit
+def hidden(anchor, a, rows, at, stride, h, H, eps, FORM: tl.constexpr, WIDE: tl.constexpr):
+    """[n, h]: relu(P_a - X_n), or x_n - anchor_a + eps, of the rows at ``at``."""
+    inside = h < H
+    p = tl.load(anchor + a * H + h, mask=inside, other=0).to(WIDE)
+    x = tl.load(rows + at[:, None] * stride + h[None, :], mask=inside[None, :], other=0).to(WIDE)
+    if FORM == DIFFERENCE:
+        return tl.where(inside[None, :], x - p[None, :] + eps, 0.0)
+    else:
+        return tl.maximum(p[None, :] - x, 0.0)
+
+
+@triton.jit
+def matrix(x, row, rows, column, columns):
+    """x [rows, columns] at row (x) column, 0 outside."""
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    return tl.load(x + row[:, None] * columns + column[None, :], mask=inside, other=0)
+
+
+@triton.jit
+def relation_block(
+    anchor,
+    a,
+    rows,
+    at,
+    stride,
+    weight,
+    bias,
+    r,
+    R,
+    H,
+    hid_first,
+    weight_first,
+    BH: tl.constexpr,
+    NH: tl.constexpr,
+    NF: tl.constexpr,
+    BIAS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """w [n, r]; hid_first are the first block's hidden units [n, h] in the operands' dtype, and
+    weight_first is W' of the first block of both [h, r]."""
+    w = tl.zeros([at.shape[0], r.shape[0]], WIDE)
+    for block in tl.static_range(NH):
+        h = block * BH + tl.arange(0, BH)
+        if block == 0:
+            hid = hid_first
+        else:
+            hid = narrow(hidden(anchor, a, rows, at, stride, h, H, 0.0, DIRECT, WIDE), DTYPE)
+        if NH == 1 and NF == 1:
+            w = dot(hid, weight_first, w, PRECISION)
+        else:
+            w = dot(hid, tl.trans(matrix(weight, r, R, h, H)), w, PRECISION)
+    if BIAS:
+        w += tl.load(bias + r, mask=r < R, other=0).to(WIDE)[None, :]
+    return w
+
+
+@triton.jit
+def critic(scale, offset, pairs, normaliser, pair, valid, MODE: tl.constexpr, WIDE: tl.constexpr):
+    """(factor, beta [b]) of the logits in units of log 2, factor <q, v> - beta.
+
+    beta is infinite for pairs that do not count, which makes all their logits -inf. InfoNCE's
+    second sweep has its normaliser in it.
+    """
+    counts = tl.load(pairs + pair, mask=valid, other=0) != 0
+    beta = tl.zeros([pair.shape[0]], WIDE) + tl.load(offset).to(WIDE)
+    if MODE == INFONCE:
+        beta += tl.load(normaliser + pair, mask=valid, other=0).to(WIDE)
+    beta = tl.where(counts & valid, beta * LOG2E, float("inf"))
+    return tl.load(scale).to(WIDE) * LOG2E, beta
+
+
+@triton.jit
+def without_masked(s, n, query_block, kept_bits, words, touched, BB: tl.constexpr):
+    """Logits s [n, b] with -inf for what is no negative; see mask."""
+    if touched:
+        number = n.to(tl.int64) * words + query_block * BB // 32
+        bits = tl.load(kept_bits + number)[:, None]
+        b = tl.arange(0, BB)[None, :] + (query_block * BB) % 32
+        if BB > 32:
+            bits = tl.where(b < 32, bits, tl.load(kept_bits + number + 1)[:, None])
+        s = tl.where(((bits >> (b % 32)) & 1) != 0, s, -float("inf"))
+    return s
+
+
+@triton.jit
+def other_anchor(a, position, anchor_id, key_id, NAMED: tl.constexpr):
+    """[n] where the key is not the anchor's own row, which has no direction from it."""
+    name = position
+    if NAMED:
+        name = tl.load(key_id + position)
+    return name != tl.load(anchor_id + a)
+
+
+@triton.jit
+def mask(
+    index,
+    query_id,
+    key_id,
+    query_label,
+    key_label,
+    kept_bits,  # [tiles x BN, words] int32: queries that have the key for a negative
+    flags,  # [tiles] whether any key of the tile is none to any query
+    B,
+    words,
+    first,
+    keys,
+    INDEXED: tl.constexpr,
+    ID: tl.constexpr,
+    NAMED: tl.constexpr,
+    LABEL: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """What ids and labels mask of a segment's keys, once for all anchors: most tiles have nothing,
+    and need not even look."""
+    tile = tl.program_id(0)
+    n = tile * BN + tl.arange(0, BN)
+    position = positions(n, first, keys, index, INDEXED)
+    bit = tl.arange(0, 32)
+    touched = tl.zeros([BN], tl.int32)
+    for word in range(words):
+        b = word * 32 + bit
+        keep = tl.broadcast_to((n < keys)[:, None], [BN, 32])
+        keep = kept(
+            keep, b, B, position, query_id, key_id, query_label, key_label, ID, NAMED, LABEL, True
+        )
+        bits = tl.sum(keep.to(tl.int32) << bit[None, :], 1).to(tl.int32)
+        tl.store(kept_bits + n.to(tl.int64) * words + word, bits)
+        touched = tl.maximum(touched, tl.max((~keep & (b < B)[None, :]).to(tl.int32), 1))
+    tl.store(flags + tile, tl.max(touched, 0))

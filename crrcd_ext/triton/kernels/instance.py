@@ -1,0 +1,392 @@
+"""Embeddings against rows of the bank: keys for all queries alike, and keys of each query's own.
+
+Names of sizes: B queries, K keys, D columns; BB, BN, BD are blocks of them, ND is the number of
+blocks of columns. Logits are in units of log 2, derivatives those of the loss.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from crrcd_ext.triton.kernels.features import critic, matrix, positions
+from crrcd_ext.triton.kernels.tile import (
+    INFONCE,
+    LN2,
+    NCE,
+    NORMALISER,
+    dot,
+    grown,
+    kept,
+    log1p,
+    narrow,
+    power,
+    sigmoid,
+    softplus,
+)
+
+
+@triton.jit
+def gathered(bank, stride, position, d, D, WIDE: tl.constexpr):
+    """[n, d]: rows of the bank."""
+    inside = (d < D)[None, :]
+    return tl.load(bank + position[:, None] * stride + d[None, :], mask=inside, other=0).to(WIDE)
+
+
+@triton.jit
+def without_masked(
+    s,
+    b,
+    n,
+    B,
+    keys,
+    position,
+    query_id,
+    key_id,
+    query_label,
+    key_label,
+    ID: tl.constexpr,
+    NAMED: tl.constexpr,
+    LABEL: tl.constexpr,
+):
+    """Logits s [n, b] with -inf for what is no negative."""
+    keep = (n < keys)[:, None] & (b < B)[None, :]
+    keep = kept(
+        keep, b, B, position, query_id, key_id, query_label, key_label, ID, NAMED, LABEL, True
+    )
+    return tl.where(keep, s, -float("inf"))
+
+
+@triton.jit
+def shared(
+    query,  # [B, D]
+    bank,
+    stride,
+    index,  # [K] rows of the bank
+    scale,
+    offset,
+    pairs,  # [B] uint8: 1
+    normaliser,  # [B] logarithm of InfoNCE's normaliser
+    query_id,
+    key_id,
+    query_label,
+    key_label,
+    part_sum,  # [slices, query blocks] sums of softplus, or [slices, B] of exp(s - top)
+    part_top,  # [slices, B]
+    part_query,  # [slices, B, D]
+    part_scale,  # [slices, query blocks]
+    part_offset,  # [slices, query blocks]
+    B,
+    D,
+    keys,
+    each,  # keys of a slice
+    MODE: tl.constexpr,
+    QUERY: tl.constexpr,
+    CRITIC: tl.constexpr,
+    INDEXED: tl.constexpr,
+    ID: tl.constexpr,
+    NAMED: tl.constexpr,
+    LABEL: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
+    LIFT: tl.constexpr,
+    MOST: tl.constexpr,
+    ND: tl.constexpr,
+    BD: tl.constexpr,
+    BB: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """A slice of the keys, a block of queries, and of columns for their gradient."""
+    part = tl.program_id(0).to(tl.int64)
+    column_blocks: tl.constexpr = ND if QUERY else 1
+    query_block = tl.program_id(1) // column_blocks
+    column_block = tl.program_id(1) % column_blocks
+    b = query_block.to(tl.int64) * BB + tl.arange(0, BB)
+    own_d = column_block * BD + tl.arange(0, BD)
+    begin = part * each
+    count = tl.minimum(keys - begin, each)
+    factor, beta = critic(scale, offset, pairs, normaliser, b, b < B, MODE, WIDE)
+    query_first = matrix(query, b, B, tl.arange(0, BD), D)
+
+    d_query = tl.zeros([BB, BD], WIDE)
+    d_scale = tl.zeros([BN], WIDE)
+    d_offset = tl.zeros([BN], WIDE)
+    loss = tl.zeros([BN], WIDE)
+    linear = tl.zeros([BN], WIDE)
+    top = tl.full([BN, BB], -float("inf"), WIDE)
+    total = tl.zeros([BN, BB], WIDE)
+
+    for several in range(0, count, MOST):
+        product = tl.zeros([BN, BB // 2], WIDE)
+        for tile in range(several, tl.minimum(several + MOST, count), BN):
+            n = tile + tl.arange(0, BN)
+            position = positions(n, begin, count, index, INDEXED)
+            logit = tl.zeros([BN, BB], WIDE)
+            if ND == 1:
+                rows = narrow(gathered(bank, stride, position, own_d, D, WIDE), DTYPE)
+                logit = dot(rows, tl.trans(query_first), logit, PRECISION)
+            else:
+                for block in range(0, D, BD):
+                    d = block + tl.arange(0, BD)
+                    x = narrow(gathered(bank, stride, position, d, D, WIDE), DTYPE)
+                    logit = dot(x, tl.trans(matrix(query, b, B, d, D)), logit, PRECISION)
+            s = without_masked(
+                logit * factor - beta[None, :], b, n, B, count, position,
+                query_id, key_id, query_label, key_label, ID, NAMED, LABEL,
+            )  # fmt: skip
+            if MODE == NORMALISER:
+                top, total = grown(s, top, total, FAST)
+            else:
+                if MODE == NCE:
+                    slope, product, linear = softplus(s, product, linear, FAST)
+                else:
+                    slope = power(s, FAST)
+                if CRITIC:
+                    d_scale += tl.sum(slope * logit, 1)
+                    d_offset -= tl.sum(slope, 1)
+                if QUERY:
+                    if ND > 1:
+                        rows = narrow(gathered(bank, stride, position, own_d, D, WIDE), DTYPE)
+                    d = narrow(slope * LIFT, DTYPE)
+                    d_query = dot(tl.trans(d), rows, d_query, PRECISION)
+        if MODE == NCE:
+            loss += tl.sum(log1p(product), 1)
+
+    place = part * B + b
+    if QUERY:
+        cells = (b < B)[:, None] & (own_d < D)[None, :]
+        d_query *= factor * (LN2 / LIFT)
+        tl.store(part_query + place[:, None] * D + own_d[None, :], d_query, mask=cells)
+    if MODE == NORMALISER:
+        most = tl.max(top, 0)
+        base = tl.where(most == -float("inf"), 0.0, most)
+        total = tl.sum(total * power(top - base[None, :], FAST), 0)
+        tl.store(part_sum + place, total, mask=b < B)
+        tl.store(part_top + place, most * LN2, mask=b < B)
+    if column_block == 0:
+        cell = part * (tl.num_programs(1) // column_blocks) + query_block
+        if MODE == NCE:
+            tl.store(part_sum + cell, tl.sum(loss + linear * LN2, 0))
+        if CRITIC:
+            tl.store(part_scale + cell, tl.sum(d_scale, 0))
+            tl.store(part_offset + cell, tl.sum(d_offset, 0))
+
+
+@triton.jit
+def shared_rows(
+    query,
+    bank,
+    stride,
+    index,
+    scale,
+    offset,
+    pairs,
+    normaliser,
+    query_id,
+    key_id,
+    query_label,
+    key_label,
+    d_rows,  # [keys, D]
+    B,
+    D,
+    first,
+    keys,
+    MODE: tl.constexpr,
+    INDEXED: tl.constexpr,
+    ID: tl.constexpr,
+    NAMED: tl.constexpr,
+    LABEL: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
+    LIFT: tl.constexpr,
+    ND: tl.constexpr,
+    BD: tl.constexpr,
+    BB: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """A tile of a segment's keys meets all queries: a block of columns of the keys' gradient."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    own_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    position = positions(n, first, keys, index, INDEXED)
+    if ND == 1:
+        rows = narrow(gathered(bank, stride, position, own_d, D, WIDE), DTYPE)
+    d_row = tl.zeros([BN, BD], WIDE)
+    for query_block in range(0, B, BB):
+        b = query_block + tl.arange(0, BB).to(tl.int64)
+        logit = tl.zeros([BN, BB], WIDE)
+        q = matrix(query, b, B, own_d, D)
+        if ND == 1:
+            logit = dot(rows, tl.trans(q), logit, PRECISION)
+        else:
+            for block in range(0, D, BD):
+                d = block + tl.arange(0, BD)
+                x = narrow(gathered(bank, stride, position, d, D, WIDE), DTYPE)
+                logit = dot(x, tl.trans(matrix(query, b, B, d, D)), logit, PRECISION)
+        factor, beta = critic(scale, offset, pairs, normaliser, b, b < B, MODE, WIDE)
+        s = without_masked(
+            logit * factor - beta[None, :], b, n, B, keys, position,
+            query_id, key_id, query_label, key_label, ID, NAMED, LABEL,
+        )  # fmt: skip
+        if MODE == INFONCE:
+            slope = power(s, FAST)
+        else:
+            slope, _ = sigmoid(s, FAST)
+        d_row = dot(narrow(slope * LIFT, DTYPE), q, d_row, PRECISION)
+    cells = (n < keys)[:, None] & (own_d < D)[None, :]
+    d_row *= tl.load(scale).to(WIDE) / LIFT
+    tl.store(d_rows + n.to(tl.int64)[:, None] * D + own_d[None, :], d_row, mask=cells)
+
+
+@triton.jit
+def own(
+    query,  # [B, D]
+    bank,
+    stride,
+    index,  # [B, K] rows of the bank
+    index_stride,
+    index_step,
+    scale,
+    offset,
+    pairs,
+    normaliser,
+    query_id,
+    key_id,
+    query_label,
+    key_label,
+    part_sum,  # [slices, B] sums of softplus, or of exp(s - top)
+    part_top,  # [slices, B]
+    part_query,  # [slices, B, D]
+    part_scale,  # [slices, B]
+    part_offset,  # [slices, B]
+    slopes,  # [B, K] derivatives of the loss by the logits
+    B,
+    D,
+    keys,
+    each,
+    MODE: tl.constexpr,
+    QUERY: tl.constexpr,
+    CRITIC: tl.constexpr,
+    SLOPES: tl.constexpr,
+    ID: tl.constexpr,
+    NAMED: tl.constexpr,
+    LABEL: tl.constexpr,
+    WIDE: tl.constexpr,
+    FAST: tl.constexpr,
+    MOST: tl.constexpr,
+    ND: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """One query, a slice of its keys. QUERY is for rows that are one block of columns."""
+    part = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    begin = part * each
+    count = tl.minimum(keys - begin, each)
+    factor, beta = critic(scale, offset, pairs, normaliser, b, b < B, MODE, WIDE)
+    first_d = tl.arange(0, BD)
+    query_first = matrix(query, b, B, first_d, D).to(WIDE)
+
+    # Each place of a tile has sums of its own, which meet at the end.
+    d_query = tl.zeros([BN, BD], WIDE)
+    d_scale = tl.zeros([BN, 1], WIDE)
+    d_offset = tl.zeros([BN, 1], WIDE)
+    loss = tl.zeros([BN, 1], WIDE)
+    linear = tl.zeros([BN, 1], WIDE)
+    top = tl.full([BN, 1], -float("inf"), WIDE)
+    total = tl.zeros([BN, 1], WIDE)
+
+    for several in range(0, count, MOST):
+        product = tl.zeros([BN, 1], WIDE)
+        for tile in range(several, tl.minimum(several + MOST, count), BN):
+            n = tile + tl.arange(0, BN)
+            present = n < count
+            at = index + b * index_stride + (begin + n) * index_step
+            position = tl.load(at, mask=present, other=0)
+            if ND == 1:
+                rows = gathered(bank, stride, position, first_d, D, WIDE)
+                logit = tl.sum(rows * query_first, 1)[:, None]
+            else:
+                logit = tl.zeros([BN, 1], WIDE)
+                for block in range(0, D, BD):
+                    d = block + first_d
+                    x = gathered(bank, stride, position, d, D, WIDE)
+                    logit += tl.sum(x * matrix(query, b, B, d, D).to(WIDE), 1)[:, None]
+            s = without_masked(
+                logit * factor - beta[None, :], b, n, B, count, position,
+                query_id, key_id, query_label, key_label, ID, NAMED, LABEL,
+            )  # fmt: skip
+            if MODE == NORMALISER:
+                top, total = grown(s, top, total, FAST)
+            else:
+                if MODE == NCE:
+                    slope, e = sigmoid(s, FAST)
+                    product = product * e + (product + e)
+                    linear += tl.maximum(s, 0.0)
+                else:
+                    slope = power(s, FAST)
+                if CRITIC:
+                    d_scale += slope * logit
+                    d_offset -= slope
+                if QUERY:
+                    d_query += slope * rows
+                if SLOPES:
+                    cells = slopes + b * keys + begin + n
+                    tl.store(cells[:, None], slope, mask=present[:, None])
+        if MODE == NCE:
+            loss += log1p(product)
+
+    place = part * B + b
+    if QUERY:
+        gradient = tl.sum(d_query, 0)[None, :] * (factor * LN2)
+        cells = (first_d < D)[None, :]
+        tl.store(part_query + place[:, None] * D + first_d[None, :], gradient, mask=cells)
+    if MODE == NORMALISER:
+        most = tl.max(top, 0)
+        base = tl.where(most == -float("inf"), 0.0, most)
+        tl.store(part_sum + place, tl.sum(total * power(top - base[None, :], FAST), 0))
+        tl.store(part_top + place, most * LN2)
+    if MODE == NCE:
+        tl.store(part_sum + place, tl.sum(loss + linear * LN2, 0))
+    if CRITIC:
+        tl.store(part_scale + place, tl.sum(d_scale, 0))
+        tl.store(part_offset + place, tl.sum(d_offset, 0))
+
+
+@triton.jit
+def own_query(
+    slopes,  # [B, K]
+    bank,
+    stride,
+    index,
+    index_stride,
+    index_step,
+    scale,
+    part_query,  # [slices, B, D]
+    B,
+    D,
+    keys,
+    each,
+    WIDE: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """The queries' gradient of rows of several blocks: a query, a slice of its keys, a block."""
+    b = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1).to(tl.int64)
+    d = tl.program_id(2) * BD + tl.arange(0, BD)
+    begin = part * each
+    count = tl.minimum(keys - begin, each)
+    d_query = tl.zeros([BN, BD], WIDE)
+    for tile in range(0, count, BN):
+        n = begin + tile + tl.arange(0, BN)
+        present = n < begin + count
+        at = index + b * index_stride + n * index_step
+        position = tl.load(at, mask=present, other=0)
+        slope = tl.load(slopes + b * keys + n, mask=present, other=0)
+        d_query += slope[:, None] * gathered(bank, stride, position, d, D, WIDE)
+    gradient = tl.sum(d_query, 0) * tl.load(scale).to(WIDE)
+    tl.store(part_query + (part * B + b) * D + d, gradient, mask=d < D)

@@ -1,0 +1,258 @@
+"""Second pass, where keys or anchors want a gradient: a tile of keys meets all anchors."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from crrcd_ext.triton.kernels.features import (
+    DIFFERENCE,
+    DIRECT,
+    GRAM,
+    critic,
+    hidden,
+    matrix,
+    other_anchor,
+    positions,
+    relation_block,
+    without_masked,
+)
+from crrcd_ext.triton.kernels.tile import INFONCE, LN2, dot, narrow, number, power, sigmoid
+
+
+@triton.jit
+def slopes(
+    query,
+    query_bias,
+    anchor,
+    rows,
+    stride,
+    at,
+    position,
+    weight,
+    bias,
+    eps,
+    pairs,
+    normaliser,
+    touched,
+    kept_bits,  # of the keys, see mask
+    words,
+    anchor_id,
+    key_id,
+    root,
+    scale,
+    offset,
+    A,
+    B,
+    F,
+    H,
+    R,
+    a,
+    query_block,
+    n,
+    keys,
+    weight_first,
+    FORM: tl.constexpr,
+    MODE: tl.constexpr,
+    BIAS: tl.constexpr,
+    NAMED: tl.constexpr,
+    ANCHORS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
+    NF: tl.constexpr,
+    NH: tl.constexpr,
+    NR: tl.constexpr,
+    BF: tl.constexpr,
+    BH: tl.constexpr,
+    BR: tl.constexpr,
+    BB: tl.constexpr,
+):
+    """(d, f): derivatives [n, b] of the loss by <query, feature>, and the last block of features.
+
+    Logits once more, with the keys first, which is how the products want their derivatives.
+    """
+    UNIT: tl.constexpr = FORM == DIFFERENCE and tl.float16 == DTYPE
+    b = query_block * BB + tl.arange(0, BB)
+    pair = a * B + b
+    query_row = query + a * B * F
+    logit = tl.zeros([n.shape[0], BB], WIDE)
+    if FORM == DIRECT:
+        h = tl.arange(0, BH)
+        hid = narrow(hidden(anchor, a, rows, at, stride, h, H, eps, FORM, WIDE), DTYPE)
+    for block in tl.static_range(NF):
+        columns = block * BF + tl.arange(0, BF)
+        if FORM == DIRECT:
+            f = relation_block(
+                anchor, a, rows, at, stride, weight, bias, columns, R, H, hid, weight_first,
+                BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION,
+            )  # fmt: skip
+        else:
+            f = hidden(anchor, a, rows, at, stride, columns, F, eps, FORM, WIDE)
+            if UNIT:
+                f *= root[:, None]
+        q = matrix(query_row, b, B, columns, F)
+        logit = dot(narrow(f, DTYPE), tl.trans(q), logit, PRECISION)
+    if FORM == GRAM and BIAS:
+        logit += tl.load(query_bias + pair, mask=b < B, other=0).to(WIDE)[None, :]
+    critic_scale, beta = critic(scale, offset, pairs, normaliser, pair, b < B, MODE, WIDE)
+    left = tl.full([n.shape[0]], 1.0, WIDE) if UNIT else root  # of the norm, after the product
+    s = logit * (left * critic_scale)[:, None] - beta[None, :]
+    if FORM == DIFFERENCE:
+        present = root != 0
+        if ANCHORS:
+            present = present & other_anchor(a, position, anchor_id, key_id, NAMED)
+        s = tl.where(present[:, None], s, -float("inf"))
+    s = without_masked(s, n, query_block, kept_bits, words, touched, BB)
+    if MODE == INFONCE:
+        slope = power(s, FAST)
+    else:
+        slope, _ = sigmoid(s, FAST)
+    return slope * (left * critic_scale * LN2)[:, None], f
+
+
+@triton.jit
+def keys(
+    query,
+    query_bias,
+    anchor,
+    rows,
+    stride,
+    index,
+    weight,
+    bias,
+    gram,  # [H, H] W'W
+    gram_bias,  # [H] W'c
+    scale,
+    offset,
+    pairs,
+    normaliser,
+    flags,
+    kept_bits,  # of the keys, see mask
+    words,
+    anchor_id,
+    key_id,
+    inverse_norm,
+    coefficient,
+    d_rows,  # [keys, H] gradient of what the rows hold
+    part_anchor,  # [tiles, A, H]
+    A,
+    B,
+    F,
+    H,
+    R,
+    first,
+    keys,
+    FORM: tl.constexpr,
+    MODE: tl.constexpr,
+    ROWS: tl.constexpr,
+    ANCHOR: tl.constexpr,
+    GATHER: tl.constexpr,
+    INDEXED: tl.constexpr,
+    BIAS: tl.constexpr,
+    NAMED: tl.constexpr,
+    ANCHORS: tl.constexpr,
+    EPS: tl.constexpr,  # not a number, which would come in float32
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
+    NF: tl.constexpr,
+    NH: tl.constexpr,
+    NR: tl.constexpr,
+    NB: tl.constexpr,
+    BF: tl.constexpr,
+    BH: tl.constexpr,
+    BR: tl.constexpr,
+    BB: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """A tile of keys, a block of hidden units.
+
+    With w the key's features, d_w = sum_b d q + coefficient w, and through W to the hidden units;
+    in the Gram form W'w = W'W hid + W'c.
+    """
+    UNIT: tl.constexpr = FORM == DIFFERENCE and tl.float16 == DTYPE
+    tile = tl.program_id(0)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    n = tile * BN + tl.arange(0, BN)
+    position = positions(n, first, keys, index, INDEXED)
+    at = position if GATHER else tl.where(n < keys, n, 0).to(tl.int64)
+    touched = tl.load(flags + tile) != 0
+    weight_first = tl.zeros([BH, BR], DTYPE)
+    if FORM == DIRECT and NF == 1:
+        weight_first = tl.trans(matrix(weight, tl.arange(0, BR), R, tl.arange(0, BH), H))
+    gram_first = tl.zeros([BH, BH], DTYPE)
+    if FORM == GRAM and NH == 1:
+        gram_first = matrix(gram, h, H, h, H)
+
+    d_x = tl.zeros([BN, BH], WIDE)
+    for anchor_number in range(A):
+        a = number(anchor_number)
+        place = a * keys + n
+        root = tl.load(inverse_norm + place, mask=n < keys, other=0)
+        c = tl.load(coefficient + place, mask=n < keys, other=0)
+        own = hidden(anchor, a, rows, at, stride, h, H, EPS, FORM, WIDE)
+        if FORM != DIFFERENCE:
+            own = narrow(own, DTYPE)  # as the products have it, in half the registers
+        d_hid = tl.zeros([BN, BH], WIDE)
+        if FORM == GRAM:
+            for block in tl.static_range(NH):
+                if NH == 1:
+                    d_hid = dot(own, gram_first, d_hid, PRECISION)
+                else:
+                    columns = block * BH + tl.arange(0, BH)
+                    x = hidden(anchor, a, rows, at, stride, columns, H, EPS, FORM, WIDE)
+                    d_hid = dot(narrow(x, DTYPE), matrix(gram, columns, H, h, H), d_hid, PRECISION)
+            if BIAS:
+                d_hid += tl.load(gram_bias + h, mask=h < H, other=0).to(WIDE)[None, :]
+            d_hid *= c[:, None]
+        for query_block in tl.static_range(NB):
+            d, f = slopes(
+                query, query_bias, anchor, rows, stride, at, position, weight, bias, EPS, pairs,
+                normaliser, touched, kept_bits, words, anchor_id, key_id,
+                root, scale, offset, A, B, F, H, R, a, query_block, n, keys,
+                weight_first, FORM, MODE, BIAS, NAMED, ANCHORS,
+                DTYPE, WIDE, PRECISION, FAST, NF, NH, NR, BF, BH, BR, BB,
+            )  # fmt: skip
+            d = narrow(d, DTYPE)
+            b = query_block * BB + tl.arange(0, BB)
+            query_row = query + a * B * F
+            if FORM == DIRECT:
+                for block in tl.static_range(NF):
+                    r = block * BF + tl.arange(0, BF)
+                    d_w = dot(d, matrix(query_row, b, B, r, F), tl.zeros([BN, BF], WIDE), PRECISION)
+                    if query_block == 0:
+                        if NF > 1:
+                            first_h = tl.arange(0, BH)
+                            x = hidden(anchor, a, rows, at, stride, first_h, H, EPS, FORM, WIDE)
+                            f = relation_block(
+                                anchor, a, rows, at, stride, weight, bias, r, R, H,
+                                narrow(x, DTYPE), weight_first,
+                                BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION,
+                            )  # fmt: skip
+                        d_w += c[:, None] * f
+                    if NF == 1 and NH == 1:
+                        d_hid = dot(narrow(d_w, DTYPE), tl.trans(weight_first), d_hid, PRECISION)
+                    else:
+                        d_hid = dot(
+                            narrow(d_w, DTYPE), matrix(weight, r, R, h, H), d_hid, PRECISION
+                        )
+            else:
+                d_hid = dot(d, matrix(query_row, b, B, h, F), d_hid, PRECISION)
+        if FORM == DIFFERENCE:
+            if UNIT:
+                d_hid *= root[:, None]
+            d_hid += c[:, None] * own
+            d_x += d_hid
+        else:
+            d_hid = tl.where(own > 0, d_hid, 0.0)
+            d_x -= d_hid
+        if ANCHOR:
+            place = (tile.to(tl.int64) * A + a) * H + h
+            total = tl.sum(d_hid, 0)
+            tl.store(part_anchor + place, -total if FORM == DIFFERENCE else total, mask=h < H)
+    if ROWS:
+        cells = (n < keys)[:, None] & (h < H)[None, :]
+        tl.store(d_rows + n.to(tl.int64)[:, None] * H + h[None, :], d_x, mask=cells)

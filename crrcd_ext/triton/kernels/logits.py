@@ -1,0 +1,309 @@
+"""First pass over the keys: logits, loss, gradient of the queries, and what the norms leave."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from crrcd_ext.triton.kernels.features import (
+    DIFFERENCE,
+    DIRECT,
+    GRAM,
+    critic,
+    hidden,
+    matrix,
+    other_anchor,
+    positions,
+    relation_block,
+    without_masked,
+)
+from crrcd_ext.triton.kernels.tile import (
+    LN2,
+    NCE,
+    NORMALISER,
+    TINY,
+    dot,
+    grown,
+    inverse_root,
+    log1p,
+    narrow,
+    power,
+    softplus,
+)
+
+
+@triton.jit
+def put(target, value, mask, ADD: tl.constexpr):
+    """Stores the value, or adds it to what the launch for the segment before left there."""
+    if ADD:
+        value += tl.load(target, mask=mask)
+    tl.store(target, value, mask=mask)
+
+
+@triton.jit
+def norms(
+    anchor,
+    rows,
+    stride,
+    index,
+    weight,
+    bias,
+    inverse_norm,  # [A, keys]
+    A,
+    H,
+    R,
+    first,
+    keys,
+    tiles,
+    GATHER: tl.constexpr,
+    INDEXED: tl.constexpr,
+    BIAS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
+    NH: tl.constexpr,
+    NR: tl.constexpr,
+    BH: tl.constexpr,
+    BR: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """1 / |W relu(P_a - X_n) + c| of one anchor and a slice of the segment's keys. The Gram form
+    has no other use of relations, and registers for more in one kernel there are not."""
+    part = tl.program_id(0)
+    a = tl.program_id(1).to(tl.int64)
+    h = tl.arange(0, BH)
+    weight_first = tl.trans(matrix(weight, tl.arange(0, BR), R, h, H))
+    begin = part * tiles
+    for tile in range(begin, tl.minimum(begin + tiles, tl.cdiv(keys, BN))):
+        n = tile * BN + tl.arange(0, BN)
+        position = positions(n, first, keys, index, INDEXED)
+        at = position if GATHER else tl.where(n < keys, n, 0).to(tl.int64)
+        hid = narrow(hidden(anchor, a, rows, at, stride, h, H, 0.0, GRAM, WIDE), DTYPE)
+        square = tl.zeros([BN], WIDE)
+        for block in tl.static_range(NR):
+            r = block * BR + tl.arange(0, BR)
+            w = relation_block(
+                anchor, a, rows, at, stride, weight, bias, r, R, H, hid, weight_first,
+                BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION,
+            )  # fmt: skip
+            square += tl.sum(w * w, 1)
+        tl.store(inverse_norm + a * keys + n, inverse_root(square, FAST), mask=n < keys)
+
+
+@triton.jit
+def logits(
+    query,  # [A, B, F] what meets the features: q, W'q or the queries' directions
+    query_bias,  # [A, B] <q, c>, GRAM with BIAS
+    anchor,  # [A, H]
+    rows,  # [.., H] projected keys of the segment, or rows of the bank
+    stride,
+    index,  # [K] rows of the bank
+    weight,  # [R, H]
+    bias,  # [R]
+    scale,
+    offset,
+    pairs,  # [A, B] uint8: which pairs count
+    normaliser,  # [A, B] logarithm of InfoNCE's normaliser
+    flags,  # [tiles] of keys that masks touch
+    kept_bits,  # of the keys, see mask
+    words,
+    anchor_id,
+    key_id,
+    part_sum,  # [slices, query blocks, A] sums of softplus, or [slices, A, B] of exp(s - top)
+    part_top,  # [slices, A, B]
+    part_query,  # [slices, A, B, F] gradient of ``query``
+    part_bias,  # [slices, A, B] gradient of ``query_bias``
+    part_scale,  # [slices, query blocks, A]
+    part_offset,  # [slices, query blocks, A]
+    inverse_norm,  # [A, keys], in the Gram form those of norms
+    coefficient,  # [query blocks, A, keys] what a norm's gradient is a multiple of
+    A,
+    B,
+    F,
+    H,
+    R,
+    first,
+    keys,
+    tiles,  # of keys, for each slice
+    FORM: tl.constexpr,
+    MODE: tl.constexpr,
+    QUERY: tl.constexpr,
+    NORM: tl.constexpr,
+    CRITIC: tl.constexpr,
+    GATHER: tl.constexpr,
+    INDEXED: tl.constexpr,
+    BIAS: tl.constexpr,
+    NAMED: tl.constexpr,
+    ANCHORS: tl.constexpr,
+    EPS: tl.constexpr,  # not a number, which would come in float32
+    ADD: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
+    NF: tl.constexpr,
+    NH: tl.constexpr,
+    NR: tl.constexpr,
+    BF: tl.constexpr,
+    BH: tl.constexpr,
+    BR: tl.constexpr,
+    BB: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """One anchor, a slice of the segment's keys, a block of queries, a block of features."""
+    UNIT: tl.constexpr = FORM == DIFFERENCE and tl.float16 == DTYPE
+    part = tl.program_id(0)
+    a = tl.program_id(1).to(tl.int64)
+    own: tl.constexpr = NF if QUERY else 1
+    query_block = tl.program_id(2) // own
+    feature_block = tl.program_id(2) % own
+    b = query_block * BB + tl.arange(0, BB)
+    pair = a * B + b
+    first_h = tl.arange(0, BH)
+    first_f = tl.arange(0, BF)
+    first_r = tl.arange(0, BR)
+    own_f = feature_block * BF + first_f
+    critic_scale, beta = critic(scale, offset, pairs, normaliser, pair, b < B, MODE, WIDE)
+
+    # Loaded once where one block is all there is.
+    query_row = query + a * B * F
+    query_first = matrix(query_row, b, B, first_f, F)
+    weight_first = query_first
+    if FORM == DIRECT:
+        weight_first = tl.trans(matrix(weight, first_r, R, first_h, H))
+    constant = tl.zeros([BB], WIDE)
+    if FORM == GRAM and BIAS:
+        constant = tl.load(query_bias + pair, mask=b < B, other=0).to(WIDE)
+    # Features first: of products that follow each other, all have to be at least as high as wide,
+    # or Triton gives each warp a column of them, and every warp all of the first's left side.
+    d_query = tl.zeros([BF, BB], WIDE)
+    d_constant = tl.zeros([BB], WIDE)
+    d_scale = tl.zeros([BN], WIDE)
+    d_offset = tl.zeros([BN], WIDE)
+    product = tl.zeros([BN, BB // 2], WIDE)
+    linear = tl.zeros([BN], WIDE)
+    top = tl.full([BN, BB], -float("inf"), WIDE)
+    total = tl.zeros([BN, BB], WIDE)
+
+    begin = part * tiles
+    for tile in range(begin, tl.minimum(begin + tiles, tl.cdiv(keys, BN))):
+        n = tile * BN + tl.arange(0, BN)
+        position = positions(n, first, keys, index, INDEXED)
+        at = position if GATHER else tl.where(n < keys, n, 0).to(tl.int64)
+
+        square = tl.zeros([BN], WIDE)
+        logit = tl.zeros([BN, BB], WIDE)
+        f = query_first
+        if FORM == DIFFERENCE:
+            if UNIT:
+                for block in tl.static_range(NF):
+                    columns = block * BF + first_f
+                    x = hidden(anchor, a, rows, at, stride, columns, F, EPS, FORM, WIDE)
+                    square += tl.sum(x * x, 1)
+                root = inverse_root(square, FAST)
+            for block in tl.static_range(NF):
+                columns = block * BF + first_f
+                x = hidden(anchor, a, rows, at, stride, columns, F, EPS, FORM, WIDE)
+                if UNIT:
+                    x *= root[:, None]
+                else:
+                    square += tl.sum(x * x, 1)
+                f = narrow(x, DTYPE)
+                q = query_first if NF == 1 else matrix(query_row, b, B, columns, F)
+                logit = dot(f, tl.trans(q), logit, PRECISION)
+        elif FORM == DIRECT:
+            hid = narrow(hidden(anchor, a, rows, at, stride, first_h, H, EPS, FORM, WIDE), DTYPE)
+            for block in tl.static_range(NR):
+                r = block * BR + first_r
+                w = relation_block(
+                    anchor, a, rows, at, stride, weight, bias, r, R, H, hid, weight_first,
+                    BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION,
+                )  # fmt: skip
+                square += tl.sum(w * w, 1)
+                f = narrow(w, DTYPE)
+                q = query_first if NF == 1 else matrix(query_row, b, B, r, F)
+                logit = dot(f, tl.trans(q), logit, PRECISION)
+        else:
+            for block in tl.static_range(NH):
+                h = block * BH + first_h
+                f = narrow(hidden(anchor, a, rows, at, stride, h, H, EPS, FORM, WIDE), DTYPE)
+                q = query_first if NF == 1 else matrix(query_row, b, B, h, F)
+                logit = dot(f, tl.trans(q), logit, PRECISION)
+            if BIAS:
+                logit += constant[None, :]
+
+        if FORM == GRAM:
+            root = tl.load(inverse_norm + a * keys + n, mask=n < keys, other=0)
+        else:
+            root = inverse_root(square, FAST)
+        left = tl.full([BN], 1.0, WIDE) if UNIT else root  # of the norm, after the product
+        # In units of log 2, for the logits alone: derivatives are those of the loss.
+        s = logit * (left * critic_scale)[:, None] - beta[None, :]
+        if FORM == DIFFERENCE:
+            # What is not a number counts, so that it shows in the loss.
+            present = (square > TINY) | (square != square)
+            if ANCHORS:
+                present = present & other_anchor(a, position, anchor_id, key_id, NAMED)
+            s = tl.where(present[:, None], s, -float("inf"))
+        touched = tl.load(flags + tile) != 0
+        s = without_masked(s, n, query_block, kept_bits, words, touched, BB)
+
+        if MODE == NORMALISER:
+            top, total = grown(s, top, total, FAST)
+        else:
+            if MODE == NCE:
+                slope, product, linear = softplus(s, product, linear, FAST)
+            else:
+                slope = power(s, FAST)
+            factor = left * critic_scale * LN2
+            if NORM or CRITIC:
+                across = tl.sum(slope * logit, 1)
+                d_scale += across * left
+                if NORM:
+                    seen = (n < keys) & (feature_block == 0)
+                    place = a * keys + n
+                    if FORM != GRAM:
+                        tl.store(inverse_norm + place, root, mask=seen & (query_block == 0))
+                    place += query_block.to(tl.int64) * A * keys
+                    tl.store(coefficient + place, -across * factor * root * root, mask=seen)
+            if CRITIC:
+                d_offset -= tl.sum(slope, 1)
+            if QUERY:
+                d = slope * factor[:, None]
+                if FORM == GRAM and BIAS:
+                    d_constant += tl.sum(d, 0)
+                if NF > 1:  # the block that is this program's
+                    if FORM == DIRECT:
+                        w = relation_block(
+                            anchor, a, rows, at, stride, weight, bias, own_f, R, H, hid,
+                            weight_first, BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION,
+                        )  # fmt: skip
+                        f = narrow(w, DTYPE)
+                    else:
+                        x = hidden(anchor, a, rows, at, stride, own_f, H, EPS, FORM, WIDE)
+                        f = narrow(x * root[:, None] if UNIT else x, DTYPE)
+                d_query = dot(tl.trans(f), narrow(d, DTYPE), d_query, PRECISION)
+
+    inside = b < B
+    place = part.to(tl.int64) * A * B + pair
+    first_only = inside & (feature_block == 0)
+    cell = (part * (tl.num_programs(2) // own) + query_block) * A + a
+    if QUERY:
+        cells = inside[None, :] & (own_f < F)[:, None]
+        put(part_query + place[None, :] * F + own_f[:, None], d_query, cells, ADD)
+        if FORM == GRAM and BIAS:
+            put(part_bias + place, d_constant, first_only, ADD)
+    if MODE == NORMALISER:
+        most = tl.max(top, 0)
+        base = tl.where(most == -float("inf"), 0.0, most)
+        total = tl.sum(total * power(top - base[None, :], FAST), 0)
+        tl.store(part_sum + place, total, mask=first_only)
+        tl.store(part_top + place, most * LN2, mask=first_only)
+    if feature_block == 0:
+        if MODE == NCE:
+            loss = tl.sum(tl.sum(log1p(product), 1) + linear * LN2, 0)
+            put(part_sum + cell, loss, None, ADD)
+        if CRITIC:
+            put(part_scale + cell, tl.sum(d_scale, 0), None, ADD)
+            put(part_offset + cell, tl.sum(d_offset, 0), None, ADD)

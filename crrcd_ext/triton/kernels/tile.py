@@ -1,0 +1,182 @@
+"""What all kernels share: rounding, products, the loss of a logit, reading rows and masks."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from crrcd_ext.triton import INTERPRETED as _INTERPRETED
+
+INTERPRETED = tl.constexpr(_INTERPRETED)
+TINY = tl.constexpr(1e-24)
+"""Squared norm up to which a vector counts as vanishing."""
+
+NCE = tl.constexpr(0)
+"""Sums of softplus, with gradients."""
+NORMALISER = tl.constexpr(1)
+"""InfoNCE's first sweep: running maximum and sum of exponentials."""
+INFONCE = tl.constexpr(2)
+"""InfoNCE's second sweep: gradients, from the logarithm of the normaliser."""
+
+
+@triton.jit
+def number(i):
+    """A loop's counter as int64, which the interpreter has as a number of Python's."""
+    return (tl.program_id(0) * 0 + i).to(tl.int64)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """x in the operands' dtype, rounded to nearest; far values of float16 stay finite."""
+    if tl.float16 == DTYPE:
+        keeps: tl.constexpr = tl.PropagateNan.ALL
+        x = tl.minimum(tl.maximum(x, -65504.0, keeps), 65504.0, keeps)
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        # The interpreter cuts off instead, and multiplies the bits of bfloat16 as integers: there
+        # rounded values stay in float32.
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        return tl.where(x == x, bits.to(tl.float32, bitcast=True), x.to(tl.float32))
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def dot(a, b, total, PRECISION: tl.constexpr):
+    """total + a b, accumulated in the type of ``total``."""
+    if INTERPRETED:
+        a = a.to(total.dtype)
+        b = b.to(total.dtype)
+    return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
+
+
+@triton.jit
+def reciprocal(x, FAST: tl.constexpr):
+    if FAST:  # a division is a subroutine
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def inverse_root(square, FAST: tl.constexpr):
+    """1 / sqrt(square), and 0 for what counts as vanishing."""
+    alive = square > TINY
+    safe = tl.where(alive, square, 1.0)
+    if FAST:
+        root = tl.inline_asm_elementwise(
+            "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [safe], dtype=tl.float32, is_pure=True, pack=1
+        )
+        root = root * (1.5 - 0.5 * safe * root * root)
+    else:
+        root = 1.0 / tl.sqrt(safe)
+    return tl.where(alive, root, 0.0)
+
+
+@triton.jit
+def power(x, FAST: tl.constexpr):
+    """2^x. Logits are kept in units of log 2, which saves a product for each of them."""
+    if FAST:  # without care for results below 1e-38
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) of x >= 0, to the last digits of small x."""
+    y = 1.0 + x
+    rounded = y - 1.0  # Kahan: what of x is left in y, whose logarithm is right for it
+    return tl.where(rounded == 0, x, tl.log(y) * (x / tl.where(rounded == 0, 1.0, rounded)))
+
+
+@triton.jit
+def sigmoid(s, FAST: tl.constexpr):
+    """Sigmoid of s log 2, and what it takes on the way, 2^-|s|."""
+    e = power(-tl.abs(s), FAST)
+    r = reciprocal(1.0 + e, FAST)
+    return tl.where(s >= 0, r, e * r), e
+
+
+@triton.jit
+def halved(x):
+    """Columns 0, 2, .. and 1, 3, .. of x, which lie side by side in a thread's registers."""
+    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+
+
+@triton.jit
+def softplus(s, product, linear, FAST: tl.constexpr):
+    """(slope, product, linear) after one more tile of logits s [n, b], in units of log 2; at
+    s = -inf nothing is added and the slope is 0.
+
+    The sum of softplus(s log 2) is the sum of log(1 + product), [n, b / 2], and log 2 times that of
+    linear, [n]: with e = 2^-|s| products of all 1 + e are kept, less the 1, so that terms far
+    below 1 are not lost and logarithms wait for the end. They grow by at most a factor of 4 a
+    tile: see MOST_TILES.
+    """
+    slope, e = sigmoid(s, FAST)
+    even, odd = halved(e)
+    both = even * odd + (even + odd)
+    product = product * both + (product + both)
+    return slope, product, linear + tl.sum(tl.maximum(s, 0.0), 1)
+
+
+@triton.jit
+def grown(s, top, total, FAST: tl.constexpr):
+    """(top, total), cell by cell the running maximum and sum of 2^(s - top), after s."""
+    higher = tl.maximum(top, s)
+    base = tl.where(higher == -float("inf"), 0.0, higher)
+    return higher, total * power(top - base, FAST) + power(s - base, FAST)
+
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+MOST_TILES = 60
+"""Tiles that a product of softplus may take before it could leave float32."""
+
+
+@triton.jit
+def differ(own, key, KEYS_FIRST: tl.constexpr):
+    """own [b] != key [n] as [b, n], or as [n, b]; or with key [b, n]."""
+    if len(key.shape) == 2:
+        return own[:, None] != key
+    elif KEYS_FIRST:
+        return own[None, :] != key[:, None]
+    else:
+        return own[:, None] != key[None, :]
+
+
+@triton.jit
+def kept(
+    keep,
+    b,
+    queries,
+    position,
+    query_id,
+    key_id,
+    query_label,
+    key_label,
+    ID: tl.constexpr,
+    NAMED: tl.constexpr,
+    LABEL: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+):
+    """keep, less the negatives that are the query's own, by their ids, or of its class.
+
+    ``position`` are rows of the bank, [n] or [b, n], of which none lies outside; with NAMED their
+    ids are in key_id.
+    """
+    if ID:
+        name = position
+        if NAMED:
+            name = tl.load(key_id + position)
+        own = tl.load(query_id + b, mask=b < queries, other=0)
+        keep = keep & differ(own, name, KEYS_FIRST)
+    if LABEL:
+        own = tl.load(query_label + b, mask=b < queries, other=0)
+        keep = keep & differ(own, tl.load(key_label + position), KEYS_FIRST)
+    return keep

@@ -1,0 +1,169 @@
+"""Third pass, where the relation's weight wants a gradient."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from crrcd_ext.triton.kernels.features import (
+    DIRECT,
+    GRAM,
+    hidden,
+    matrix,
+    positions,
+    relation_block,
+)
+from crrcd_ext.triton.kernels.keys import slopes
+from crrcd_ext.triton.kernels.logits import put
+from crrcd_ext.triton.kernels.tile import dot, narrow, number
+
+
+@triton.jit
+def gram(
+    anchor,
+    rows,
+    stride,
+    index,
+    coefficient,
+    part_gram,  # [slices, H, H] sums of coefficient hid hid', on and above the diagonal
+    part_hidden,  # [slices, H] sums of coefficient hid
+    part_total,  # [slices] sums of coefficient
+    A,
+    H,
+    first,
+    keys,
+    tiles,
+    GATHER: tl.constexpr,
+    INDEXED: tl.constexpr,
+    ADD: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BH: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """A slice of the keys' tiles, two blocks of hidden units. The norms' part of W's gradient is W
+    times the sum, which is symmetric."""
+    part = tl.program_id(0)
+    row_block = tl.program_id(1)
+    column_block = tl.program_id(2)
+    if row_block <= column_block:
+        i = row_block * BH + tl.arange(0, BH)
+        j = column_block * BH + tl.arange(0, BH)
+        outer = tl.zeros([BH, BH], WIDE)
+        once = tl.zeros([BH], WIDE)
+        total = tl.zeros([BN], WIDE)
+        begin = part * tiles
+        for tile in range(begin, tl.minimum(begin + tiles, tl.cdiv(keys, BN))):
+            n = tile * BN + tl.arange(0, BN)
+            position = positions(n, first, keys, index, INDEXED)
+            at = position if GATHER else tl.where(n < keys, n, 0).to(tl.int64)
+            for anchor_number in range(A):
+                a = number(anchor_number)
+                place = a * keys + n
+                c = tl.load(coefficient + place, mask=n < keys, other=0)
+                x = hidden(anchor, a, rows, at, stride, i, H, 0.0, GRAM, WIDE) * c[:, None]
+                y = hidden(anchor, a, rows, at, stride, j, H, 0.0, GRAM, WIDE)
+                outer = dot(tl.trans(narrow(x, DTYPE)), narrow(y, DTYPE), outer, PRECISION)
+                once += tl.sum(x, 0)
+                total += c
+        cells = (i < H)[:, None] & (j < H)[None, :]
+        place = part.to(tl.int64) * H
+        put(part_gram + (place + i)[:, None] * H + j[None, :], outer, cells, ADD)
+        if column_block == row_block:
+            put(part_hidden + place + i, once, i < H, ADD)
+        if column_block == 0:
+            put(part_total + part, tl.sum(total, 0), None, ADD)
+
+
+@triton.jit
+def weight(
+    query,
+    query_bias,
+    anchor,
+    rows,
+    stride,
+    index,
+    weight,
+    bias,
+    scale,
+    offset,
+    pairs,
+    normaliser,
+    flags,
+    kept_bits,  # of the keys, see mask
+    words,
+    inverse_norm,
+    coefficient,
+    part_weight,  # [slices, R, H]
+    part_bias,  # [slices, R]
+    A,
+    B,
+    H,
+    R,
+    first,
+    keys,
+    tiles,
+    MODE: tl.constexpr,
+    GATHER: tl.constexpr,
+    INDEXED: tl.constexpr,
+    BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
+    NH: tl.constexpr,
+    NR: tl.constexpr,
+    NB: tl.constexpr,
+    BH: tl.constexpr,
+    BR: tl.constexpr,
+    BB: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """A slice of the tiles of keys, a block of features, one of hidden units: d_w hid' as it is."""
+    part = tl.program_id(0)
+    r = tl.program_id(1) * BR + tl.arange(0, BR)
+    h = tl.program_id(2) * BH + tl.arange(0, BH)
+    weight_first = tl.zeros([BH, BR], DTYPE)
+    if NR == 1:
+        weight_first = tl.trans(matrix(weight, tl.arange(0, BR), R, tl.arange(0, BH), H))
+    outer = tl.zeros([BR, BH], WIDE)
+    once = tl.zeros([BR], WIDE)
+    begin = part * tiles
+    for tile in range(begin, tl.minimum(begin + tiles, tl.cdiv(keys, BN))):
+        n = tile * BN + tl.arange(0, BN)
+        position = positions(n, first, keys, index, INDEXED)
+        at = position if GATHER else tl.where(n < keys, n, 0).to(tl.int64)
+        touched = tl.load(flags + tile) != 0
+        for anchor_number in range(A):
+            a = number(anchor_number)
+            place = a * keys + n
+            root = tl.load(inverse_norm + place, mask=n < keys, other=0)
+            c = tl.load(coefficient + place, mask=n < keys, other=0)
+            first_h = tl.arange(0, BH)
+            x = hidden(anchor, a, rows, at, stride, first_h, H, 0.0, DIRECT, WIDE)
+            w = relation_block(
+                anchor, a, rows, at, stride, weight, bias, r, R, H, narrow(x, DTYPE), weight_first,
+                BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION,
+            )  # fmt: skip
+            d_w = c[:, None] * w
+            for query_block in tl.static_range(NB):
+                d, _ = slopes(
+                    query, query_bias, anchor, rows, stride, at, position, weight, bias, 0.0,
+                    pairs, normaliser, touched, kept_bits, words, None, None,
+                    root, scale, offset, A, B, R, H, R, a, query_block, n, keys,
+                    weight_first, DIRECT, MODE, BIAS, False, False,
+                    DTYPE, WIDE, PRECISION, FAST, NR, NH, NR, BR, BH, BR, BB,
+                )  # fmt: skip
+                b = query_block * BB + tl.arange(0, BB)
+                q = matrix(query + a * B * R, b, B, r, R)
+                d_w = dot(narrow(d, DTYPE), q, d_w, PRECISION)
+            hid = hidden(anchor, a, rows, at, stride, h, H, 0.0, DIRECT, WIDE)
+            outer = dot(tl.trans(narrow(d_w, DTYPE)), narrow(hid, DTYPE), outer, PRECISION)
+            once += tl.sum(d_w, 0)
+    cells = (r < R)[:, None] & (h < H)[None, :]
+    place = part.to(tl.int64) * R
+    put(part_weight + (place + r)[:, None] * H + h[None, :], outer, cells, ADD)
+    if tl.program_id(2) == 0:
+        put(part_bias + place + r, once, r < R, ADD)

@@ -1,0 +1,116 @@
+"""relation_nce: needs, the passes, the positives, the mean. See functional.relation_nce."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crrcd_ext._schema import wide_dtype
+from crrcd_ext.triton import critic, launch
+from crrcd_ext.triton.passes import DIRECT, GRAM, INFONCE, NCE, Masks, Passes
+
+QUERY, POSITIVE, ANCHOR, BANK, KEY_WEIGHT, WEIGHT, BIAS, SCALE, OFFSET = (1 << n for n in range(9))
+LIVE = ANCHOR | BANK | KEY_WEIGHT | WEIGHT | BIAS
+
+
+def relation_nce(*arguments) -> tuple[Tensor, ...]:
+    """``crrcd_triton::relation_nce``."""
+    return relation_nce_(*arguments)
+
+
+def relation_nce_(
+    query: Tensor,
+    positive: Tensor,
+    anchor: Tensor,
+    bank: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    offset: Tensor,
+    index: Tensor | None,
+    key_weight: Tensor | None,
+    anchor_id: Tensor | None,
+    query_id: Tensor | None,
+    key_id: Tensor | None,
+    query_label: Tensor | None,
+    key_label: Tensor | None,
+    self_pairs: bool,
+    objective: str,
+    need: int,
+    *update,
+) -> tuple[Tensor, ...]:
+    """``crrcd_triton::relation_nce_``, and without ``update`` the operator that changes nothing."""
+    critic.check_rows("relation_nce", index, bank)
+    if update:
+        critic.check_rows("relation_nce", update[0], bank)
+    inputs = (query, positive, anchor, bank, key_weight, weight, bias, scale, offset)
+    # They may come from the CPU.
+    scale, offset = scale.to(query.device), offset.to(query.device)
+    wide = wide_dtype(query.dtype)
+    types = launch.precision(query.dtype)
+    pairs = critic.kept_pairs(len(anchor), query, anchor_id, query_id, self_pairs)
+    form = GRAM if need & LIVE and types.tensor_cores else DIRECT
+    # Relations do not know how long W is; in float16 its products must not leave the range.
+    unit = 1.0
+    if form == GRAM and query.dtype == torch.float16:
+        length = weight.to(wide).norm(dim=0).amax().clamp(min=1e-30)
+        unit = torch.exp2(-torch.log2(length).round())
+        weight, bias = (x if x is None else (x.to(wide) * unit).to(x.dtype) for x in (weight, bias))
+    passes = Passes(
+        form,
+        types,
+        query.contiguous(),
+        anchor.contiguous(),
+        bank,
+        _contiguous(index),
+        scale,
+        offset,
+        Masks(
+            pairs.to(torch.uint8),
+            *map(_contiguous, (anchor_id, query_id, key_id, query_label, key_label)),
+        ),
+        weight=weight.contiguous(),
+        bias=_contiguous(bias),
+        key_weight=_contiguous(key_weight),
+        wants_query=bool(need & QUERY or (form == GRAM and need & (WEIGHT | BIAS))),
+        wants_critic=bool(need & (SCALE | OFFSET)),
+        wants_keys=bool(need & (BANK | KEY_WEIGHT)),
+        wants_anchor=bool(need & ANCHOR),
+        wants_weight=bool(need & (WEIGHT | BIAS)),
+    )
+    q, p = query.to(wide), positive.to(wide)
+    cosine = (q * p).sum(-1)
+    factor, beta = scale.to(wide), offset.to(wide)
+    positive_logit = factor * cosine - beta
+    if objective == "nce":
+        passes.run(NCE)
+        negatives = passes.loss
+    else:
+        negatives = torch.logaddexp(passes.normaliser(), positive_logit)
+        if need:
+            passes.run(INFONCE, negatives)
+    loss, slope = critic.contrast(objective, positive_logit, negatives, pairs)
+    mean = 1 / pairs.sum().clamp(min=1).to(wide)
+    by_cosine = slope * factor
+
+    def averaged(gradient: Tensor | None, positives: Tensor | float = 0.0):
+        return None if gradient is None else (gradient + positives) * mean
+
+    found = (
+        averaged(passes.d_query, by_cosine[..., None] * p) if need & QUERY else None,
+        by_cosine[..., None] * q * mean if need & POSITIVE else None,
+        averaged(passes.d_anchor),
+        averaged(passes.d_bank),
+        averaged(passes.d_key_weight),
+        averaged(passes.d_weight) * unit if need & WEIGHT else None,
+        averaged(passes.d_bias) * unit if need & BIAS else None,
+        averaged(passes.d_scale, (slope * cosine).sum()) if need & SCALE else None,
+        averaged(passes.d_offset, -slope.sum()) if need & OFFSET else None,
+    )
+    result = critic.results(query, loss * mean, need, inputs, found)
+    critic.update(bank, update)
+    return result
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
