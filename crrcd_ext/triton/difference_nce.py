@@ -102,12 +102,13 @@ def difference_nce_(
         passes.run(NCE)
         negatives = passes.loss
     else:
-        negatives = torch.logaddexp(passes.normaliser(), positive_logit)
+        negatives = torch.logaddexp(passes.normaliser(), positive_logit.double())
         if need:
             passes.run(INFONCE, negatives)
     loss, slope = critic.contrast(objective, positive_logit, negatives, pairs)
     mean = 1 / pairs.sum().clamp(min=1).to(wide)
 
+    slope = slope.to(wide)
     by_cosine = (slope * factor)[..., None]
     d_query = d_positive = d_anchor = None
     if need & (QUERY | ANCHOR):

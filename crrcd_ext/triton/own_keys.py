@@ -10,8 +10,7 @@ from torch import Tensor
 from crrcd_ext._schema import wide_dtype
 from crrcd_ext.triton import launch
 from crrcd_ext.triton.kernels import own_keys as kernels
-from crrcd_ext.triton.kernels.tile import LN2
-from crrcd_ext.triton.passes import INFONCE, NORMALISER, Masks
+from crrcd_ext.triton.passes import INFONCE, LN2, NORMALISER, Masks, shifts
 
 MOST_BYTES = 32 * 2**20
 """Of a segment's gradient of gathered rows, and of the slices' sums."""
@@ -76,7 +75,8 @@ class OwnKeys:
         return launch.blocks(tiles, tiles_each), tiles_each
 
     def normaliser(self) -> Tensor:
-        """[A, B] logarithm of the sum of exp of the negatives' logits; -inf where there is none."""
+        """[A, B] logarithm of the sum of exp of the negatives' logits, in float64; -inf where there
+        is none."""
         A, B, _ = self.query.shape
         keys = self.index.shape[1]
         slices, tiles = self._slices(keys, 1)
@@ -85,7 +85,8 @@ class OwnKeys:
             "top": self._filled(-torch.inf, slices, A, B),
         }
         self._launch(NORMALISER, None, parts, (B, slices, 1), 0, keys, tiles)
-        return (LN2.value * parts["top"] + parts["sum"].log()).logsumexp(0)
+        top, total = (parts[name].double() for name in ("top", "sum"))
+        return (LN2 * top + total.log()).logsumexp(0)
 
     def run(self, mode: int, normaliser: Tensor | None = None) -> None:
         """All that is wanted; ``loss`` with mode NCE."""
@@ -150,9 +151,7 @@ class OwnKeys:
             self.index,
             *self.index.stride(),
             self.scale,
-            self.offset,
-            self.masks.pairs,
-            normaliser,
+            shifts(self.offset, self.masks.pairs, normaliser, self.wide),
             *self.masks.tensors,
             *(parts.get(name) for name in names),
             *self.query.shape,

@@ -7,6 +7,7 @@ gradients, each norm and what its gradient is a multiple of are left for the pas
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,7 @@ from crrcd_ext.triton.kernels import weight as weight_kernels
 SEGMENT = 16384
 """Keys of a segment; a multiple of every block of keys."""
 
+LN2 = math.log(2)
 DIRECT, GRAM, DIFFERENCE = (f.value for f in (features.DIRECT, features.GRAM, features.DIFFERENCE))
 NCE, NORMALISER, INFONCE = (m.value for m in (tile.NCE, tile.NORMALISER, tile.INFONCE))
 
@@ -42,6 +44,14 @@ class Masks:
     @property
     def tensors(self) -> tuple:
         return (self.anchor_id, self.query_id, self.key_id, self.query_label, self.key_label)
+
+
+def shifts(offset: Tensor, pairs: Tensor, normaliser: Tensor | None, wide: torch.dtype) -> Tensor:
+    """[A, B] what logits are less, in units of log 2: the offset, in InfoNCE's second sweep the
+    normaliser too, and infinity for pairs that do not count. Rounded once: what it is off, all
+    logits of a pair are."""
+    beta = offset.double() if normaliser is None else offset.double() + normaliser
+    return torch.where(pairs != 0, beta / LN2, torch.inf).to(wide)
 
 
 @dataclass
@@ -226,19 +236,22 @@ class Passes:
     # ------------------------------------------------------------------------------------- passes
 
     def normaliser(self) -> Tensor:
-        """[A, B] logarithm of the sum of exp of the negatives' logits; -inf where there is none."""
+        """[A, B] logarithm of the sum of exp of the negatives' logits, in float64; -inf where there
+        is none."""
         A, B, *_ = self.sizes
+        self.beta = shifts(self.offset, self.masks.pairs, None, self.wide)
         sums = []
         for first, keys in self._segments():
             parts = self._logits(NORMALISER, first, keys, {}, self._rows(first, keys))
-            sums.append(parts["top"] + parts["sum"].log())
+            sums.append(LN2 * parts["top"].double() + parts["sum"].double().log())
         if not sums:
-            return torch.full((A, B), -torch.inf, dtype=self.wide, device=self.device)
+            return torch.full((A, B), -torch.inf, dtype=torch.float64, device=self.device)
         return torch.cat(sums).logsumexp(0)
 
     def run(self, mode: int, normaliser: Tensor | None = None) -> None:
         """All that is wanted; ``loss`` with mode NCE."""
-        self.mode, self.known = mode, normaliser
+        self.mode = mode
+        self.beta = shifts(self.offset, self.masks.pairs, normaliser, self.wide)
         A, B, F, H, _ = self.sizes
         parts: dict[str, Tensor] = {}
         sums: dict[str, Tensor] = {}
@@ -309,9 +322,7 @@ class Passes:
             self.weight,
             self.bias,
             self.scale,
-            self.offset,
-            self.masks.pairs,
-            self.known if mode == INFONCE else None,
+            self.beta,
             *self._mask(first, keys, chosen.keys),
             self.masks.anchor_id,
             self.masks.key_id,
@@ -388,9 +399,7 @@ class Passes:
             self.gram,
             self.gram_bias,
             self.scale,
-            self.offset,
-            self.masks.pairs,
-            self.known,
+            self.beta,
             *self._mask(first, keys, chosen.keys),
             self.masks.anchor_id,
             self.masks.key_id,
@@ -474,9 +483,7 @@ class Passes:
             self.weight,
             self.bias,
             self.scale,
-            self.offset,
-            self.masks.pairs,
-            self.known,
+            self.beta,
             *self._mask(first, keys, chosen.keys),
             *norms,
             *sums.values(),

@@ -86,11 +86,12 @@ def relation_nce_(
         passes.run(NCE)
         negatives = passes.loss
     else:
-        negatives = torch.logaddexp(passes.normaliser(), positive_logit)
+        negatives = torch.logaddexp(passes.normaliser(), positive_logit.double())
         if need:
             passes.run(INFONCE, negatives)
     loss, slope = critic.contrast(objective, positive_logit, negatives, pairs)
     mean = 1 / pairs.sum().clamp(min=1).to(wide)
+    slope = slope.to(wide)
     by_cosine = slope * factor
 
     def averaged(gradient: Tensor | None, positives: Tensor | float = 0.0):

@@ -105,6 +105,12 @@ def critic(scale, offset, pairs, normaliser, pair, valid, MODE: tl.constexpr, WI
 
 
 @triton.jit
+def binary(scale, WIDE: tl.constexpr):
+    """The scale of logits in units of log 2, rounded once: what it is off, all logits are."""
+    return (tl.load(scale).to(tl.float64) * LOG2E).to(WIDE)
+
+
+@triton.jit
 def without_masked(s, n, query_block, kept_bits, words, touched, BB: tl.constexpr):
     """Logits s [n, b] with -inf for what is no negative; see mask."""
     if touched:

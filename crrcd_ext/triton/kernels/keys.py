@@ -9,7 +9,7 @@ from crrcd_ext.triton.kernels.features import (
     DIFFERENCE,
     DIRECT,
     GRAM,
-    critic,
+    binary,
     hidden,
     matrix,
     other_anchor,
@@ -32,8 +32,7 @@ def slopes(
     weight,
     bias,
     eps,
-    pairs,
-    normaliser,
+    beta,
     touched,
     kept_bits,  # of the keys, see mask
     words,
@@ -41,7 +40,6 @@ def slopes(
     key_id,
     root,
     scale,
-    offset,
     A,
     B,
     F,
@@ -96,9 +94,10 @@ def slopes(
         logit = dot(narrow(f, DTYPE), tl.trans(q), logit, PRECISION)
     if FORM == GRAM and BIAS:
         logit += tl.load(query_bias + pair, mask=b < B, other=0).to(WIDE)[None, :]
-    critic_scale, beta = critic(scale, offset, pairs, normaliser, pair, b < B, MODE, WIDE)
+    critic_scale = binary(scale, WIDE)
+    less = tl.load(beta + pair, mask=b < B, other=float("inf"))
     left = tl.full([n.shape[0]], 1.0, WIDE) if UNIT else root  # of the norm, after the product
-    s = logit * (left * critic_scale)[:, None] - beta[None, :]
+    s = logit * (left * critic_scale)[:, None] - less[None, :]
     if FORM == DIFFERENCE:
         present = root != 0
         if ANCHORS:
@@ -125,9 +124,7 @@ def keys(
     gram,  # [H, H] W'W
     gram_bias,  # [H] W'c
     scale,
-    offset,
-    pairs,
-    normaliser,
+    beta,
     flags,
     kept_bits,  # of the keys, see mask
     words,
@@ -210,9 +207,9 @@ def keys(
             d_hid *= c[:, None]
         for query_block in tl.static_range(NB):
             d, f = slopes(
-                query, query_bias, anchor, rows, stride, at, position, weight, bias, EPS, pairs,
-                normaliser, touched, kept_bits, words, anchor_id, key_id,
-                root, scale, offset, A, B, F, H, R, a, query_block, n, keys,
+                query, query_bias, anchor, rows, stride, at, position, weight, bias, EPS, beta,
+                touched, kept_bits, words, anchor_id, key_id, root, scale,
+                A, B, F, H, R, a, query_block, n, keys,
                 weight_first, FORM, MODE, BIAS, NAMED, ANCHORS,
                 DTYPE, WIDE, PRECISION, FAST, NF, NH, NR, BF, BH, BR, BB,
             )  # fmt: skip

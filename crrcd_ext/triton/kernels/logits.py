@@ -9,7 +9,7 @@ from crrcd_ext.triton.kernels.features import (
     DIFFERENCE,
     DIRECT,
     GRAM,
-    critic,
+    binary,
     hidden,
     matrix,
     other_anchor,
@@ -102,15 +102,13 @@ def logits(
     weight,  # [R, H]
     bias,  # [R]
     scale,
-    offset,
-    pairs,  # [A, B] uint8: which pairs count
-    normaliser,  # [A, B] logarithm of InfoNCE's normaliser
+    beta,  # [A, B] what logits are less; see passes.shifts
     flags,  # [tiles] of keys that masks touch
     kept_bits,  # of the keys, see mask
     words,
     anchor_id,
     key_id,
-    part_sum,  # [slices, query blocks, A] sums of softplus, or [slices, A, B] of exp(s - top)
+    part_sum,  # [slices, query blocks, A] sums of softplus, or [slices, A, B] of 2^(s - top)
     part_top,  # [slices, A, B]
     part_query,  # [slices, A, B, F] gradient of ``query``
     part_bias,  # [slices, A, B] gradient of ``query_bias``
@@ -164,7 +162,8 @@ def logits(
     first_f = tl.arange(0, BF)
     first_r = tl.arange(0, BR)
     own_f = feature_block * BF + first_f
-    critic_scale, beta = critic(scale, offset, pairs, normaliser, pair, b < B, MODE, WIDE)
+    critic_scale = binary(scale, WIDE)
+    less = tl.load(beta + pair, mask=b < B, other=float("inf"))
 
     # Loaded once where one block is all there is.
     query_row = query + a * B * F
@@ -239,7 +238,7 @@ def logits(
             root = inverse_root(square, FAST)
         left = tl.full([BN], 1.0, WIDE) if UNIT else root  # of the norm, after the product
         # In units of log 2, for the logits alone: derivatives are those of the loss.
-        s = logit * (left * critic_scale)[:, None] - beta[None, :]
+        s = logit * (left * critic_scale)[:, None] - less[None, :]
         if FORM == DIFFERENCE:
             # What is not a number counts, so that it shows in the loss.
             present = (square > TINY) | (square != square)
@@ -299,7 +298,7 @@ def logits(
         base = tl.where(most == -float("inf"), 0.0, most)
         total = tl.sum(total * power(top - base[None, :], FAST), 0)
         tl.store(part_sum + place, total, mask=first_only)
-        tl.store(part_top + place, most * LN2, mask=first_only)
+        tl.store(part_top + place, most, mask=first_only)
     if feature_block == 0:
         if MODE == NCE:
             loss = tl.sum(tl.sum(log1p(product), 1) + linear * LN2, 0)

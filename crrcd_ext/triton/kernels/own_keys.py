@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crrcd_ext.triton.kernels.features import critic
+from crrcd_ext.triton.kernels.features import binary
 from crrcd_ext.triton.kernels.tile import (
     INFONCE,
     LN2,
@@ -69,15 +69,13 @@ def own_keys(
     index_stride,
     index_step,
     scale,
-    offset,
-    pairs,  # [A, B] uint8: which pairs count
-    normaliser,  # [A, B] logarithm of InfoNCE's normaliser
+    beta,  # [A, B] what logits are less; see passes.shifts
     anchor_id,
     query_id,
     key_id,
     query_label,
     key_label,
-    part_sum,  # [slices, B] sums of softplus, or [slices, A, B] of exp(s - top)
+    part_sum,  # [slices, B] sums of softplus, or [slices, A, B] of 2^(s - top)
     part_top,  # [slices, A, B]
     part_direction,  # [slices, A, B, D] gradient of ``direction``
     part_anchor,  # [slices, A, B, D] gradient of ``anchor``
@@ -121,6 +119,9 @@ def own_keys(
     block = tl.program_id(2)
     chunk = tl.arange(0, BC)[:, None] * BJ + tl.arange(0, BJ)[None, :]
     d = block * BC * BJ + chunk
+    factor = tl.load(scale).to(WIDE)
+    # Logits, and they alone, are in units of log 2.
+    binary_factor = binary(scale, WIDE)
     d_scale = tl.zeros([BA, BN], WIDE)
     d_offset = tl.zeros([BA, BN], WIDE)
     loss = tl.zeros([BA, BN], WIDE)
@@ -163,9 +164,8 @@ def own_keys(
                     along += over_features(y * of_anchors(direction + b * D, a, A, e, D, B * D, 0))
             root = inverse_root(square, FAST)
             cosine = along * root
-            # In units of log 2, for the logits alone: derivatives are those of the loss.
-            factor, beta = critic(scale, offset, pairs, normaliser, pair, inside, MODE, WIDE)
-            s = cosine * factor - beta[:, None]
+            less = tl.load(beta + pair, mask=inside, other=float("inf"))
+            s = cosine * binary_factor - less[:, None]
             # What is not a number counts, so that it shows in the loss.
             keep = present[None, :] & ((square > TINY) | (square != square))
             if ANCHORS:
@@ -193,7 +193,7 @@ def own_keys(
                 if CRITIC:
                     d_scale += slope * cosine
                     d_offset -= slope
-                by_along = slope * (factor * LN2) * root
+                by_along = slope * factor * root
                 cells = inside[:, None, None] & (d < D)[None, :, :]
                 wide_place = (place * D)[:, None, None] + d[None, :, :]
                 if DIRECTION:

@@ -87,9 +87,7 @@ def weight(
     weight,
     bias,
     scale,
-    offset,
-    pairs,
-    normaliser,
+    beta,
     flags,
     kept_bits,  # of the keys, see mask
     words,
@@ -151,8 +149,8 @@ def weight(
             for query_block in tl.static_range(NB):
                 d, _ = slopes(
                     query, query_bias, anchor, rows, stride, at, position, weight, bias, 0.0,
-                    pairs, normaliser, touched, kept_bits, words, None, None,
-                    root, scale, offset, A, B, R, H, R, a, query_block, n, keys,
+                    beta, touched, kept_bits, words, None, None, root, scale,
+                    A, B, R, H, R, a, query_block, n, keys,
                     weight_first, DIRECT, MODE, BIAS, False, False,
                     DTYPE, WIDE, PRECISION, FAST, NR, NH, NR, BR, BH, BR, BB,
                 )  # fmt: skip
