@@ -16,6 +16,7 @@ from bench.published import Queue, TwoSided, difference_scores, embed, instance_
 from bench.report import Benchmark
 from bench.steps import OPERATOR, Step, as_step
 from bench.suite import Absent
+from crrcd_ext._pages import advise_huge_pages
 
 MODULE = "crrcd_ext module"
 FUNCTIONAL = "crrcd_ext operator"
@@ -83,7 +84,8 @@ class Problem:
     """Features, heads and memories that all variants share.
 
     A step changes B rows of a memory or queue. They are put back before the next step, so that
-    every variant meets what the others met.
+    every variant meets what the others met. A variant whose modules allocate their memories
+    themselves fills those with the same rows.
     """
 
     def __init__(self, shape: Shape, job: str) -> None:
@@ -125,12 +127,19 @@ class Problem:
         for leaf in leaves.values():
             leaf.requires_grad_()
         self.saved = [memory[self.ids] for memory in self.memories]
+        self.in_use = [self.memories]
+
+    def fill(self, *memories: torch.Tensor) -> None:
+        for memory, rows in zip(memories, self.memories, strict=True):
+            memory.copy_(rows)
+        self.in_use.append(memories)
 
     def clear_gradients(self) -> None:
         for leaf in self.leaves.values():
             leaf.grad = None
-        for memory, rows in zip(self.memories, self.saved, strict=True):
-            memory[self.ids] = rows
+        for memories in self.in_use:
+            for memory, rows in zip(memories, self.saved, strict=True):
+                memory[self.ids] = rows
 
     def gradients(self) -> dict[str, torch.Tensor]:
         return {name: leaf.grad.detach().clone() for name, leaf in self.leaves.items()}
@@ -235,7 +244,7 @@ def compat_step(problem: Problem, shape: Shape, job: str, backend: str) -> Step:
     )
     criterion = {"crd": repdistiller.CRDLoss, "crcd": repdistiller.CRCDLoss}[job](opt)
     criterion.embed_s.linear, criterion.embed_t.linear = problem.heads
-    criterion.contrast.memory_v1, criterion.contrast.memory_v2 = problem.memories
+    problem.fill(criterion.contrast.memory_v1, criterion.contrast.memory_v2)
     inputs = (problem.student, problem.teacher, problem.ids, problem.read)
 
     def loss() -> torch.Tensor:
@@ -271,9 +280,9 @@ def module_step(problem: Problem, shape: Shape, job: str, backend: str) -> Step:
     others = torch.arange(shape.keys) + len(problem.ids)
     if job == "infonce":
         bank.update_(others, problem.memories[0])
+        bank.rows = problem.memories[0]
     else:
-        criterion.student_bank.rows = problem.memories[0]
-    bank.rows = problem.memories[-1]
+        problem.fill(criterion.student_bank.rows, bank.rows)
 
     def loss() -> torch.Tensor:
         if job == "infonce":
@@ -387,7 +396,8 @@ class Case(suite.Case):
         products = 4.0 * logits * shape.dim
         if self.job == "crcd":
             products += 2.0 * anchors * logits * shape.dim
-        sums = RowSums(problem.memories[-1], problem.read)
+        memory = problem.memories[-1]
+        sums = RowSums(advise_huge_pages(torch.empty_like(memory)).copy_(memory), problem.read)
         return {
             MM: (MatrixProduct("float32"), sides * products),
             EXP: (Exponentials(), float(sides * anchors * logits)),
@@ -415,7 +425,8 @@ x operator: median over rounds of this variant's time over crrcd_ext's in the sa
 torch.mm: 4 B K D operations a side (CRCD: 4 B K D + 2 A B K D, A = B) over the rate of torch.mm on
 2048 x 2048 float32 matrices. x torch.exp: one exponential a logit over the rate of torch.exp on
 numbers that stay in cache. x row sums: bytes of the candidates' rows over the rate at which
-torch.nn.functional.embedding_bag sums the same rows, which only reads. peak MB: highest resident
+torch.nn.functional.embedding_bag sums the same rows, which only reads (on huge pages, on which the
+modules' own memories are). peak MB: highest resident
 memory of one step above that before it, gradients included, from a fresh process. differs: largest
 relative L2 distance of a gradient from crrcd_ext's."""
 

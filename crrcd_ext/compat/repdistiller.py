@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from crrcd_ext import functional
+from crrcd_ext._pages import advise_huge_pages
 from crrcd_ext.modules import _checks, _counter
 
 __all__ = ["CRCDLoss", "CRDLoss"]
@@ -95,7 +96,8 @@ class ContrastMemory(nn.Module):
         self.register_buffer("params", torch.tensor(params))
         bound = 1 / math.sqrt(feat_dim / 3)
         for name in ("memory_v1", "memory_v2"):
-            rows = torch.rand(n_data, feat_dim).mul_(2 * bound).add_(-bound)
+            rows = advise_huge_pages(torch.empty(n_data, feat_dim))
+            torch.rand(n_data, feat_dim, out=rows).mul_(2 * bound).add_(-bound)
             if unit_rows:
                 rows.div_(rows.square().sum(1, keepdim=True).sqrt())
             self.register_buffer(name, rows)

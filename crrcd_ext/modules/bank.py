@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from crrcd_ext import functional
+from crrcd_ext._pages import advise_huge_pages
 from crrcd_ext.modules import _checks
 from crrcd_ext.modules._buffers import KeepsBufferDtype
 from crrcd_ext.modules.sampling import ClassTable, past, rows_below
@@ -230,7 +231,7 @@ def _at_most(k: int, most: int) -> None:
 
 
 def _random_unit_rows(num_rows: int, dim: int, dtype: torch.dtype, seed: int) -> Tensor:
-    rows = torch.empty(num_rows, dim, dtype=dtype)
+    rows = advise_huge_pages(torch.empty(num_rows, dim, dtype=dtype))
     if rows.device.type == "meta":
         return rows
     generator = torch.Generator("cpu").manual_seed(seed)

@@ -218,7 +218,7 @@ class DifferenceNce {
     p.parts = std::clamp<int64_t>(x.B * x.K / 1024, 1, most);
     const Tiling buckets = choose_buckets(x.B, x.N, std::min(threads, p.parts));
     const OwnIndex index{x.index.const_data_ptr<int64_t>(), x.index.stride(0), x.index.stride(1)};
-    sorted = sort_entries(index, x.B, 0, x.K, buckets, p.parts, true);
+    sorted = sort_entries(index, {0, x.B, 0, x.K}, buckets, p.parts);
     p.entries = static_cast<const uint32_t*>(sorted.entries.const_data_ptr());
     p.bucket_begin = sorted.tile_begin.data();
     p.part_begin = sorted.part_begin.data();

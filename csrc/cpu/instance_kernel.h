@@ -382,9 +382,10 @@ __attribute__((noinline)) void add_outer_panel(int64_t n, const int64_t* row, in
 }
 
 template <typename T, bool kMasked>
-void own_nce(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t n, NceSums<T>& sums) {
+void own_nce(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t begin, int64_t end,
+             NceSums<T>& sums) {
   const T slope = p.scale * p.gradient_scale;
-  for (int64_t i = 0; i < n; i += Simd<T>::kLanes)
+  for (int64_t i = begin; i < end; i += Simd<T>::kLanes)
     store(s.z + i, nce_step<T, kMasked>(p, load(s.z + i), load(s.keep + i), sums) * slope);
 }
 
@@ -445,12 +446,13 @@ void process_chunk(const InstanceParams<T>& p, const InstanceScratch<T>& s, cons
   const int64_t n = chunk.n, b = chunk.b;
   const T* query = p.query + b * p.ldD;
   const T* row[kChunk];
-  for (int64_t i = 0; i < n; ++i) {
-    if (in_place(p)) {
-      row[i] = static_cast<const T*>(p.bank.data) + chunk.row[i] * p.bank.row_stride;
-    } else if (chunk.tile) {
-      row[i] = chunk.tile + (chunk.row[i] - chunk.tile_first) * p.ldD;
-    } else {
+  if (in_place(p) || chunk.tile) {
+    const T* tile = chunk.tile ? chunk.tile : static_cast<const T*>(p.bank.data);
+    const int64_t first = chunk.tile ? chunk.tile_first : 0;
+    const int64_t ld = chunk.tile ? p.ldD : p.bank.row_stride;
+    for (int64_t i = 0; i < n; ++i) row[i] = tile + (chunk.row[i] - first) * ld;
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
       load_row<T>(p.bank, chunk.row[i], p.D, p.Dp, s.rows + i * p.ldD);
       row[i] = s.rows + i * p.ldD;
     }
@@ -460,7 +462,7 @@ void process_chunk(const InstanceParams<T>& p, const InstanceScratch<T>& s, cons
 #undef CRRCD_DOT
   horizontal_sums<T>(n, s.partial, s.z);
 
-  bool masked = n % kLanes != 0;
+  bool masked = false;
   for (int64_t i = 0; i < n; ++i) s.keep[i] = 1;
   if (has_masks(p))
     for (int64_t i = 0; i < n; ++i)
@@ -470,10 +472,9 @@ void process_chunk(const InstanceParams<T>& p, const InstanceScratch<T>& s, cons
       }
   for (int64_t i = n; i % kLanes != 0; ++i) s.keep[i] = s.z[i] = 0;
   if (kPass == Pass::kNce) {
-    if (masked)
-      own_nce<T, true>(p, s, n, sums);
-    else
-      own_nce<T, false>(p, s, n, sums);
+    const int64_t whole = masked ? 0 : n / kLanes * kLanes;  // the last vector may have padding
+    own_nce<T, false>(p, s, 0, whole, sums);
+    own_nce<T, true>(p, s, whole, n, sums);
   }
   if (kPass == Pass::kLogSumExp) own_log_sum_exp(p, s, b, n, part);
   if (kPass == Pass::kSoftmax) own_softmax(p, s, b, n);
@@ -523,7 +524,6 @@ void bucketed_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int6
                    NceSums<T>& sums) {
   const int64_t stop = p.part_begin[part + 1];
   const int64_t rows = tile_rows(p);
-  const auto mask = static_cast<uint32_t>(rows - 1);
   int64_t at = p.part_begin[part], tile = 0;
   for (int64_t above = p.tiles; tile + 1 < above;) {  // the last tile that begins at or before `at`
     const int64_t middle = (tile + above) / 2;
@@ -534,6 +534,7 @@ void bucketed_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int6
     const int64_t begin = at, first = tile * rows;
     const int64_t end = p.tile_begin[tile + 1] < stop ? p.tile_begin[tile + 1] : stop;
     const int64_t left = p.N - first;
+    chunk.b = p.first_query;
     chunk.tile = nullptr;
     if (!in_place(p) && end - begin >= rows) {
       for (int64_t n = 0; n < rows && n < left; ++n)
@@ -543,18 +544,21 @@ void bucketed_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int6
     // the rows of the next tile come in step with the entries of this one
     int64_t fetched = 0;
     const int64_t ahead = end == stop ? 0 : left - rows < rows ? left - rows : rows;
-    while (at < end) {
-      const uint32_t b = p.entries[at] >> p.tile_shift;
-      int64_t run = 1;
-      while (at + run < end && run < 2 * kChunk && p.entries[at + run] >> p.tile_shift == b) ++run;
-      // what is left of a run is cut into halves rather than into a chunk and a bit
-      chunk.b = b;
-      chunk.n = run <= kChunk ? run : run < 2 * kChunk ? (run + 1) / 2 : kChunk;
-      for (int64_t i = 0; i < chunk.n; ++i) chunk.row[i] = first + (p.entries[at + i] & mask);
-      at += chunk.n;
-      for (const int64_t due = ahead * (at - begin) / (end - begin); fetched < due; ++fetched)
-        prefetch_row(p.bank, first + rows + fetched, p.D);
-      process_chunk<T, kPass>(p, s, chunk, nullptr, part, sums);
+    for (const uint32_t* run = p.run_end + tile; at < end; run += p.tiles, ++chunk.b) {
+      const int64_t run_end = *run < end ? *run : end;
+      while (at < run_end) {
+        // what is left of a run is cut into halves rather than into a chunk and a bit
+        const int64_t left_of_run = run_end - at;
+        const int64_t n = left_of_run <= kChunk      ? left_of_run
+                          : left_of_run < 2 * kChunk ? (left_of_run + 1) / 2
+                                                     : kChunk;
+        for (int64_t i = 0; i < n; ++i) chunk.row[i] = first + p.entries[at + i];
+        chunk.n = n;
+        at += n;
+        for (const int64_t due = ahead * (at - begin) / (end - begin); fetched < due; ++fetched)
+          prefetch_row(p.bank, first + rows + fetched, p.D);
+        process_chunk<T, kPass>(p, s, chunk, nullptr, part, sums);
+      }
     }
   }
 }

@@ -18,8 +18,9 @@ namespace {
 constexpr const char* kOp = "instance_nce";
 constexpr double kLog2 = 0.69314718055994530942;
 
-// Entries that are sorted at a time: the list never takes more than four times as many bytes.
-constexpr int64_t kEntriesAtOnce = int64_t(1) << 22;
+// What is sorted at a time, so that the lists never take more than 8 MB: entries, of a byte, and
+// runs (those that a query has in a tile), of four.
+constexpr int64_t kEntriesAtOnce = int64_t(1) << 22, kRunsAtOnce = int64_t(1) << 20;
 
 std::atomic<int> forced_order{-1};
 
@@ -149,7 +150,7 @@ class InstanceNce {
       (shared ? p.d_rows : p.d_bank) = mutable_pointer<T>(d_bank);
     }
     if (p.order == Order::kBucketed) {
-      tiling = choose_tiling(x.B, x.N, p.Dp * static_cast<int64_t>(sizeof(T)), p.parts);
+      tiling = choose_tiling(x.N, p.Dp * static_cast<int64_t>(sizeof(T)), p.parts);
       p.tiles = tiling.tiles;
       p.tile_shift = tiling.shift;
     }
@@ -174,16 +175,20 @@ class InstanceNce {
     }
     if (x.B == 0 || x.K == 0) return;
     if (p.order != Order::kBucketed) return dispatch();
-    const int64_t columns = std::max<int64_t>(kEntriesAtOnce / x.B, 1);
-    for (int64_t first = 0; first < x.K; first += columns) {
-      const SortedEntries sorted =
-          sort_entries(own, x.B, first, std::min(first + columns, x.K), tiling, p.parts,
-                       /*whole_tiles=*/p.d_bank != nullptr);
-      p.entries = static_cast<const uint32_t*>(sorted.entries.const_data_ptr());
-      p.tile_begin = sorted.tile_begin.data();
-      p.part_begin = sorted.part_begin.data();
-      dispatch();
-    }
+    const int64_t queries = std::min(std::max<int64_t>(kRunsAtOnce / tiling.tiles, 1), x.B);
+    const int64_t columns = std::max<int64_t>(kEntriesAtOnce / queries, 1);
+    for (int64_t b = 0; b < x.B; b += queries)
+      for (int64_t first = 0; first < x.K; first += columns) {
+        const Batch batch{b, std::min(b + queries, x.B), first, std::min(first + columns, x.K)};
+        const SortedEntries sorted =
+            sort_rows(own, batch, tiling, p.parts, /*whole_tiles=*/p.d_bank != nullptr);
+        p.entries = static_cast<const uint8_t*>(sorted.entries.const_data_ptr());
+        p.run_end = static_cast<const uint32_t*>(sorted.run_end.const_data_ptr());
+        p.first_query = b;
+        p.tile_begin = sorted.tile_begin.data();
+        p.part_begin = sorted.part_begin.data();
+        dispatch();
+      }
   }
 
   void dispatch() {

@@ -8,53 +8,58 @@
 
 namespace crrcd {
 
-Tiling choose_tiling(int64_t queries, int64_t rows, int64_t row_bytes, int64_t parts) {
-  constexpr int64_t kTileBytes = 64 * 1024;
-  const int64_t fitting = std::max<int64_t>(kTileBytes / std::max<int64_t>(row_bytes, 1), 1);
-  const int64_t most = std::min(fitting, std::max<int64_t>(rows / (4 * parts), 1));
+Tiling choose_tiling(int64_t rows, int64_t row_bytes, int64_t parts) {
+  constexpr int64_t kTileBytes = 64 * 1024, kMostRows = 256;
+  const int64_t fitting = kTileBytes / std::max<int64_t>(row_bytes, 1);
+  const int64_t most = std::min({fitting, kMostRows, rows / (4 * parts)});
   Tiling tiling;
-  // the query needs the entry's other bits
-  while ((int64_t(2) << tiling.shift) <= most && queries <= (int64_t(1) << (31 - tiling.shift)))
-    ++tiling.shift;
+  while ((int64_t(2) << tiling.shift) <= most) ++tiling.shift;
   tiling.tiles = (rows + (int64_t(1) << tiling.shift) - 1) >> tiling.shift;
   return tiling;
 }
 
 namespace {
 
-// Calls f(b, row) for entries [begin, end) of the columns [first, last), in their order.
+// Calls f(query, rows, n, last) for what entries [begin, end) of the batch have of each query, in
+// their order; last: nothing of the query comes after it.
 template <typename F>
-void for_entries(const OwnIndex& index, int64_t first, int64_t last, int64_t begin, int64_t end,
+void for_queries(const OwnIndex& index, const Batch& batch, int64_t begin, int64_t end,
                  const F& f) {
-  const int64_t columns = last - first;
+  const int64_t columns = batch.last - batch.first;
   while (begin < end) {
-    const int64_t b = begin / columns, k = begin % columns;
+    const int64_t query = begin / columns, k = begin % columns;
     const int64_t n = std::min(columns - k, end - begin);
-    const int64_t* own = index.data + b * index.stride + (first + k) * index.step;
-    for (int64_t i = 0; i < n; ++i) f(b, own[i * index.step]);
+    f(query,
+      index.data + (batch.first_query + query) * index.stride + (batch.first + k) * index.step, n,
+      k + n == columns);
     begin += n;
   }
 }
 
-}  // namespace
-
-SortedEntries sort_entries(const OwnIndex& index, int64_t queries, int64_t first, int64_t last,
-                           const Tiling& tiling, int64_t parts, bool whole_tiles) {
-  const int64_t count = queries * (last - first), tiles = tiling.tiles;
+// A counting sort in which every share has its own counters; entries keep their order.
+// encode(query, row within the tile) is an entry; after_query(query, next) sees where the entries of
+// each tile end when those of a query are in their places.
+template <typename Entry, typename Encode, typename AfterQuery>
+SortedEntries counting_sort(const OwnIndex& index, const Batch& batch, const Tiling& tiling,
+                            int64_t parts, bool whole_tiles, const Encode& encode,
+                            const AfterQuery& after_query) {
+  const int64_t tiles = tiling.tiles, step = index.step;
+  const int64_t count = (batch.last_query - batch.first_query) * (batch.last - batch.first);
   const int shift = tiling.shift;
   SortedEntries sorted;
-  sorted.entries = scratch(count * 4);
-  auto* entries = static_cast<uint32_t*>(sorted.entries.mutable_data_ptr());
+  sorted.entries = scratch(count * static_cast<int64_t>(sizeof(Entry)));
+  auto* entries = static_cast<Entry*>(sorted.entries.mutable_data_ptr());
 
-  // A counting sort in which every share has its own counters; entries keep their order.
   const int64_t shares = std::min<int64_t>(parts, at::get_num_threads());
   std::vector<std::vector<int64_t>> place(shares);
   at::parallel_for(0, shares, 1, [&](int64_t from, int64_t to) {
     for (int64_t share = from; share < to; ++share) {
       place[share].assign(tiles, 0);
       int64_t* counter = place[share].data();
-      for_entries(index, first, last, count * share / shares, count * (share + 1) / shares,
-                  [&](int64_t, int64_t row) { ++counter[row >> shift]; });
+      for_queries(index, batch, count * share / shares, count * (share + 1) / shares,
+                  [=](int64_t, const int64_t* rows, int64_t n, bool) {
+                    for (int64_t i = 0; i < n; ++i) ++counter[rows[i * step] >> shift];
+                  });
     }
   });
   sorted.tile_begin.resize(tiles + 1);
@@ -68,14 +73,17 @@ SortedEntries sort_entries(const OwnIndex& index, int64_t queries, int64_t first
     }
   }
   sorted.tile_begin[tiles] = total;
-  const uint32_t mask = (uint32_t(1) << shift) - 1;
   at::parallel_for(0, shares, 1, [&](int64_t from, int64_t to) {
     for (int64_t share = from; share < to; ++share) {
       int64_t* next = place[share].data();
-      for_entries(index, first, last, count * share / shares, count * (share + 1) / shares,
-                  [&](int64_t b, int64_t row) {
-                    entries[next[row >> shift]++] =
-                        static_cast<uint32_t>(b << shift) | (static_cast<uint32_t>(row) & mask);
+      for_queries(index, batch, count * share / shares, count * (share + 1) / shares,
+                  [=](int64_t query, const int64_t* rows, int64_t n, bool last) {
+                    const int64_t mask = (int64_t(1) << shift) - 1;
+                    for (int64_t i = 0; i < n; ++i) {
+                      const int64_t row = rows[i * step];
+                      entries[next[row >> shift]++] = encode(query, row & mask);
+                    }
+                    if (last) after_query(query, next);
                   });
     }
   });
@@ -86,6 +94,36 @@ SortedEntries sort_entries(const OwnIndex& index, int64_t queries, int64_t first
       begin = *std::lower_bound(sorted.tile_begin.begin(), sorted.tile_begin.end(), begin);
     sorted.part_begin.push_back(begin);
   }
+  return sorted;
+}
+
+}  // namespace
+
+SortedEntries sort_entries(const OwnIndex& index, const Batch& batch, const Tiling& tiling,
+                           int64_t parts) {
+  return counting_sort<uint32_t>(
+      index, batch, tiling, parts, /*whole_tiles=*/true,
+      [shift = tiling.shift](int64_t query, int64_t row) {
+        return static_cast<uint32_t>(query << shift | row);
+      },
+      [](int64_t, const int64_t*) {});
+}
+
+SortedEntries sort_rows(const OwnIndex& index, const Batch& batch, const Tiling& tiling,
+                        int64_t parts, bool whole_tiles) {
+  const int64_t tiles = tiling.tiles;
+  const at::Tensor ends = scratch((batch.last_query - batch.first_query) * tiles * 4);
+  auto* run_end = static_cast<uint32_t*>(ends.mutable_data_ptr());
+  // a byte an entry: with more, writing to as many places as there are tiles takes three times as
+  // long
+  SortedEntries sorted = counting_sort<uint8_t>(
+      index, batch, tiling, parts, whole_tiles,
+      [](int64_t, int64_t row) { return static_cast<uint8_t>(row); },
+      [=](int64_t query, const int64_t* next) {
+        for (int64_t i = 0; i < tiles; ++i)
+          run_end[query * tiles + i] = static_cast<uint32_t>(next[i]);
+      });
+  sorted.run_end = ends;
   return sorted;
 }
 

@@ -19,18 +19,31 @@ struct Tiling {
   int64_t tiles = 0;  // of the bank
 };
 
-// Tiles whose rows fit the cache next to everything else, and enough of them for all parts.
-Tiling choose_tiling(int64_t queries, int64_t rows, int64_t row_bytes, int64_t parts);
+// Tiles for sort_rows whose rows fit the cache next to everything else, and enough of them for all
+// parts.
+Tiling choose_tiling(int64_t rows, int64_t row_bytes, int64_t parts);
 
+// Queries [first_query, last_query) and columns [first, last) of the index.
+struct Batch {
+  int64_t first_query, last_query, first, last;
+};
+
+// A batch's entries, sorted by tile, within a tile by query, and cut into parts of about the same
+// number of entries.
 struct SortedEntries {
-  at::Tensor entries;               // 32 bits each: query << shift | row within the tile
+  at::Tensor entries;
+  at::Tensor run_end;               // int32 [queries of the batch, tiles], of rows alone
   std::vector<int64_t> tile_begin;  // [tiles + 1]
   std::vector<int64_t> part_begin;  // [parts + 1]
 };
 
-// Columns [first, last) of the index, sorted by tile, within a tile by query, and cut into parts of
-// about the same number of entries; at the beginnings of tiles when whole_tiles.
-SortedEntries sort_entries(const OwnIndex& index, int64_t queries, int64_t first, int64_t last,
-                           const Tiling& tiling, int64_t parts, bool whole_tiles);
+// Entries of 32 bits, query << shift | row within the tile. Parts begin with a tile.
+SortedEntries sort_entries(const OwnIndex& index, const Batch& batch, const Tiling& tiling,
+                           int64_t parts);
+
+// Entries of 8 bits, the row within the tile, and where each query's end in each tile. Parts begin
+// with a tile when whole_tiles.
+SortedEntries sort_rows(const OwnIndex& index, const Batch& batch, const Tiling& tiling,
+                        int64_t parts, bool whole_tiles);
 
 }  // namespace crrcd
