@@ -33,31 +33,31 @@ void check_index(const char* op, const at::Tensor& index, int64_t queries) {
                    ": index: expected int64, got ", index.scalar_type());
 }
 
+bool rows_inside(const int64_t* index, int64_t step, int64_t n, int64_t rows) {
+  // The top bit stays when an entry is negative or beyond the last row.
+  const auto last = static_cast<uint64_t>(rows) - 1;
+  uint64_t bits = 0;
+  const auto look = [&](int64_t row) {
+    bits |= static_cast<uint64_t>(row) | (last - static_cast<uint64_t>(row));
+  };
+  if (step == 1)
+    for (int64_t i = 0; i < n; ++i) look(index[i]);
+  else
+    for (int64_t i = 0; i < n; ++i) look(index[i * step]);
+  return bits >> 63 == 0;
+}
+
 void check_rows(const char* op, const char* name, const at::Tensor& index, int64_t rows) {
   TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, "crrcd_ext.", op, ": ", name,
                    ": expected int64, got ", index.scalar_type());
   const int64_t lines = index.dim() == 2 ? index.size(0) : 1, count = index.size(-1);
   const int64_t stride = index.dim() == 2 ? index.stride(0) : 0, step = index.stride(-1);
   const int64_t* data = index.const_data_ptr<int64_t>();
-  // The top bit stays when an entry is negative or beyond the last row.
-  const auto outside = [&](int64_t line) {
-    const int64_t* p = data + line * stride;
-    const auto last = static_cast<uint64_t>(rows) - 1;
-    uint64_t bits = 0;
-    const auto look = [&](int64_t row) {
-      bits |= static_cast<uint64_t>(row) | (last - static_cast<uint64_t>(row));
-    };
-    if (step == 1)
-      for (int64_t i = 0; i < count; ++i) look(p[i]);
-    else
-      for (int64_t i = 0; i < count; ++i) look(p[i * step]);
-    return bits >> 63 != 0;
-  };
   std::atomic<bool> found{false};
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(count, 1));
   at::parallel_for(0, lines, grain, [&](int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line)
-      if (outside(line)) found = true;
+      if (!rows_inside(data + line * stride, step, count, rows)) found = true;
   });
   if (!found) return;
   for (int64_t line = 0; line < lines; ++line)

@@ -20,6 +20,9 @@ Storage storage_of(const char* op, const at::Tensor& bank);
 // An index int64 [K], or [queries, K] where each query has its own.
 void check_index(const char* op, const at::Tensor& index, int64_t queries);
 
+// Whether n entries, each `step` after the one before, are rows of a bank with `rows` rows.
+bool rows_inside(const int64_t* index, int64_t step, int64_t n, int64_t rows);
+
 // Every entry of [K] or [B, K] a row of a bank with `rows` rows; IndexError otherwise.
 void check_rows(const char* op, const char* name, const at::Tensor& index, int64_t rows);
 

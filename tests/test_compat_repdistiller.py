@@ -357,10 +357,13 @@ CALL_ERRORS = {
 
 
 @pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
 @pytest.mark.parametrize("case", CALL_ERRORS)
-def test_bad_batches_change_nothing(kind, case):
+def test_bad_batches_change_nothing(kind, first, case):
     change, error, text = CALL_ERRORS[case]
     loss = make(kind)
+    if not first:
+        loss(*batch(kind, 1))
     before = copy.deepcopy(loss)
     with pytest.raises(error, match=WHERE + text):
         loss(*change(*batch(kind, 0)))

@@ -44,6 +44,7 @@ struct Functions<double> {
 // parts to get the same share.
 Tiling choose_buckets(int64_t queries, int64_t rows, int64_t parts) {
   Tiling buckets;
+  buckets.rows = rows;
   const auto count = [&] { return rows >> buckets.shift; };
   while (buckets.shift < 11 && count() > 64 * parts &&
          queries <= (int64_t(1) << (30 - buckets.shift)))
@@ -217,8 +218,7 @@ class DifferenceNce {
     const int64_t most = threads == 1 ? 1 : std::clamp<int64_t>(room, threads, 4 * threads);
     p.parts = std::clamp<int64_t>(x.B * x.K / 1024, 1, most);
     const Tiling buckets = choose_buckets(x.B, x.N, std::min(threads, p.parts));
-    const OwnIndex index{x.index.const_data_ptr<int64_t>(), x.index.stride(0), x.index.stride(1)};
-    sorted = sort_entries(index, {0, x.B, 0, x.K}, buckets, p.parts);
+    sorted = sort_entries(kOp, x.index, {0, x.B, 0, x.K}, buckets, p.parts);
     p.entries = static_cast<const uint32_t*>(sorted.entries.const_data_ptr());
     p.bucket_begin = sorted.tile_begin.data();
     p.part_begin = sorted.part_begin.data();
@@ -480,7 +480,7 @@ DifferenceResult difference_nce_cpu(
   const DifferenceArguments x = difference_arguments(
       query, positive, anchor, bank, scale, offset, index, anchor_id, query_id, key_id, query_label,
       key_label, self_pairs, eps, objective, need, /*with_half=*/false);
-  if (x.index.defined()) check_rows(kOp, "index", x.index, x.N);
+  if (x.index.defined() && !x.own()) check_rows(kOp, "index", x.index, x.N);  // own: when sorted
   return x.dtype == at::kDouble ? DifferenceNce<double>(x).run() : DifferenceNce<float>(x).run();
 }
 

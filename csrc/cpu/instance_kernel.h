@@ -331,21 +331,33 @@ struct Chunk {
     }                                                      \
   }
 
-// partial[i] (+)= products of q with row i, lane by lane.
+// Products of q with rows, lane by lane: partial[i] (+)= those of row i; after the last panel
+// z[i] = the sum of them all.
 template <typename T, int kVectors>
 __attribute__((noinline)) void dot_panel(const InstanceParams<T>& p, const Chunk<T>& chunk,
                                          const Chunk<T>* next, const T* const* row, int64_t at,
-                                         const T* q, T* partial) {
+                                         const T* q, T* partial, T* z) {
   using V = typename Simd<T>::V;
   constexpr int kLanes = Simd<T>::kLanes;
+  const bool last = at + kVectors * kLanes == p.Dp;
   V query[kVectors];
   for (int j = 0; j < kVectors; ++j) query[j] = load(q + at + j * kLanes);
-  for (int64_t i = 0; i < chunk.n; ++i) {
+  const auto products = [&](int64_t i) {
     if (next && at == 0 && i < next->n) prefetch_row(p.bank, next->row[i], p.D);
     const T* m = row[i] + at;
     V sum = at ? load(partial + i * kLanes) : V{};
     for (int j = 0; j < kVectors; ++j) sum += query[j] * load(m + j * kLanes);
-    store(partial + i * kLanes, sum);
+    return sum;
+  };
+  int64_t i = 0;
+  for (; last && i + 4 <= chunk.n; i += 4)
+    sums_of_four<T>(products(i), products(i + 1), products(i + 2), products(i + 3), z + i);
+  for (; i < chunk.n; ++i) {
+    const V sum = products(i);
+    if (last)
+      z[i] = horizontal_sum<T>(sum);
+    else
+      store(partial + i * kLanes, sum);
   }
 }
 
@@ -457,10 +469,9 @@ void process_chunk(const InstanceParams<T>& p, const InstanceScratch<T>& s, cons
       row[i] = s.rows + i * p.ldD;
     }
   }
-#define CRRCD_DOT(NV) dot_panel<T, NV>(p, chunk, next, row, at, query, s.partial)
+#define CRRCD_DOT(NV) dot_panel<T, NV>(p, chunk, next, row, at, query, s.partial, s.z)
   CRRCD_PANELS(CRRCD_DOT)
 #undef CRRCD_DOT
-  horizontal_sums<T>(n, s.partial, s.z);
 
   bool masked = false;
   for (int64_t i = 0; i < n; ++i) s.keep[i] = 1;
@@ -544,6 +555,7 @@ void bucketed_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int6
     // the rows of the next tile come in step with the entries of this one
     int64_t fetched = 0;
     const int64_t ahead = end == stop ? 0 : left - rows < rows ? left - rows : rows;
+    const double pace = static_cast<double>(ahead) / static_cast<double>(end - begin);
     for (const uint32_t* run = p.run_end + tile; at < end; run += p.tiles, ++chunk.b) {
       const int64_t run_end = *run < end ? *run : end;
       while (at < run_end) {
@@ -555,8 +567,8 @@ void bucketed_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int6
         for (int64_t i = 0; i < n; ++i) chunk.row[i] = first + p.entries[at + i];
         chunk.n = n;
         at += n;
-        for (const int64_t due = ahead * (at - begin) / (end - begin); fetched < due; ++fetched)
-          prefetch_row(p.bank, first + rows + fetched, p.D);
+        const auto due = static_cast<int64_t>(pace * static_cast<double>(at - begin));
+        for (; fetched < due; ++fetched) prefetch_row(p.bank, first + rows + fetched, p.D);
         process_chunk<T, kPass>(p, s, chunk, nullptr, part, sums);
       }
     }

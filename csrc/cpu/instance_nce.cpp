@@ -117,12 +117,14 @@ class InstanceNce {
     p.bank.row_stride = bank.stride(0);
     const int64_t row_bytes = x.D * bank.element_size();
     if (x.own()) {
-      own = {x.index.const_data_ptr<int64_t>(), x.index.stride(0), x.index.stride(1)};
-      p.own = own.data, p.own_stride = own.stride, p.own_step = own.step;
+      p.own = x.index.const_data_ptr<int64_t>();
+      p.own_stride = x.index.stride(0), p.own_step = x.index.stride(1);
       p.order = x.needs(kInstanceBank) ? Order::kBucketed : choose_order(x.B * x.K, x.N, row_bytes);
     } else {
       p.bank.index = pointer<int64_t>(x.index);
     }
+    // bucketed: when they are sorted
+    if (x.index.defined() && p.order != Order::kBucketed) check_rows(kOp, "index", x.index, x.N);
     // a thread is not worth waking for less
     constexpr int64_t kProductsOfAPart = int64_t(1) << 18;
     const int64_t work = x.B * x.K * std::max<int64_t>(x.D, 16) / kProductsOfAPart;
@@ -181,7 +183,7 @@ class InstanceNce {
       for (int64_t first = 0; first < x.K; first += columns) {
         const Batch batch{b, std::min(b + queries, x.B), first, std::min(first + columns, x.K)};
         const SortedEntries sorted =
-            sort_rows(own, batch, tiling, p.parts, /*whole_tiles=*/p.d_bank != nullptr);
+            sort_rows(kOp, x.index, batch, tiling, p.parts, /*whole_tiles=*/p.d_bank != nullptr);
         p.entries = static_cast<const uint8_t*>(sorted.entries.const_data_ptr());
         p.run_end = static_cast<const uint32_t*>(sorted.run_end.const_data_ptr());
         p.first_query = b;
@@ -227,7 +229,6 @@ class InstanceNce {
   const Kernels& kernels;
   const at::ScalarType dtype;
   InstanceParams<T> p;
-  OwnIndex own;
   Tiling tiling;
   at::Tensor query, positive, bank, query_padded, query_t, memory, scalars, d_query_parts, d_bank;
   at::Tensor running_max, running_sum, running_slope;
@@ -254,7 +255,6 @@ InstanceResult instance_nce_cpu(const at::Tensor& query, const at::Tensor& posit
   const InstanceArguments x =
       instance_arguments(query, positive, bank, scale, offset, index, query_id, key_id, query_label,
                          key_label, objective, need, /*with_half=*/false);
-  if (x.index.defined()) check_rows(kOp, "index", x.index, x.N);
   return x.dtype == at::kDouble ? InstanceNce<double>(x).run() : InstanceNce<float>(x).run();
 }
 

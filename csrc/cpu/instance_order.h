@@ -8,15 +8,9 @@
 
 namespace crrcd {
 
-// Each query's own negatives: that of (b, k) is data[b * stride + k * step].
-struct OwnIndex {
-  const int64_t* data = nullptr;
-  int64_t stride = 0, step = 0;
-};
-
 struct Tiling {
-  int shift = 0;      // a tile has 1 << shift rows
-  int64_t tiles = 0;  // of the bank
+  int shift = 0;                // a tile has 1 << shift rows
+  int64_t rows = 0, tiles = 0;  // of the bank
 };
 
 // Tiles for sort_rows whose rows fit the cache next to everything else, and enough of them for all
@@ -37,13 +31,16 @@ struct SortedEntries {
   std::vector<int64_t> part_begin;  // [parts + 1]
 };
 
+// Both take the index [B, K] of each query's own negatives and raise IndexError for an entry of the
+// batch that is no row of the bank.
+
 // Entries of 32 bits, query << shift | row within the tile. Parts begin with a tile.
-SortedEntries sort_entries(const OwnIndex& index, const Batch& batch, const Tiling& tiling,
-                           int64_t parts);
+SortedEntries sort_entries(const char* op, const at::Tensor& index, const Batch& batch,
+                           const Tiling& tiling, int64_t parts);
 
 // Entries of 8 bits, the row within the tile, and where each query's end in each tile. Parts begin
 // with a tile when whole_tiles.
-SortedEntries sort_rows(const OwnIndex& index, const Batch& batch, const Tiling& tiling,
-                        int64_t parts, bool whole_tiles);
+SortedEntries sort_rows(const char* op, const at::Tensor& index, const Batch& batch,
+                        const Tiling& tiling, int64_t parts, bool whole_tiles);
 
 }  // namespace crrcd

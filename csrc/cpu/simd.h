@@ -67,28 +67,25 @@ CRRCD_INLINE T horizontal_sum(typename Simd<T>::V v) {
 #endif
 }
 
-// out[i] = sum of the lanes of vector i.
+// out[0..3] = sums of the lanes of four vectors.
 template <typename T>
-CRRCD_INLINE void horizontal_sums(int64_t n, const T* vectors, T* out) {
-  constexpr int kLanes = Simd<T>::kLanes;
-  int64_t i = 0;
+CRRCD_INLINE void sums_of_four(typename Simd<T>::V a, typename Simd<T>::V b, typename Simd<T>::V c,
+                               typename Simd<T>::V d, T* out) {
 #if CRRCD_VECTOR_BYTES == 64 && defined(__x86_64__)
-  if constexpr (sizeof(T) == 4)
-    for (; i + 4 <= n; i += 4) {  // four at a time share their steps
-      const auto a = (__m512)load(vectors + i * kLanes);
-      const auto b = (__m512)load(vectors + (i + 1) * kLanes);
-      const auto c = (__m512)load(vectors + (i + 2) * kLanes);
-      const auto d = (__m512)load(vectors + (i + 3) * kLanes);
-      const auto ab = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-      const auto cd = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-      const auto all =
-          _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd));
-      const auto half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-      _mm_storeu_ps(out + i,
-                    _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
-    }
+  if constexpr (sizeof(T) == 4) {  // they share their steps
+    const auto ab = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b),
+                                           _mm512_unpackhi_ps((__m512)a, (__m512)b));
+    const auto cd = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps((__m512)c, (__m512)d),
+                                           _mm512_unpackhi_ps((__m512)c, (__m512)d));
+    const auto all =
+        _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd));
+    const auto half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    return;
+  }
 #endif
-  for (; i < n; ++i) out[i] = horizontal_sum<T>(load(vectors + i * kLanes));
+  out[0] = horizontal_sum<T>(a), out[1] = horizontal_sum<T>(b);
+  out[2] = horizontal_sum<T>(c), out[3] = horizontal_sum<T>(d);
 }
 
 // One bit a lane: lane > 0.
