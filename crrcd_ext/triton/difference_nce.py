@@ -103,7 +103,7 @@ def difference_nce_(
         negatives = passes.loss
     else:
         negatives = torch.logaddexp(passes.normaliser(), positive_logit.double())
-        if need:
+        if need & ~POSITIVE:
             passes.run(INFONCE, negatives)
     loss, slope = critic.contrast(objective, positive_logit, negatives, pairs)
     mean = 1 / pairs.sum().clamp(min=1).to(wide)

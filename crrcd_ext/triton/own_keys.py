@@ -12,6 +12,8 @@ from crrcd_ext.triton import launch
 from crrcd_ext.triton.kernels import own_keys as kernels
 from crrcd_ext.triton.passes import INFONCE, LN2, NORMALISER, Masks, shifts
 
+WARPS = 16
+"""That a multiprocessor has registers for."""
 MOST_BYTES = 32 * 2**20
 """Of a segment's gradient of gathered rows, and of the slices' sums."""
 
@@ -68,11 +70,11 @@ class OwnKeys:
         """Slices of so many keys' tiles that occupy the GPU, and tiles of each."""
         A, B, D = self.query.shape
         tiles = launch.blocks(keys, self.config.keys)
-        wanted = launch.blocks(2 * launch.multiprocessors(self.device), max(B * programs, 1))
-        each = A * B * D * self.query.element_size()
-        wanted = min(wanted, max(MOST_BYTES // max(each, 1), 1))
-        tiles_each = launch.blocks(tiles, wanted)
-        return launch.blocks(tiles, tiles_each), tiles_each
+        resident = WARPS // self.config.warps * launch.multiprocessors(self.device)
+        sums = max(A * B * D * self.query.element_size(), 1)
+        slices = min(launch.blocks(resident, max(B * programs, 1)), max(MOST_BYTES // sums, 1))
+        each = launch.blocks(tiles, slices)
+        return launch.blocks(tiles, each), each
 
     def normaliser(self) -> Tensor:
         """[A, B] logarithm of the sum of exp of the negatives' logits, in float64; -inf where there

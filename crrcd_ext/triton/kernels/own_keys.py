@@ -122,9 +122,9 @@ def own_keys(
     factor = tl.load(scale).to(WIDE)
     # Logits, and they alone, are in units of log 2.
     binary_factor = binary(scale, WIDE)
-    d_scale = tl.zeros([BA, BN], WIDE)
-    d_offset = tl.zeros([BA, BN], WIDE)
-    loss = tl.zeros([BA, BN], WIDE)
+    sum_scale = tl.zeros([BA, BN], WIDE)
+    sum_offset = tl.zeros([BA, BN], WIDE)
+    sum_loss = tl.zeros([BA, BN], WIDE)
     beyond = tl.full([1, 1, 1], EPS, WIDE)  # the last feature differences are 0 - EPS + EPS
 
     begin = part * tiles
@@ -143,6 +143,10 @@ def own_keys(
         row = bank + position * stride
         m = gathered(row, d, D, WIDE)
         d_m = tl.zeros([1, BC, BN, BJ], WIDE)
+        # Of this tile: sums of sums lose less than one long sum.
+        d_scale = tl.zeros([BA, BN], WIDE)
+        d_offset = tl.zeros([BA, BN], WIDE)
+        loss = tl.zeros([BA, BN], WIDE)
 
         for anchor_number in range(0, A, BA):
             a = number(anchor_number) + tl.arange(0, BA)
@@ -211,13 +215,16 @@ def own_keys(
             cells = (n < keys)[None, None, :, None] & (d < D)[None, :, None, :]
             place = ((b * keys + n) * D)[None, None, :, None] + d[None, :, None, :]
             tl.store(d_rows + place, d_m, mask=cells)
+        sum_loss += loss
+        sum_scale += d_scale
+        sum_offset += d_offset
         # The next tile adds to what any thread has stored.
         tl.debug_barrier()
 
     if block == 0:
         place = part * B + b
         if MODE == NCE:
-            add(part_sum + place, tl.sum(tl.sum(loss, 1), 0), None)
+            add(part_sum + place, tl.sum(tl.sum(sum_loss, 1), 0), None)
         if CRITIC:
-            add(part_scale + place, tl.sum(tl.sum(d_scale, 1), 0), None)
-            add(part_offset + place, tl.sum(tl.sum(d_offset, 1), 0), None)
+            add(part_scale + place, tl.sum(tl.sum(sum_scale, 1), 0), None)
+            add(part_offset + place, tl.sum(tl.sum(sum_offset, 1), 0), None)
