@@ -26,8 +26,10 @@ from helpers.interpreted import INTERPRETED
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from crrcd_ext import _backend, functional
+from crrcd_ext.triton import configs
 
 BACKENDS, COMPILED = (names + EMULATED + INTERPRETED for names in (cases.BACKENDS, cases.COMPILED))
 DIFFERENTIABLE = ("query", "positive", "anchor", "bank", "scale", "offset")
@@ -38,6 +40,9 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 STORAGES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 CLOSE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
+if INTERPRETED:
+    from crrcd_ext.triton import difference_nce, launch, own_keys, passes
+
 _C = _backend.compiled
 ISAS = _C.isa_available() if _C else []
 
@@ -46,6 +51,16 @@ indices = pytest.mark.parametrize("index", INDICES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 backends = pytest.mark.parametrize("backend", BACKENDS)
 compiled = pytest.mark.parametrize("backend", COMPILED)
+
+
+def backend_and(name: str, values: list, interpreted: list, names: list[str] = COMPILED):
+    """Backends and a parameter, or several with commas between them, of which Triton's interpreter
+    has fewer values: a pass takes it a tenth of a second. For the same reason its sizes are smaller
+    wherever a test asks for ``in INTERPRETED``."""
+    pairs = [(b, v) for b in names for v in (interpreted if b in INTERPRETED else values)]
+    if "," in name:
+        pairs = [(b, *v) for b, v in pairs]
+    return pytest.mark.parametrize(f"backend, {name}", pairs, ids=str)
 
 
 def assert_close_to_truth(case: dict, backend: str, dtype: torch.dtype, **options) -> None:
@@ -134,12 +149,14 @@ def test_loss_is_the_formula(backend, objective, index, options):
     assert float(loss) == pytest.approx(loop_loss(case), rel=1e-12, abs=1e-13)
 
 
-@compiled
+@backend_and("variant", list(VARIANTS), ["plain"])
 @objectives
 @indices
-@variants
-def test_gradcheck(backend, objective, index, options):
+def test_gradcheck(backend, objective, index, variant):
     sizes = {"A": 2, "B": 3, "K": 5, "D": 3, "N": 6, "offset": 0.3, "scale": 3.0}
+    if backend in INTERPRETED:
+        sizes |= {"A": 1, "B": 2}
+    options = VARIANTS[variant]
     if options.get("A") == 6:
         options = {**options, "A": 3}
     case = make_difference(objective=objective, index=index, **{**sizes, **options})
@@ -150,6 +167,7 @@ def test_gradcheck(backend, objective, index, options):
             **{**case, **dict(zip(DIFFERENTIABLE, values, strict=True))}, backend=backend
         )
 
+    # The fast mode takes one random direction of each input.
     assert torch.autograd.gradcheck(loss, leaves, fast_mode=backend in INTERPRETED)
 
 
@@ -193,15 +211,16 @@ BUDGET_SHAPES = [  # A, B, K, D
 ]
 
 
-@compiled
+@backend_and("shape", BUDGET_SHAPES, [(1, 2, 40, 130)])
 @objectives
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @indices
-@pytest.mark.parametrize("shape", BUDGET_SHAPES, ids=str)
 def test_error_budget(backend, dtype, objective, index, shape):
     sizes = dict(zip("ABKD", shape, strict=True), N=3 * shape[2])
     options = {"objective": objective, "index": index, "labels": True, "eps": 1e-6}
-    cases = [make_difference(**sizes, seed=seed, **options) for seed in range(3)]
+    # Of small sizes more, or they are within the budget or out of it by luck.
+    seeds = range(5 if backend in INTERPRETED else 3)
+    cases = [make_difference(**sizes, seed=seed, **options) for seed in seeds]
     assert_within_budget(cases, backend, dtype, wanted=DIFFERENTIABLE)
 
 
@@ -211,31 +230,38 @@ def test_error_budget(backend, dtype, objective, index, shape):
 @pytest.mark.parametrize("wanted", [("query",), ("query", "anchor", "bank")], ids=str)
 def test_error_budget_at_working_size(backend, dtype, index, wanted):
     torch.set_num_threads(2)
-    case = make_difference(16, 8, 1000, 128, 1500, offset=math.log(1000), index=index)
+    sizes = (3, 4, 150, 128, 200) if backend in INTERPRETED else (16, 8, 1000, 128, 1500)
+    case = make_difference(*sizes, offset=math.log(sizes[2]), index=index)
     assert_within_budget([case], backend, dtype, wanted=wanted)
 
 
-def near_case(what: str, size: float, seed: int, **options) -> dict:
+def near_case(backend: str, what: str, size: float, seed: int, **options) -> dict:
     """Keys, queries or both at a small distance from an anchor, and as many that are not."""
-    case = make_difference(6, 8, 40, 24, 40, seed=seed, self_pairs=True, **options)
+    A, B = (2, 3) if backend in INTERPRETED else (6, 8)
+    case = make_difference(A, B, 40, 24, 40, seed=seed, self_pairs=True, **options)
     g = torch.Generator().manual_seed(seed)
     for name in ("bank", "query", "positive"):
         if what in (name, "all"):
             rows = case[name][::2]
-            place = torch.randint(6, (len(rows),), generator=g)
+            place = torch.randint(A, (len(rows),), generator=g)
             noise = torch.randn(rows.shape, generator=g, dtype=torch.float64) / math.sqrt(24)
             case[name][::2] = case["anchor"][place] + size * noise
     return case
 
 
-@compiled
+@backend_and(
+    "what, size",
+    list(itertools.product(["bank", "query", "positive", "all"], [0.3, 0.1, 0.03, 1e-3])),
+    [("bank", 1e-3), ("all", 0.03)],
+)
 @objectives
 @indices
-@pytest.mark.parametrize("what", ["bank", "query", "positive", "all"])
-@pytest.mark.parametrize("size", [0.3, 0.1, 0.03, 1e-3])
 def test_error_budget_close_to_an_anchor(backend, objective, index, what, size):
-    cases = [near_case(what, size, seed, index=index, objective=objective) for seed in range(3)]
-    for wanted in (DIFFERENTIABLE, ("query", "positive", "anchor")):
+    options = {"index": index, "objective": objective}
+    seeds = range(5 if backend in INTERPRETED else 3)
+    cases = [near_case(backend, what, size, seed, **options) for seed in seeds]
+    some = [("query", "positive", "anchor")] if backend not in INTERPRETED else []
+    for wanted in (DIFFERENTIABLE, *some):
         assert_within_budget(cases, backend, torch.float32, wanted=wanted)
 
 
@@ -244,8 +270,9 @@ def test_error_budget_close_to_an_anchor(backend, objective, index, what, size):
 def test_error_budget_far_from_the_origin(backend, index):
     # Embeddings that share a large component: their differences are small beside all of them.
     cases = []
+    A, B = (2, 3) if backend in INTERPRETED else (9, 8)
     for seed in range(3):
-        case = make_difference(9, 8, 60, 16, 70, seed=seed, index=index, labels=True)
+        case = make_difference(A, B, 60, 16, 70, seed=seed, index=index, labels=True)
         for name in ("query", "positive", "anchor", "bank"):
             case[name] = 0.1 * case[name] + 3
         cases.append(case)
@@ -257,19 +284,22 @@ def test_error_budget_far_from_the_origin(backend, index):
 @pytest.mark.parametrize("wanted", [*((k,) for k in DIFFERENTIABLE), ("positive", "query")])
 def test_only_some_gradients(backend, index, wanted):
     for objective in OBJECTIVES:
-        case = near_case("all", 0.02, 1, index=index, objective=objective)
+        case = near_case(backend, "all", 0.02, 1, index=index, objective=objective)
         everything = run(case, backend, wanted=DIFFERENTIABLE)
         got = run(case, backend, wanted=wanted)
         assert_close(got, {k: everything[k] for k in ("loss", *wanted)}, 1e-12)
     assert not functional.difference_nce(**case, backend=backend).requires_grad
 
 
-@compiled
+@backend_and(
+    "dtype, storage",
+    list(itertools.product(DTYPES, STORAGES)),
+    [(d, s) for d, s in itertools.product(DTYPES, STORAGES) if torch.float32 in (d, s)],
+)
 @indices
-@pytest.mark.parametrize("storage", STORAGES)
-@dtypes
 def test_bank_storage(backend, index, storage, dtype):
-    case = cast(make_difference(4, 6, 70, 12, 90, index=index), dtype, also_bank=False)
+    A, B = (2, 3) if backend in INTERPRETED else (4, 6)
+    case = cast(make_difference(A, B, 70, 12, 90, index=index), dtype, also_bank=False)
     case["bank"] = case["bank"].to(storage)
     wanted = tuple(k for k in DIFFERENTIABLE if k != "bank")
     got, true = run(case, backend, wanted=wanted), truth(case, wanted=wanted)
@@ -279,7 +309,18 @@ def test_bank_storage(backend, index, storage, dtype):
 # ------------------------------------------------------------------------------------ ragged sizes
 
 
-@compiled
+RAGGED = {
+    "N": st.sampled_from([1, 50, 1100]),
+    "index": st.sampled_from(INDICES),
+    "flags": st.tuples(*[st.booleans()] * 3),
+    "objective": st.sampled_from(OBJECTIVES),
+    "eps": st.sampled_from([0.0, 1e-6]),
+    "seed": st.integers(0, 1000),
+    "threads": st.integers(1, 3),
+}
+
+
+@pytest.mark.parametrize("backend", [b for b in COMPILED if b not in INTERPRETED])
 @dtypes
 @hypothesis_settings(max_examples=60)
 @given(
@@ -287,15 +328,27 @@ def test_bank_storage(backend, index, storage, dtype):
     B=st.sampled_from([0, 1, 5, 17]),
     K=st.sampled_from([0, 1, 16, 65, 129]),
     D=st.sampled_from([1, 3, 17, 128, 130]),
-    N=st.sampled_from([1, 50, 1100]),
-    index=st.sampled_from(INDICES),
-    flags=st.tuples(*[st.booleans()] * 3),
-    objective=st.sampled_from(OBJECTIVES),
-    eps=st.sampled_from([0.0, 1e-6]),
-    seed=st.integers(0, 1000),
-    threads=st.integers(1, 3),
+    **RAGGED,
 )
-def test_ragged_sizes(backend, dtype, A, B, K, D, N, index, flags, objective, eps, seed, threads):
+def test_ragged_sizes(backend, dtype, **drawn):
+    check_ragged_sizes(backend, dtype, **drawn)
+
+
+@pytest.mark.parametrize("backend", INTERPRETED)
+@dtypes
+@hypothesis_settings(max_examples=10)
+@given(
+    A=st.sampled_from([0, 1, 5]),
+    B=st.sampled_from([0, 1, 5]),
+    K=st.sampled_from([0, 1, 16, 65]),
+    D=st.sampled_from([1, 3, 17, 130]),
+    **RAGGED,
+)
+def test_ragged_sizes_interpreted(backend, dtype, **drawn):
+    check_ragged_sizes(backend, dtype, **drawn)
+
+
+def check_ragged_sizes(backend, dtype, A, B, K, D, N, index, flags, objective, eps, seed, threads):
     torch.set_num_threads(threads)
     options = dict(zip(("ids", "labels", "self_pairs"), flags, strict=True))
     case = make_difference(A, B, K, D, N, index=index, objective=objective, eps=eps, seed=seed)
@@ -315,15 +368,22 @@ def test_ragged_sizes(backend, dtype, A, B, K, D, N, index, flags, objective, ep
 
 
 EDGES = sorted({m * n + d for m in (8, 16, 64, 256) for n in (1, 2) for d in (-1, 0, 1)})
+# The interpreter's tiles are of 64 queries and 32 shared keys, or of 16 anchors and 64 keys.
+INTERPRETED_EDGES = {
+    "A": [15, 16, 17],
+    "B": [15, 16, 17, 64, 65],
+    "K": [31, 32, 33, 63, 64, 65],
+    "D": [15, 16, 17, 127, 128, 129],
+}
 
 
-@compiled
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@backend_and("dtype", [torch.float64, torch.float32], [torch.float32])
 @pytest.mark.parametrize("index", ["shared", "own"])
 @pytest.mark.parametrize("letter", "ABKD")
 def test_sizes_around_the_tiles(backend, dtype, index, letter):
-    for value in EDGES:
-        sizes = {"A": 2, "B": 5, "K": 19, "D": 10, "N": 300, letter: value}
+    for value in INTERPRETED_EDGES[letter] if backend in INTERPRETED else EDGES:
+        small = {"A": 2, "B": 2} if backend in INTERPRETED else {"A": 2, "B": 5}
+        sizes = {**small, "K": 19, "D": 10, "N": 300, letter: value}
         case = cast(make_difference(**sizes, seed=value, index=index), dtype)
         assert_close_to_truth(case, backend, dtype, wanted=("query", "anchor", "bank"))
 
@@ -334,8 +394,9 @@ def test_sizes_around_the_tiles(backend, dtype, index, letter):
 def test_many_negatives(backend, objective, index):
     # Several tiles and blocks of entries for every thread, and rows that are drawn many times.
     torch.set_num_threads(2)
-    sizes = (3, 4, 5001, 9, 1300)
-    case = make_difference(*sizes, index=index, objective=objective, offset=math.log(5001))
+    sizes = (2, 2, 257, 9, 130) if backend in INTERPRETED else (3, 4, 5001, 9, 1300)
+    offset = math.log(sizes[2])
+    case = make_difference(*sizes, index=index, objective=objective, offset=offset)
     assert_close(*(run(case, b, wanted=DIFFERENTIABLE) for b in (backend, "reference")), 1e-10)
     low = cast(case, torch.float32)
     assert_close_to_truth(low, backend, torch.float32, wanted=DIFFERENTIABLE)
@@ -344,12 +405,13 @@ def test_many_negatives(backend, objective, index):
 @compiled
 @objectives
 def test_one_row_for_everybody(backend, objective):
-    case = make_difference(3, 20, 700, 6, 9, objective=objective)
-    case["index"] = torch.full((20, 700), 4)
+    A, B, K = (2, 3, 150) if backend in INTERPRETED else (3, 20, 700)
+    case = make_difference(A, B, K, 6, 9, objective=objective)
+    case["index"] = torch.full((B, K), 4)
     assert_close(*(run(case, b, wanted=DIFFERENTIABLE) for b in (backend, "reference")), 1e-11)
 
 
-@compiled
+@pytest.mark.parametrize("backend", cases.COMPILED + EMULATED)  # how the CPU and CUDA add up
 @pytest.mark.parametrize("wanted", [("query",), DIFFERENTIABLE], ids=str)
 def test_more_anchors_than_a_product_takes(backend, wanted):
     # The loss is a product of 1 + exp: with many anchors its factors must be taken in turns.
@@ -362,8 +424,7 @@ def test_more_anchors_than_a_product_takes(backend, wanted):
 # ----------------------------------------------------------------------------------- strides, masks
 
 
-@backends
-@dtypes
+@backend_and("dtype", DTYPES, [torch.float32], BACKENDS)
 @indices
 def test_strided_inputs(backend, dtype, index):
     case = cast(make_difference(5, 6, 21, 8, 30, ids=True, labels=True, index=index), dtype)
@@ -400,13 +461,13 @@ MASKS = {
 }
 
 
-@compiled
+@backend_and("dtype", DTYPES, [torch.float32])
 @objectives
 @indices
-@dtypes
 @pytest.mark.parametrize("options", MASKS.values(), ids=MASKS.keys())
 def test_masks(backend, objective, index, dtype, options):
-    case = make_difference(9, 20, 150, 6, 100, objective=objective, index=index, **options)
+    sizes = (2, 3, 70, 6, 60) if backend in INTERPRETED else (9, 20, 150, 6, 100)
+    case = make_difference(*sizes, objective=objective, index=index, **options)
     assert_close_to_truth(cast(case, dtype), backend, dtype, wanted=DIFFERENTIABLE)
 
 
@@ -442,10 +503,9 @@ def test_self_pairs(backend, index):
     assert float(alone) == pytest.approx(kept, rel=1e-12)
 
 
-@backends
+@backend_and("dtype", DTYPES, [torch.float32], BACKENDS)
 @objectives
 @indices
-@dtypes
 def test_all_negatives_masked(backend, objective, index, dtype):
     case = make_difference(4, 6, 30, 5, 12, objective=objective, index=index)
     case["query_label"] = torch.full((6,), 3)
@@ -461,16 +521,19 @@ def test_all_negatives_masked(backend, objective, index, dtype):
 # ------------------------------------------------------------------------------ vanishing, extremes
 
 
-@backends
+@backend_and(
+    "dtype, eps, ids",
+    list(itertools.product(DTYPES, [0.0, 1e-6], [False, True])),
+    [(torch.float32, 0.0, True), (torch.float32, 1e-6, False)],
+    BACKENDS,
+)
 @objectives
 @indices
-@dtypes
-@pytest.mark.parametrize("eps", [0.0, 1e-6])
-@pytest.mark.parametrize("ids", [False, True])
 def test_keys_equal_to_an_anchor(backend, objective, index, dtype, eps, ids):
-    case = make_difference(6, 7, 40, 9, 40, objective=objective, index=index, eps=eps, ids=ids)
+    A, B = (3, 4) if backend in INTERPRETED else (6, 7)
+    case = make_difference(A, B, 40, 9, 40, objective=objective, index=index, eps=eps, ids=ids)
     case = cast(case, dtype)
-    case["bank"][:6] = case["anchor"]  # bit for bit
+    case["bank"][:A] = case["anchor"]  # bit for bit
     case["bank"][10] = case["anchor"][2]
     assert_close_to_truth(case, backend, dtype, wanted=DIFFERENTIABLE)
     if index is not None and dtype != torch.bfloat16:
@@ -478,10 +541,9 @@ def test_keys_equal_to_an_anchor(backend, objective, index, dtype, eps, ids):
         assert math.isfinite(float(run(case, backend, wanted=("query",))["loss"]))
 
 
-@backends
+@backend_and("dtype", DTYPES, [torch.float64], BACKENDS)
 @objectives
 @indices
-@dtypes
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 def test_queries_equal_to_an_anchor(backend, objective, index, dtype, eps):
     case = make_difference(
@@ -517,9 +579,8 @@ def test_nothing_but_vanishing_differences(backend, index):
     assert all(x.eq(0).all() for x in run(case, backend, wanted=DIFFERENTIABLE).values())
 
 
-@backends
+@backend_and("dtype", [torch.float64, torch.float32], [torch.float32], BACKENDS)
 @objectives
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("sign", [1, -1])
 @indices
 def test_logits_of_ten_thousand(backend, objective, dtype, sign, index):
@@ -540,7 +601,8 @@ def test_logits_of_ten_thousand(backend, objective, dtype, sign, index):
 @indices
 def test_tiny_terms_are_not_lost(backend, dtype, index):
     # With a large offset every term of the sum is exp(-large): their sum is the loss's gradient.
-    case = make_difference(4, 5, 900, 6, 100, scale=2.0, offset=25.0, index=index)
+    sizes = (3, 2, 150, 6, 50) if backend in INTERPRETED else (4, 5, 900, 6, 100)
+    case = make_difference(*sizes, scale=2.0, offset=25.0, index=index)
     low = cast(case, dtype)
     got, true = run(low, backend, wanted=DIFFERENTIABLE), truth(low, wanted=DIFFERENTIABLE)
     for k in true:
@@ -567,18 +629,22 @@ def test_magnitudes_far_from_one(backend, dtype, index):
             assert angle(got[k], true[k]) < 1e-4
 
 
-@compiled
+@backend_and(
+    "D, value",  # rows of the bank are read as they are, if wide enough
+    list(itertools.product([6, 16], [math.nan, math.inf, -math.inf])),
+    [(6, math.nan), (6, -math.inf)],
+)
 @objectives
 @indices
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("D", [6, 16])  # rows of the bank are read as they are, if wide enough
 def test_what_is_not_finite_shows(backend, objective, index, value, D):
     for name in ("query", "positive", "anchor", "bank"):
-        case = make_difference(3, 4, 20, D, 20, objective=objective, index=index)
+        B = 2 if backend in INTERPRETED else 4
+        case = make_difference(3, B, 20, D, 20, objective=objective, index=index)
         case = cast(case, torch.float32)
         row = 1 if index is None else int(case["index"].flatten()[3]) if name == "bank" else 1
         case[name][row, 2] = value
-        for wanted in ((), ("query",), DIFFERENTIABLE):
+        some = [("query",)] if backend not in INTERPRETED else []
+        for wanted in ((), *some, DIFFERENTIABLE):
             leaves = {k: case[k].clone().requires_grad_() for k in wanted}
             loss = functional.difference_nce(**{**case, **leaves}, backend=backend)
             assert loss.isnan(), (name, wanted)
@@ -587,10 +653,9 @@ def test_what_is_not_finite_shows(backend, objective, index, value, D):
 # ---------------------------------------------------------------------------------- empty, autograd
 
 
-@backends
+@backend_and("dtype", DTYPES, [torch.float32], BACKENDS)
 @objectives
 @indices
-@dtypes
 @pytest.mark.parametrize(
     "sizes", [{"A": 0}, {"B": 0}, {"A": 0, "B": 0}, {"K": 0}, {"K": 0, "N": 0}, {"D": 0}], ids=str
 )
@@ -653,10 +718,9 @@ def test_double_backward_is_refused(backend):
 # ------------------------------------------------------------------------------------------- update
 
 
-@backends
+@backend_and("storage", [torch.float32, torch.bfloat16], [torch.bfloat16], BACKENDS)
 @objectives
 @indices
-@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
 def test_the_update_comes_last(backend, objective, index, storage):
     case = cast(make_difference(4, 6, 40, 8, 30, index=index, objective=objective), torch.float32)
     case["bank"] = case["bank"].to(storage)
@@ -675,7 +739,7 @@ def test_the_update_comes_last(backend, objective, index, storage):
     torch.testing.assert_close(case["bank"][3], last[2].to(storage))
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize("backend", cases.BACKENDS + INTERPRETED)
 @indices
 def test_an_error_leaves_the_bank_as_it_was(backend, index):
     case = cast(make_difference(4, 6, 40, 8, 40, index=index), torch.float32)
@@ -748,24 +812,28 @@ def _plain(case, **options):
     return run(case, "reference", **options)
 
 
-@compiled
-@pytest.mark.parametrize("threads", [1, 2, 3])
+def _triton(case, **options):
+    return run(case, "triton", **options)
+
+
+@backend_and("threads", [1, 2, 3], [1])
 @objectives
 @indices
 def test_bits_repeat(backend, threads, objective, index):
     torch.set_num_threads(threads)
-    case = make_difference(7, 20, 600, 20, 700, ids=True, objective=objective, index=index)
-    case["bank"][:7] = case["anchor"]
+    sizes = (3, 4, 100, 20, 110) if backend in INTERPRETED else (7, 20, 600, 20, 700)
+    case = make_difference(*sizes, ids=True, objective=objective, index=index)
+    case["bank"][: sizes[0]] = case["anchor"]
     case = cast(case, torch.float32)
     first = run(case, backend, wanted=DIFFERENTIABLE)
-    for _ in range(3):
+    for _ in range(1 if backend in INTERPRETED else 3):
         again = run(case, backend, wanted=DIFFERENTIABLE)
         assert all(torch.equal(first[k], again[k]) for k in first)
     assert_close(first, truth(case, wanted=DIFFERENTIABLE), 1e-5)
 
 
-def arguments(need: int, dtype: torch.dtype, **options) -> tuple:
-    case = cast(make_difference(**options), dtype)
+def arguments(need: int, dtype: torch.dtype, case: dict | None = None, **options) -> tuple:
+    case = cast(case or make_difference(**options), dtype)
     names = ("query", "positive", "anchor", "bank", "scale", "offset", "index")
     masks = ("anchor_id", "query_id", "key_id", "query_label", "key_label")
     settings = (case["self_pairs"], case["eps"], case["objective"])
@@ -816,7 +884,105 @@ class TestOperators:
             torch.ops.crrcd.difference_nce(*given)
 
 
-@pytest.mark.parametrize("backend", cases.COMPILED)
+@pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter runs where there is no GPU")
+class TestTriton:
+    """What the sizes of the tests above do not reach in the Triton kernels."""
+
+    @objectives
+    @indices
+    def test_several_slices_and_segments(self, monkeypatch, objective, index):
+        case = make_difference(2, 3, 150, 12, 90, objective=objective, index=index, ids=True)
+        expected = truth(case, wanted=DIFFERENTIABLE)
+        monkeypatch.setattr(passes, "SEGMENT", 64)
+        monkeypatch.setattr(own_keys, "MOST_BYTES", 64 * case["query"].numel() * 8)
+        assert_close(run(case, "triton", wanted=DIFFERENTIABLE), expected, 1e-10)
+        monkeypatch.setattr(launch, "multiprocessors", lambda device: 4)
+        assert_close(run(case, "triton", wanted=DIFFERENTIABLE), expected, 1e-10)
+
+    @objectives
+    @pytest.mark.parametrize("D", [12, 130])
+    @pytest.mark.parametrize("types", ["bfloat16", "float64"])
+    def test_blocks_of_the_gpu(self, monkeypatch, objective, D, types):
+        rows = configs.DEFAULTS["own_keys"]
+        monkeypatch.setitem(rows, "interpreter", rows[types])
+        case = make_difference(3, 2, 11, D, 20, objective=objective, labels=True)
+        got, true = (f(case, wanted=DIFFERENTIABLE) for f in (_triton, truth))
+        assert_close(got, true, 1e-10)
+
+    @objectives
+    @indices
+    @pytest.mark.parametrize("size", [1.0, 2e-5, 1e4])  # at 2e-5 differences are subnormal
+    def test_half_precision_operands(self, objective, index, size):
+        case = make_difference(3, 4, 40, 20, 40, objective=objective, index=index)
+        for name in ("query", "positive", "anchor", "bank"):
+            case[name] = case[name] * size
+        case = cast(case, torch.float16)
+        wanted = ("query", "positive", "anchor", "bank", "scale", "offset")
+        if size < 1:  # the gradients of the embeddings leave float16
+            wanted = ("scale", "offset")
+        results = (f(case, wanted=wanted) for f in (_triton, truth, _plain))
+        got, true, plain = results
+        assert got["loss"].dtype == torch.float32
+        assert_close(got, true, 1e-3, plain)
+        case["bank"][3 if index is None else int(case["index"].flatten()[3]), 2] = math.nan
+        assert functional.difference_nce(**case, backend="triton").isnan()
+
+    def test_an_eps_keeps_its_digits(self):
+        case = make_difference(3, 3, 20, 5, 30, eps=1 / 3)
+        got = float(functional.difference_nce(**case, backend="triton"))
+        assert got == pytest.approx(loop_loss(case), rel=1e-14)
+
+    @pytest.mark.parametrize("index", ["shared", "own"])
+    def test_work_space_does_not_grow_with_the_negatives(self, monkeypatch, index):
+        """But for the index: no tensor of size A x K or B x K x D is made."""
+        monkeypatch.setattr(passes, "SEGMENT", 64)
+        monkeypatch.setattr(own_keys, "MOST_BYTES", 1 << 14)
+        largest = []
+        for K in (256, 512):
+            case = cast(make_difference(2, 2, K, 24, 16, index=index), torch.float32)
+            given = arguments(ALL, torch.float32, case=case)
+            with Largest() as mode:
+                difference_nce.difference_nce(*given)
+            largest.append(mode.bytes)
+        assert largest[0] == largest[1] < 2 * 256 * 24 * 4
+
+    @dtypes
+    @pytest.mark.parametrize("need", [0, ALL])
+    @pytest.mark.parametrize("index", INDICES)
+    def test_opcheck(self, dtype, need, index):
+        given = arguments(need, dtype, A=2, B=3, index=index, ids=index == "own", eps=1e-6)
+        utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+        operator = torch.ops.crrcd_triton.difference_nce.default
+        torch.library.opcheck(operator, given, test_utils=utils)
+
+    def test_opcheck_with_an_update(self):
+        given = arguments(0, torch.float32, A=2, B=3, ids=True)
+        update = (torch.tensor([1, 3, 1]), torch.randn(3, 8), 0.5, True)
+        operator = torch.ops.crrcd_triton.difference_nce_.default
+        torch.library.opcheck(operator, (*given, *update), test_utils=("test_schema",))
+
+    @pytest.mark.parametrize("bit", range(len(DIFFERENTIABLE)))
+    @pytest.mark.parametrize("index", ["shared", "own"])
+    def test_only_what_is_needed(self, bit, index):
+        given = (*arguments(0, torch.float64, A=2, B=3, index=index)[:-1], 1 << bit)
+        result = torch.ops.crrcd_triton.difference_nce(*given)
+        assert [x.numel() > 0 for x in result[1:]] == [i == bit for i in range(len(DIFFERENTIABLE))]
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that is made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.bytes = max(self.bytes, x.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("backend", cases.COMPILED + INTERPRETED)
 def test_compiles_without_a_break(backend):
     case = cast(make_difference(4, 6, 20, 8, 30, ids=True, eps=1e-6), torch.float32)
     value = torch.randn(2, 8)
