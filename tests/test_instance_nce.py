@@ -31,6 +31,8 @@ from crrcd_ext import _backend, functional
 BACKENDS, COMPILED = (names + EMULATED + INTERPRETED for names in (cases.BACKENDS, cases.COMPILED))
 _C = _backend.compiled
 AVAILABLE = _C.isa_available() if _C else []
+TRITON = [name for name in COMPILED if name.endswith("triton")]
+needs_triton = pytest.mark.skipif(not TRITON, reason="kernels in Triton cannot run here")
 OBJECTIVES = ["nce", "infonce"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 CLOSE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -67,11 +69,15 @@ def _order_of_the_process():
         _C.set_poison(False)
 
 
+def force_order(order: str | None) -> None:
+    if _C is not None:
+        _C.set_instance_order(order)
+
+
 def prepared(how: tuple, *sizes: int, **options) -> tuple[dict, dict]:
     """A case with its order forced, and the options of its runs."""
     index, order, wanted = how
-    if _C is not None:
-        _C.set_instance_order(order)
+    force_order(order)
     return make_instance(*sizes, index=index, **options), {"wanted": wanted}
 
 
@@ -197,7 +203,7 @@ def test_error_budget_at_working_size(backend, objective, index, wanted):
     options = {"index": index, "objective": objective, "offset": math.log(sizes[1])}
     cases = [make_instance(*sizes, seed=seed, **options) for seed in range(seeds)]
     for order in ("direct", "bucketed") if index == "own" and backend == "cpu" else (None,):
-        _C.set_instance_order(order)
+        force_order(order)
         assert_within_budget(cases, backend, torch.float32, wanted=wanted)
 
 
@@ -212,6 +218,28 @@ def test_bank_storage(backend, storage, dtype, dim, how):
     case["bank"] = case["bank"].to(storage)
     got, true = run(case, backend, wanted=BUT_THE_BANK), truth(case, wanted=BUT_THE_BANK)
     assert_close(got, true, {torch.float64: 1e-11, torch.float32: 1e-5}.get(dtype, 2e-2))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@each_order([name for name in BACKENDS if name != "cpu"])
+def test_float16(backend, objective, how):
+    case, _ = prepared(how, 6, 200, 40, 60, objective=objective, ids=True)
+    low = cast(case, torch.float16)
+    plain = run(low, "reference", wanted=BUT_THE_BANK)
+    got = run(low, backend, wanted=BUT_THE_BANK)
+    assert_close(got, truth(low, wanted=BUT_THE_BANK), 1e-3, plain)
+
+
+@needs_triton
+@each_order(TRITON or ["triton"])
+def test_slopes_below_what_float16_has(backend, how):
+    # Each is some 1e-8, and they are all that the queries' gradients are made of.
+    case, _ = prepared(how, 5, 500, 16, 300, scale=5e3, offset=17.0)
+    case["query"] *= 1e-3
+    case["positive"] = case["query"] * 2e4  # certain
+    low = cast(case, torch.float16)
+    got = run(low, backend, wanted=("query",))["query"]
+    assert distance(got, truth(low, wanted=("query",))["query"]) < 2e-3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -267,7 +295,7 @@ def test_drawn_sizes(backend, dtype, **values):
     check_drawn(backend, dtype, **values)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="where the kernels are interpreted, fewer are drawn")
+@pytest.mark.skipif(not INTERPRETED, reason="a few are for where Python runs the kernels")
 @pytest.mark.parametrize("dtype", DTYPES)
 @hypothesis_settings(max_examples=5)
 @given(**drawn)
@@ -290,13 +318,28 @@ def test_many_queries(backend, queries):
 def test_many_negatives(backend, objective, how):
     # Several tiles or chunks for every thread, many entries a row of the bank.
     torch.set_num_threads(2)
-    keys = 20_001
-    if backend in INTERPRETED:  # more than meet in one product of softplus, which is NCE's alone
-        keys = 4001 if objective == "nce" else 1001
+    keys = 1001 if backend in INTERPRETED else 20_001
     case, runs = prepared(how, 3, keys, 5, 7000, objective=objective, offset=math.log(keys))
     assert_close(run(case, backend, **runs), run(case, "reference", **runs), 1e-10)
     low = cast(case, torch.float32)
     assert_close(run(low, backend, **runs), truth(low, **runs), 5e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@each_order(TRITON or ["triton"])
+def test_several_pieces(backend, objective, how, monkeypatch):
+    """Work that has to be done in pieces only when there is much of it."""
+    from crrcd_ext.triton import instance_nce
+    from crrcd_ext.triton.kernels import tile
+
+    monkeypatch.setattr(tile, "MOST_TILES", 2)
+    for dim, rows in ((3, 200), (140, 300)):
+        monkeypatch.setattr(instance_nce, "SEGMENT_BYTES", 8 * dim * rows)
+        case, runs = prepared(how, 3, 250, dim, 90, objective=objective, ids=True)
+        if case["index"] is not None:
+            case["index"] = case["index"].repeat_interleave(3, -1)
+        assert_close(run(case, backend, **runs), run(case, "reference", **runs), 1e-11)
 
 
 @pytest.mark.parametrize("backend", cases.COMPILED)  # the emulation would take minutes
@@ -357,7 +400,7 @@ def test_nothing_beyond_a_row_is_read(backend, dim, how):
 @pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("order", ["direct", "bucketed"])
 def test_an_index_is_read_where_it_lies(backend, order):
-    _C.set_instance_order(order)
+    force_order(order)
     case = make_instance(5, 70, 8, 30)
     expected = functional.instance_nce(**case, backend=backend)
     index = case["index"]
@@ -499,8 +542,9 @@ def test_gradients_only_where_asked(backend, objective, index):
         assert_close(got, {k: everything[k] for k in ("loss", *wanted)}, 1e-12)
     assert not functional.instance_nce(**case, backend=backend).requires_grad
     arguments = [case[k] for k in names] + [case["index"], *[None] * 4, objective]
+    operators = getattr(torch.ops, _backend.COMPILED[backend].library)
     for bit in range(5):
-        result = torch.ops.crrcd.instance_nce(*arguments, 1 << bit)
+        result = operators.instance_nce(*arguments, 1 << bit)
         assert [x.numel() > 0 for x in result[1:]] == [i == bit for i in range(5)]
         assert [list(x.shape) for x in result[1:] if x.numel() == 0] == [[0]] * 4
 
@@ -620,7 +664,7 @@ def test_a_bank_beyond_31_bits_of_elements(backend, order):
     far = {**case, "bank": bank, "update": (place[[5, 3]], value, 0.5)}
     far["index"] = place[case["index"]]
     if kind == "own":
-        _C.set_instance_order(order)
+        force_order(order)
     expected, got = (run(x, backend, wanted=("query", "scale")) for x in (near, far))
     assert_close(got, expected, 1e-6)
     assert torch.equal(bank[place], near["bank"])
@@ -675,7 +719,7 @@ def test_update(backend, storage, how):
     assert case["bank"]._version > version
 
 
-@each_order(cases.BACKENDS)
+@each_order(cases.BACKENDS + INTERPRETED)
 def test_an_error_leaves_the_bank_as_it_was(backend, how):
     case, _ = prepared(how, 6, 40, 8, 30)
     before = case["bank"].clone()
@@ -706,7 +750,7 @@ def arguments(need: int, dtype: torch.dtype = torch.float32, **options) -> tuple
     return (*(case[k] for k in NAMES), case["index"], *masks, case["objective"], need)
 
 
-@pytest.mark.skipif(not COMPILED, reason="kernels come with the compiled module")
+@pytest.mark.skipif(not cases.COMPILED, reason="kernels come with the compiled module")
 class TestOpcheck:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("need", [0, 1, 31])
@@ -731,7 +775,21 @@ class TestOpcheck:
             torch.ops.crrcd.instance_nce_(*arguments(31), *update)
 
 
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.skipif(not INTERPRETED, reason="for tensors on the CPU")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"index": "shared", "objective": "infonce"}, {"index": None, "ids": True}],
+    ids=str,
+)
+def test_opcheck_of_triton(options):
+    operators = torch.ops.crrcd_triton
+    torch.library.opcheck(operators.instance_nce.default, arguments(31, **options))
+    update = (torch.tensor([3, 1, 3]), torch.randn(3, 7), 0.5, True)
+    given = (*arguments(31 & ~4, **options), *update)
+    torch.library.opcheck(operators.instance_nce_.default, given)
+
+
+@pytest.mark.parametrize("backend", cases.BACKENDS + INTERPRETED)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_full_graph(backend, objective):
     case = cast(make_instance(6, 20, 7, 30, objective=objective), torch.float32)
@@ -755,7 +813,7 @@ def test_full_graph(backend, objective):
     assert not torch.equal(results[0]["bank"], case["bank"])
 
 
-@pytest.mark.skipif(not COMPILED, reason="a switch of the compiled module")
+@pytest.mark.skipif(not cases.COMPILED, reason="a switch of the compiled module")
 def test_a_wrong_order():
     with pytest.raises(ValueError, match=r"set_instance_order: expected direct or bucketed"):
         _C.set_instance_order("sorted")

@@ -60,21 +60,22 @@ DEFAULTS: dict[str, dict[str, Config]] = {
         "float64": Config(16, 4, 1, queries=16, features=32),
     },
     "relation": {
-        "bfloat16": Config(32, 4),
-        "tf32": Config(32, 8, 1),
-        "float32": Config(32, 8, 1, features=64),
-        "float64": Config(16, 4, 1, features=32),
+        "bfloat16": Config(16, 4),
     },
     "shared": {
         "bfloat16": Config(64, 4),
-        "tf32": Config(64, 8),
-        "float32": Config(32, 8, 1, queries=32, features=64),
+        "tf32": Config(32, 8, 1),
+        "float32": Config(32, 8, queries=16),
         "float64": Config(16, 4, 1, queries=16, features=32),
+    },
+    "shared_wide": {  # of rows that take more registers
+        "bfloat16": Config(32, 8),
+        "tf32": Config(32, 8, 1),
     },
     "shared_rows": {
         "bfloat16": Config(64, 4),
-        "tf32": Config(64, 8),
-        "float32": Config(32, 8, 1, queries=32, features=64),
+        "tf32": Config(32, 8, 1),
+        "float32": Config(32, 8, 1, queries=32),
         "float64": Config(16, 4, 1, queries=16, features=32),
     },
     "own": {  # keys of 128 columns

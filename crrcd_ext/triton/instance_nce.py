@@ -12,9 +12,9 @@ from crrcd_ext._schema import wide_dtype
 from crrcd_ext.triton import critic, launch
 from crrcd_ext.triton.kernels import instance as kernels
 from crrcd_ext.triton.kernels import tile
+from crrcd_ext.triton.passes import INFONCE, LN2, NCE, NORMALISER, shifts
 
 QUERY, POSITIVE, BANK, SCALE, OFFSET = (1 << n for n in range(5))
-NCE, NORMALISER, INFONCE = (m.value for m in (tile.NCE, tile.NORMALISER, tile.INFONCE))
 
 SEGMENT_BYTES = 1 << 25
 """What the gradients of gathered rows take at a time, before they are added to the bank's."""
@@ -50,19 +50,22 @@ def instance_nce_(
     scale, offset = scale.to(query.device), offset.to(query.device)
     own = index is not None and index.dim() == 2
     masks = (query_id, key_id, query_label, key_label)
-    negatives = (Own if own else Shared)(query, bank, index, scale, offset, masks, need)
+    pairs = torch.ones(len(query), dtype=torch.bool, device=query.device)
+    negatives = (Own if own else Shared)(query, bank, index, scale, masks, need)
     q, p = query.to(wide), positive.to(wide)
     cosine = (q * p).sum(-1)
     factor = scale.to(wide)
     positive_logit = factor * cosine - offset.to(wide)
     if objective == "nce":
-        sums = negatives.run(NCE)
+        sums = negatives.run(NCE, shifts(offset, pairs, None, wide))
     else:
-        sums = torch.logaddexp(negatives.normaliser(), positive_logit)
+        known = negatives.normaliser(shifts(offset, pairs, None, wide))
+        sums = torch.logaddexp(known, positive_logit.double())
         if need & ~POSITIVE:
-            negatives.run(INFONCE, sums)
-    loss, slope = critic.contrast(objective, positive_logit, sums, negatives.pairs.bool())
+            negatives.run(INFONCE, shifts(offset, pairs, sums, wide))
+    loss, slope = critic.contrast(objective, positive_logit, sums, pairs)
     mean = 1 / max(len(query), 1)
+    slope = slope.to(wide)
     by_cosine = (slope * factor)[:, None]
     found = (
         (negatives.d_query + by_cosine * p) * mean if need & QUERY else None,
@@ -77,7 +80,10 @@ def instance_nce_(
 
 
 class Negatives:
-    """The passes over the keys; the gradients are those of a sum over the queries."""
+    """The passes over the keys; the gradients are those of a sum over the queries.
+
+    ``beta``: [B] what logits are less, see passes.shifts.
+    """
 
     d_query: Tensor  # [B, D]
     d_bank: Tensor  # [N, D]
@@ -90,12 +96,11 @@ class Negatives:
         bank: Tensor,
         index: Tensor | None,
         scale: Tensor,
-        offset: Tensor,
         masks: tuple,
         need: int,
     ) -> None:
         self.query, self.bank, self.index = query.contiguous(), launch.with_unit_rows(bank), index
-        self.scale, self.offset = scale, offset
+        self.scale = scale
         self.masks = tuple(x if x is None else x.contiguous() for x in masks)
         self.wants_query, self.wants_bank = bool(need & QUERY), bool(need & BANK)
         self.wants_critic = bool(need & (SCALE | OFFSET))
@@ -103,7 +108,6 @@ class Negatives:
         self.keys = len(bank) if index is None else index.shape[-1]
         self.types = launch.precision(query.dtype)
         self.wide, self.device = wide_dtype(query.dtype), query.device
-        self.pairs = torch.ones(self.B, dtype=torch.uint8, device=self.device)
         query_id, key_id, query_label, _ = self.masks
         self.constants = {
             "ID": query_id is not None,
@@ -113,28 +117,32 @@ class Negatives:
             "FAST": self.types.fast,
         }
 
-    def normaliser(self) -> Tensor:
-        """[B] logarithm of the sum of exp of the negatives' logits; -inf where there is none."""
-        parts = self._sweep(NORMALISER, None)
-        return (parts["top"] + parts["sum"].log()).logsumexp(0)
+    def normaliser(self, beta: Tensor) -> Tensor:
+        """[B] logarithm of the sum of exp of the negatives' logits, in float64; -inf where there is
+        none."""
+        parts = self._sweep(NORMALISER, beta)
+        return (LN2 * parts["top"].double() + parts["sum"].double().log()).logsumexp(0)
 
-    def run(self, mode: int, normaliser: Tensor | None = None) -> Tensor | None:
+    def run(self, mode: int, beta: Tensor) -> Tensor | None:
         """All gradients that are wanted; with NCE it returns the sum of the negatives' losses."""
-        parts = self._sweep(mode, normaliser)
+        parts = self._sweep(mode, beta)
         if self.wants_query:
             self.d_query = parts["query"].sum(0)
         if self.wants_critic:
             self.d_scale, self.d_offset = parts["scale"].sum(), parts["offset"].sum()
         if self.wants_bank:
-            self.d_bank = self._rows(mode, normaliser)
+            self.d_bank = self._rows(mode, beta)
         return parts["sum"].sum() if mode == NCE else None
 
-    def _sweep(self, mode: int, normaliser: Tensor | None) -> dict[str, Tensor]:
+    def _sweep(self, mode: int, beta: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def _rows(self, mode: int, normaliser: Tensor | None) -> Tensor:
+    def _rows(self, mode: int, beta: Tensor) -> Tensor:
         """[N, D], the gradient of the bank, after the sweep."""
         raise NotImplementedError
+
+    def _columns(self, BD: int) -> dict:
+        return {"WHOLE": self.D % BD == 0, "ND": launch.blocks(self.D, BD), "BD": BD}
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.wide, device=self.device)
@@ -147,6 +155,7 @@ class Negatives:
         tiles = launch.blocks(self.keys, tile_keys)
         programs = a_processor * launch.multiprocessors(self.device)
         each = launch.blocks(tiles, max(programs // max(others, 1), 1))
+        each = min(each, (1 << 30) // tile_keys)
         return launch.blocks(tiles, each), each * tile_keys
 
     def _parts(self, mode: int, slices: int, blocks: int, query: bool) -> dict[str, Tensor | None]:
@@ -174,8 +183,7 @@ class Shared(Negatives):
             "INDEXED": self.index is not None,
             # Most slopes of many keys lie below what float16 has full precision for.
             "LIFT": 2.0**15 if self.query.dtype == torch.float16 else 1.0,
-            "ND": launch.blocks(self.D, BD),
-            "BD": BD,
+            **self._columns(BD),
             "BB": launch.block(self.B, chosen.queries),
             "BN": chosen.keys,
         }
@@ -183,8 +191,10 @@ class Shared(Negatives):
     def _index(self) -> Tensor | None:
         return None if self.index is None else self.index.contiguous()
 
-    def _sweep(self, mode: int, normaliser: Tensor | None) -> dict[str, Tensor]:
-        chosen, constants = self._prepared("shared")
+    def _sweep(self, mode: int, beta: Tensor) -> dict[str, Tensor]:
+        wide = self.D > 128 or self.bank.element_size() > self.query.element_size()
+        name = "shared_wide" if wide and self.types.tensor_cores else "shared"
+        chosen, constants = self._prepared(name)
         query = self.wants_query and mode != NORMALISER
         blocks = -(-self.B // constants["BB"])
         programs = blocks * (constants["ND"] if query else 1)
@@ -199,9 +209,7 @@ class Shared(Negatives):
             self.bank.stride(0),
             self._index(),
             self.scale,
-            self.offset,
-            self.pairs,
-            normaliser,
+            beta,
             *self.masks,
             *parts.values(),
             self.B,
@@ -216,7 +224,7 @@ class Shared(Negatives):
         )
         return parts
 
-    def _rows(self, mode: int, normaliser: Tensor | None) -> Tensor:
+    def _rows(self, mode: int, beta: Tensor) -> Tensor:
         index = self._index()
         d_bank = self._zeros(*self.bank.shape)
         if self.B == 0:
@@ -237,9 +245,7 @@ class Shared(Negatives):
                 self.bank.stride(0),
                 index,
                 self.scale,
-                self.offset,
-                self.pairs,
-                normaliser,
+                beta,
                 *self.masks,
                 d_rows,
                 self.B,
@@ -257,12 +263,13 @@ class Shared(Negatives):
 class Own(Negatives):
     """Keys of each query's own: index [B, K], where it lies."""
 
-    slopes: Tensor  # [B, K] derivatives of the loss by the logits
+    slopes: Tensor | None  # [B, K] derivatives of the loss by the logits
 
     def _prepared(self) -> tuple[launch.Config, int, int]:
         """The configuration, and blocks of columns and of keys, as many more as rows are short."""
         chosen = launch.config("own", self.types, self.device)
-        BD = launch.block(self.D, chosen.features if chosen.features >= self.D else 1024)
+        most = chosen.features
+        BD = launch.block(self.D, most if most >= self.D else min(most, 1024))
         BN = max(1, min(chosen.keys * 128 // BD, launch.block(self.keys, 256)))
         return chosen, BD, BN
 
@@ -270,7 +277,7 @@ class Own(Negatives):
     def _addresses(self) -> tuple:
         return (self.bank, self.bank.stride(0), self.index, *self.index.stride())
 
-    def _sweep(self, mode: int, normaliser: Tensor | None) -> dict[str, Tensor]:
+    def _sweep(self, mode: int, beta: Tensor) -> dict[str, Tensor]:
         chosen, BD, BN = self._prepared()
         blocks = launch.blocks(self.D, BD)
         query = self.wants_query and mode != NORMALISER
@@ -285,9 +292,7 @@ class Own(Negatives):
             self.query,
             *self._addresses,
             self.scale,
-            self.offset,
-            self.pairs,
-            normaliser,
+            beta,
             *self.masks,
             *parts.values(),
             slopes,
@@ -300,9 +305,8 @@ class Own(Negatives):
             CRITIC=parts["scale"] is not None,
             SLOPES=wants_slopes,
             MOST=tile.MOST_TILES * BN,
-            ND=blocks,
-            BD=BD,
             BN=BN,
+            **self._columns(BD),
             **self.constants,
         )
         if query and blocks > 1:
@@ -319,14 +323,14 @@ class Own(Negatives):
                 self.keys,
                 each,
                 WIDE=self.constants["WIDE"],
+                WHOLE=self.D % BD == 0,
                 BD=BD,
                 BN=BN,
             )
-        if slopes is not None:
-            self.slopes = slopes
+        self.slopes = slopes
         return parts
 
-    def _rows(self, mode: int, normaliser: Tensor | None) -> Tensor:
+    def _rows(self, mode: int, beta: Tensor) -> Tensor:
         d_bank = self._zeros(*self.bank.shape)
         query = self.query.to(self.wide) * self.scale.to(self.wide)
         rows = max(1, SEGMENT_BYTES // (self.wide.itemsize * max(self.D, 1)))

@@ -11,6 +11,9 @@ from crrcd_ext.triton.kernels import relation as kernels
 
 ANCHOR, SAMPLE, WEIGHT, BIAS = (1 << n for n in range(4))
 
+HIDDEN = 32
+"""Hidden units at a time: products at full precision are unrolled, and must not be long."""
+
 SEGMENT_ELEMENTS = 1 << 22
 """Hidden units, or entries of relation vectors, that the backward pass makes at a time."""
 
@@ -22,7 +25,7 @@ def relation(
     A, M, (R, H) = len(anchor), len(sample), weight.shape
     types = launch.precision(anchor.dtype)
     chosen = launch.config("relation", types, anchor.device)
-    BH, BR = (launch.block(size, chosen.features) for size in (H, R))
+    BR = launch.block(R, chosen.features)
     vectors = anchor.new_empty((A, M, R))
     inverse_norm = anchor.new_empty((A, M), dtype=wide_dtype(anchor.dtype))
     launch.run(
@@ -41,10 +44,9 @@ def relation(
         BIAS=bias is not None,
         **types.constants,
         FAST=types.fast,
-        NH=launch.blocks(H, BH),
-        NR=launch.blocks(R, BR),
-        BH=BH,
+        BH=launch.block(H, HIDDEN),
         BR=BR,
+        SEVERAL=R > BR,
         BN=chosen.keys,
     )
     return vectors, inverse_norm

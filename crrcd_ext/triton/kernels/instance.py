@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crrcd_ext.triton.kernels.features import critic, matrix, positions
+from crrcd_ext.triton.kernels.features import binary, matrix, positions
 from crrcd_ext.triton.kernels.tile import (
     INFONCE,
     LN2,
@@ -27,10 +27,13 @@ from crrcd_ext.triton.kernels.tile import (
 
 
 @triton.jit
-def gathered(bank, stride, position, d, D, WIDE: tl.constexpr):
-    """[n, d]: rows of the bank."""
-    inside = (d < D)[None, :]
-    return tl.load(bank + position[:, None] * stride + d[None, :], mask=inside, other=0).to(WIDE)
+def gathered(bank, stride, position, d, D, WHOLE: tl.constexpr, WIDE: tl.constexpr):
+    """[n, d]: rows of the bank; WHOLE is for columns of which none lies outside."""
+    at = bank + position[:, None] * stride + d[None, :]
+    if WHOLE:
+        return tl.load(at).to(WIDE)
+    else:
+        return tl.load(at, mask=(d < D)[None, :], other=0).to(WIDE)
 
 
 @triton.jit
@@ -64,14 +67,12 @@ def shared(
     stride,
     index,  # [K] rows of the bank
     scale,
-    offset,
-    pairs,  # [B] uint8: 1
-    normaliser,  # [B] logarithm of InfoNCE's normaliser
+    beta,  # [B] what logits are less; see passes.shifts
     query_id,
     key_id,
     query_label,
     key_label,
-    part_sum,  # [slices, query blocks] sums of softplus, or [slices, B] of exp(s - top)
+    part_sum,  # [slices, query blocks] sums of softplus, or [slices, B] of 2^(s - top)
     part_top,  # [slices, B]
     part_query,  # [slices, B, D]
     part_scale,  # [slices, query blocks]
@@ -79,7 +80,7 @@ def shared(
     B,
     D,
     keys,
-    each,  # keys of a slice
+    each,  # keys of a slice, fewer than 2^31
     MODE: tl.constexpr,
     QUERY: tl.constexpr,
     CRITIC: tl.constexpr,
@@ -93,6 +94,7 @@ def shared(
     FAST: tl.constexpr,
     LIFT: tl.constexpr,
     MOST: tl.constexpr,
+    WHOLE: tl.constexpr,
     ND: tl.constexpr,
     BD: tl.constexpr,
     BB: tl.constexpr,
@@ -106,8 +108,9 @@ def shared(
     b = query_block.to(tl.int64) * BB + tl.arange(0, BB)
     own_d = column_block * BD + tl.arange(0, BD)
     begin = part * each
-    count = tl.minimum(keys - begin, each)
-    factor, beta = critic(scale, offset, pairs, normaliser, b, b < B, MODE, WIDE)
+    count = tl.minimum(keys - begin, each).to(tl.int32)
+    factor = binary(scale, WIDE)
+    less = tl.load(beta + b, mask=b < B, other=0)
     query_first = matrix(query, b, B, tl.arange(0, BD), D)
 
     d_query = tl.zeros([BB, BD], WIDE)
@@ -125,15 +128,15 @@ def shared(
             position = positions(n, begin, count, index, INDEXED)
             logit = tl.zeros([BN, BB], WIDE)
             if ND == 1:
-                rows = narrow(gathered(bank, stride, position, own_d, D, WIDE), DTYPE)
+                rows = narrow(gathered(bank, stride, position, own_d, D, WHOLE, WIDE), DTYPE)
                 logit = dot(rows, tl.trans(query_first), logit, PRECISION)
             else:
                 for block in range(0, D, BD):
                     d = block + tl.arange(0, BD)
-                    x = narrow(gathered(bank, stride, position, d, D, WIDE), DTYPE)
+                    x = narrow(gathered(bank, stride, position, d, D, WHOLE, WIDE), DTYPE)
                     logit = dot(x, tl.trans(matrix(query, b, B, d, D)), logit, PRECISION)
             s = without_masked(
-                logit * factor - beta[None, :], b, n, B, count, position,
+                logit * factor - less[None, :], b, n, B, count, position,
                 query_id, key_id, query_label, key_label, ID, NAMED, LABEL,
             )  # fmt: skip
             if MODE == NORMALISER:
@@ -148,23 +151,25 @@ def shared(
                     d_offset -= tl.sum(slope, 1)
                 if QUERY:
                     if ND > 1:
-                        rows = narrow(gathered(bank, stride, position, own_d, D, WIDE), DTYPE)
-                    d = narrow(slope * LIFT, DTYPE)
-                    d_query = dot(tl.trans(d), rows, d_query, PRECISION)
+                        rows = narrow(
+                            gathered(bank, stride, position, own_d, D, WHOLE, WIDE), DTYPE
+                        )
+                    d_logit = narrow(slope * LIFT, DTYPE)
+                    d_query = dot(tl.trans(d_logit), rows, d_query, PRECISION)
         if MODE == NCE:
             loss += tl.sum(log1p(product), 1)
 
     place = part * B + b
     if QUERY:
         cells = (b < B)[:, None] & (own_d < D)[None, :]
-        d_query *= factor * (LN2 / LIFT)
+        d_query *= tl.load(scale).to(WIDE) / LIFT
         tl.store(part_query + place[:, None] * D + own_d[None, :], d_query, mask=cells)
     if MODE == NORMALISER:
         most = tl.max(top, 0)
         base = tl.where(most == -float("inf"), 0.0, most)
         total = tl.sum(total * power(top - base[None, :], FAST), 0)
         tl.store(part_sum + place, total, mask=b < B)
-        tl.store(part_top + place, most * LN2, mask=b < B)
+        tl.store(part_top + place, most, mask=b < B)
     if column_block == 0:
         cell = part * (tl.num_programs(1) // column_blocks) + query_block
         if MODE == NCE:
@@ -181,9 +186,7 @@ def shared_rows(
     stride,
     index,
     scale,
-    offset,
-    pairs,
-    normaliser,
+    beta,
     query_id,
     key_id,
     query_label,
@@ -203,6 +206,7 @@ def shared_rows(
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
     LIFT: tl.constexpr,
+    WHOLE: tl.constexpr,
     ND: tl.constexpr,
     BD: tl.constexpr,
     BB: tl.constexpr,
@@ -213,7 +217,8 @@ def shared_rows(
     own_d = tl.program_id(1) * BD + tl.arange(0, BD)
     position = positions(n, first, keys, index, INDEXED)
     if ND == 1:
-        rows = narrow(gathered(bank, stride, position, own_d, D, WIDE), DTYPE)
+        rows = narrow(gathered(bank, stride, position, own_d, D, WHOLE, WIDE), DTYPE)
+    factor = binary(scale, WIDE)
     d_row = tl.zeros([BN, BD], WIDE)
     for query_block in range(0, B, BB):
         b = query_block + tl.arange(0, BB).to(tl.int64)
@@ -224,11 +229,11 @@ def shared_rows(
         else:
             for block in range(0, D, BD):
                 d = block + tl.arange(0, BD)
-                x = narrow(gathered(bank, stride, position, d, D, WIDE), DTYPE)
+                x = narrow(gathered(bank, stride, position, d, D, WHOLE, WIDE), DTYPE)
                 logit = dot(x, tl.trans(matrix(query, b, B, d, D)), logit, PRECISION)
-        factor, beta = critic(scale, offset, pairs, normaliser, b, b < B, MODE, WIDE)
+        less = tl.load(beta + b, mask=b < B, other=0)
         s = without_masked(
-            logit * factor - beta[None, :], b, n, B, keys, position,
+            logit * factor - less[None, :], b, n, B, keys, position,
             query_id, key_id, query_label, key_label, ID, NAMED, LABEL,
         )  # fmt: skip
         if MODE == INFONCE:
@@ -250,14 +255,12 @@ def own(
     index_stride,
     index_step,
     scale,
-    offset,
-    pairs,
-    normaliser,
+    beta,
     query_id,
     key_id,
     query_label,
     key_label,
-    part_sum,  # [slices, B] sums of softplus, or of exp(s - top)
+    part_sum,  # [slices, B] sums of softplus, or of 2^(s - top)
     part_top,  # [slices, B]
     part_query,  # [slices, B, D]
     part_scale,  # [slices, B]
@@ -277,6 +280,7 @@ def own(
     WIDE: tl.constexpr,
     FAST: tl.constexpr,
     MOST: tl.constexpr,
+    WHOLE: tl.constexpr,
     ND: tl.constexpr,
     BD: tl.constexpr,
     BN: tl.constexpr,
@@ -285,8 +289,9 @@ def own(
     part = tl.program_id(1).to(tl.int64)
     b = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     begin = part * each
-    count = tl.minimum(keys - begin, each)
-    factor, beta = critic(scale, offset, pairs, normaliser, b, b < B, MODE, WIDE)
+    count = tl.minimum(keys - begin, each).to(tl.int32)
+    factor = binary(scale, WIDE)
+    less = tl.load(beta + b)
     first_d = tl.arange(0, BD)
     query_first = matrix(query, b, B, first_d, D).to(WIDE)
 
@@ -307,16 +312,16 @@ def own(
             at = index + b * index_stride + (begin + n) * index_step
             position = tl.load(at, mask=present, other=0)
             if ND == 1:
-                rows = gathered(bank, stride, position, first_d, D, WIDE)
+                rows = gathered(bank, stride, position, first_d, D, WHOLE, WIDE)
                 logit = tl.sum(rows * query_first, 1)[:, None]
             else:
                 logit = tl.zeros([BN, 1], WIDE)
                 for block in range(0, D, BD):
                     d = block + first_d
-                    x = gathered(bank, stride, position, d, D, WIDE)
+                    x = gathered(bank, stride, position, d, D, WHOLE, WIDE)
                     logit += tl.sum(x * matrix(query, b, B, d, D).to(WIDE), 1)[:, None]
             s = without_masked(
-                logit * factor - beta[None, :], b, n, B, count, position,
+                logit * factor - less[None, :], b, n, B, count, position,
                 query_id, key_id, query_label, key_label, ID, NAMED, LABEL,
             )  # fmt: skip
             if MODE == NORMALISER:
@@ -341,14 +346,14 @@ def own(
 
     place = part * B + b
     if QUERY:
-        gradient = tl.sum(d_query, 0)[None, :] * (factor * LN2)
+        gradient = tl.sum(d_query, 0)[None, :] * tl.load(scale).to(WIDE)
         cells = (first_d < D)[None, :]
         tl.store(part_query + place[:, None] * D + first_d[None, :], gradient, mask=cells)
     if MODE == NORMALISER:
         most = tl.max(top, 0)
         base = tl.where(most == -float("inf"), 0.0, most)
         tl.store(part_sum + place, tl.sum(total * power(top - base[None, :], FAST), 0))
-        tl.store(part_top + place, most * LN2)
+        tl.store(part_top + place, most)
     if MODE == NCE:
         tl.store(part_sum + place, tl.sum(loss + linear * LN2, 0))
     if CRITIC:
@@ -371,6 +376,7 @@ def own_query(
     keys,
     each,
     WIDE: tl.constexpr,
+    WHOLE: tl.constexpr,
     BD: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -379,14 +385,14 @@ def own_query(
     part = tl.program_id(1).to(tl.int64)
     d = tl.program_id(2) * BD + tl.arange(0, BD)
     begin = part * each
-    count = tl.minimum(keys - begin, each)
+    count = tl.minimum(keys - begin, each).to(tl.int32)
     d_query = tl.zeros([BN, BD], WIDE)
     for tile in range(0, count, BN):
-        n = begin + tile + tl.arange(0, BN)
-        present = n < begin + count
-        at = index + b * index_stride + n * index_step
+        n = tile + tl.arange(0, BN)
+        present = n < count
+        at = index + b * index_stride + (begin + n) * index_step
         position = tl.load(at, mask=present, other=0)
-        slope = tl.load(slopes + b * keys + n, mask=present, other=0)
-        d_query += slope[:, None] * gathered(bank, stride, position, d, D, WIDE)
+        slope = tl.load(slopes + b * keys + begin + n, mask=present, other=0)
+        d_query += slope[:, None] * gathered(bank, stride, position, d, D, WHOLE, WIDE)
     gradient = tl.sum(d_query, 0) * tl.load(scale).to(WIDE)
     tl.store(part_query + (part * B + b) * D + d, gradient, mask=d < D)
