@@ -1,8 +1,4 @@
-"""Blocks, warps and stages of every kernel, by type of the computation and architecture.
-
-This is the table of defaults; `python -m crrcd_ext tune` measures its rows on a GPU and remembers
-which was fastest.
-"""
+"""Blocks, warps and stages of every kernel, by type of the computation."""
 
 from __future__ import annotations
 
@@ -87,7 +83,7 @@ DEFAULTS: dict[str, dict[str, Config]] = {
 """By kernel and type; a type without a row has bfloat16's."""
 
 
-def choose(kernel: str, types: str, architecture: str, sizes: dict[str, int]) -> Config:
+def choose(kernel: str, types: str, architecture: str) -> Config:
     """The configuration of a launch."""
     rows = DEFAULTS[kernel]
     if architecture == "interpreter":

@@ -76,8 +76,8 @@ def architecture(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def config(kernel: str, types: Precision, device: torch.device, **sizes: int) -> Config:
-    return choose(kernel, types.name, architecture(device), sizes)
+def config(kernel: str, types: Precision, device: torch.device) -> Config:
+    return choose(kernel, types.name, architecture(device))
 
 
 def block(size: int, most: int) -> int:
