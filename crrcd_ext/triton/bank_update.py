@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crrcd_ext._check import check_range
 from crrcd_ext._schema import wide_dtype
-from crrcd_ext.triton import launch
+from crrcd_ext.triton import bank_rows, launch
 from crrcd_ext.triton.configs import Config
 from crrcd_ext.triton.kernels import bank_update as kernels
 
@@ -16,10 +15,7 @@ def bank_update_(
     bank: Tensor, index: Tensor, value: Tensor, momentum: float, normalize: bool
 ) -> None:
     """``crrcd_triton::bank_update_``."""
-    check_range("bank_update_", "index", index, bank)
-    if index.device.type != "cpu":
-        inside = (index >= 0) & (index < len(bank))
-        torch._assert_async(inside.all(), "crrcd_ext.bank_update_: a row outside of the bank")
+    bank_rows.check("bank_update_", index, bank)
     updates, columns = value.shape
     # The numbers of the update that each row of the bank is last named by.
     last = torch.full((len(bank),), -1, dtype=torch.int64, device=bank.device)

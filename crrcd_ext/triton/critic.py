@@ -1,36 +1,12 @@
-"""What the losses have around their passes: positives, pairs, the mean, the bank's update."""
+"""What the losses have around their passes: positives, the mean, the bank's update."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from crrcd_ext._check import check_range
 from crrcd_ext._schema import wide_dtype
 from crrcd_ext.triton.bank_update import bank_update_
-
-
-def check_rows(name: str, index: Tensor | None, bank: Tensor) -> None:
-    """An index outside of the bank: IndexError on the CPU, an assertion of the device elsewhere."""
-    if index is None or index.numel() == 0:
-        return
-    if index.device.type == "cpu":
-        check_range(name, "index", index, bank)
-    else:
-        inside = (index >= 0) & (index < len(bank))
-        torch._assert_async(inside.all(), f"crrcd_ext.{name}: a row outside of the bank")
-
-
-def kept_pairs(
-    anchors: int, query: Tensor, anchor_id: Tensor | None, query_id: Tensor | None, self_pairs: bool
-) -> Tensor:
-    """bool [A, B]; see reference.kept_pairs."""
-    queries, device = query.shape[-2], query.device
-    if not self_pairs and anchor_id is not None and query_id is not None:
-        return anchor_id[:, None] != query_id[None]
-    if not self_pairs and anchor_id is None and query_id is None and anchors == queries:
-        return ~torch.eye(anchors, dtype=torch.bool, device=device)
-    return torch.ones(anchors, queries, dtype=torch.bool, device=device)
 
 
 def contrast(

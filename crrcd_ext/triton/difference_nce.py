@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from crrcd_ext._schema import wide_dtype
-from crrcd_ext.reference import TINY
-from crrcd_ext.triton import critic, launch
+from crrcd_ext.reference import TINY, kept_pairs
+from crrcd_ext.triton import bank_rows, critic, launch
 from crrcd_ext.triton.own_keys import OwnKeys
 from crrcd_ext.triton.passes import DIFFERENCE, INFONCE, NCE, Masks, Passes
 
@@ -65,15 +65,15 @@ def difference_nce_(
 ) -> tuple[Tensor, ...]:
     """``crrcd_triton::difference_nce_``, and without ``update`` the operator that changes
     nothing."""
-    critic.check_rows("difference_nce", index, bank)
+    bank_rows.check("difference_nce", index, bank)
     if update:
-        critic.check_rows("difference_nce", update[0], bank)
+        bank_rows.check("difference_nce", update[0], bank)
     inputs = (query, positive, anchor, bank, scale, offset)
     # They may come from the CPU.
     scale, offset = scale.to(query.device), offset.to(query.device)
     wide = wide_dtype(query.dtype)
     u, v = directions(query, anchor, eps), directions(positive, anchor, eps)
-    pairs = critic.kept_pairs(len(anchor), query, anchor_id, query_id, self_pairs)
+    pairs = kept_pairs(anchor, u.unit, anchor_id, query_id, self_pairs)
     pairs = pairs & u.alive & v.alive
     masks = (anchor_id, query_id, key_id, query_label, key_label)
     options = {

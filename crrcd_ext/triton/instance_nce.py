@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from crrcd_ext._schema import wide_dtype
-from crrcd_ext.triton import critic, launch
+from crrcd_ext.triton import bank_rows, critic, launch
 from crrcd_ext.triton.kernels import instance as kernels
 from crrcd_ext.triton.kernels import tile
 from crrcd_ext.triton.passes import INFONCE, LN2, NCE, NORMALISER, shifts
@@ -41,9 +41,9 @@ def instance_nce_(
     *update,
 ) -> tuple[Tensor, ...]:
     """``crrcd_triton::instance_nce_``, and without ``update`` the operator that changes nothing."""
-    critic.check_rows("instance_nce", index, bank)
+    bank_rows.check("instance_nce", index, bank)
     if update:
-        critic.check_rows("instance_nce", update[0], bank)
+        bank_rows.check("instance_nce", update[0], bank)
     inputs = (query, positive, bank, scale, offset)
     wide = wide_dtype(query.dtype)
     # They may come from the CPU.
@@ -99,7 +99,7 @@ class Negatives:
         masks: tuple,
         need: int,
     ) -> None:
-        self.query, self.bank, self.index = query.contiguous(), launch.with_unit_rows(bank), index
+        self.query, self.bank, self.index = query.contiguous(), bank_rows.with_units(bank), index
         self.scale = scale
         self.masks = tuple(x if x is None else x.contiguous() for x in masks)
         self.wants_query, self.wants_bank = bool(need & QUERY), bool(need & BANK)
@@ -256,7 +256,7 @@ class Shared(Negatives):
                 **constants,
             )
             if index is not None:
-                d_bank.index_add_(0, index[at], d_rows)
+                bank_rows.add(d_bank, index[at], d_rows)
         return d_bank
 
 
@@ -340,5 +340,5 @@ class Own(Negatives):
             for begin in range(0, self.keys, rows):
                 at = of, slice(begin, begin + rows)
                 d_rows = self.slopes[at][..., None] * query[of, None]
-                d_bank.index_add_(0, self.index[at].flatten(), d_rows.flatten(0, 1))
+                bank_rows.add(d_bank, self.index[at].flatten(), d_rows.flatten(0, 1))
         return d_bank

@@ -99,8 +99,3 @@ def run(kernel, grid: tuple, chosen: Config, *arguments, **constants) -> None:
             return run(kernel, grid, chosen, *arguments, **constants)
     kernel[grid](*arguments, **constants, num_warps=chosen.warps, num_stages=chosen.stages)
     return None
-
-
-def with_unit_rows(bank: Tensor) -> Tensor:
-    """The bank where it lies, or a copy where the elements of a row do not lie side by side."""
-    return bank if bank.stride(1) == 1 or bank.shape[1] < 2 else bank.contiguous()

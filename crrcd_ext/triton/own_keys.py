@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from crrcd_ext._schema import wide_dtype
-from crrcd_ext.triton import launch
+from crrcd_ext.triton import bank_rows, launch
 from crrcd_ext.triton.kernels import own_keys as kernels
 from crrcd_ext.triton.passes import INFONCE, LN2, NORMALISER, Masks, shifts
 
@@ -44,7 +44,7 @@ class OwnKeys:
     d_bank: Tensor | None = field(init=False, default=None)  # [N, D]
 
     def __post_init__(self) -> None:
-        self.bank = launch.with_unit_rows(self.bank)
+        self.bank = bank_rows.with_units(self.bank)
         self.wide = wide_dtype(self.query.dtype)
         self.device = self.query.device
         self.query = self.query.contiguous()
@@ -120,7 +120,7 @@ class OwnKeys:
             self._launch(mode, normaliser, parts, grid, first, here, tiles)
             if self.wants_keys:
                 at = self.index[:, first : first + here].reshape(-1)
-                self.d_bank.index_add_(0, at, parts.pop("rows").flatten(0, 1))
+                bank_rows.add(self.d_bank, at, parts.pop("rows").flatten(0, 1))
         if "sum" in parts:
             self.loss = parts["sum"].sum()
         if self.wants_query:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from crrcd_ext._schema import wide_dtype
-from crrcd_ext.triton import launch
+from crrcd_ext.triton import bank_rows, launch
 from crrcd_ext.triton.configs import Config
 from crrcd_ext.triton.kernels import features, tile
 from crrcd_ext.triton.kernels import keys as keys_kernels
@@ -89,7 +89,7 @@ class Passes:
     d_bias: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.bank = launch.with_unit_rows(self.bank)
+        self.bank = bank_rows.with_units(self.bank)
         self.wide = wide_dtype(self.query.dtype)
         self.device = self.query.device
         self.keys = len(self.bank) if self.index is None else len(self.index)
@@ -434,7 +434,7 @@ class Passes:
         if self.index is None:
             self.d_bank[at] += d_rows
         else:
-            self.d_bank.index_add_(0, at, d_rows)
+            bank_rows.add(self.d_bank, at, d_rows)
 
     def _weight(self, first: int, keys: int, rows: tuple, norms: tuple, sums: dict) -> dict:
         A, B, _, H, R = self.sizes

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from crrcd_ext._schema import wide_dtype
-from crrcd_ext.triton import critic, launch
+from crrcd_ext.reference import kept_pairs
+from crrcd_ext.triton import bank_rows, critic, launch
 from crrcd_ext.triton.passes import DIRECT, GRAM, INFONCE, NCE, Masks, Passes
 
 QUERY, POSITIVE, ANCHOR, BANK, KEY_WEIGHT, WEIGHT, BIAS, SCALE, OFFSET = (1 << n for n in range(9))
@@ -40,15 +41,15 @@ def relation_nce_(
     *update,
 ) -> tuple[Tensor, ...]:
     """``crrcd_triton::relation_nce_``, and without ``update`` the operator that changes nothing."""
-    critic.check_rows("relation_nce", index, bank)
+    bank_rows.check("relation_nce", index, bank)
     if update:
-        critic.check_rows("relation_nce", update[0], bank)
+        bank_rows.check("relation_nce", update[0], bank)
     inputs = (query, positive, anchor, bank, key_weight, weight, bias, scale, offset)
     # They may come from the CPU.
     scale, offset = scale.to(query.device), offset.to(query.device)
     wide = wide_dtype(query.dtype)
     types = launch.precision(query.dtype)
-    pairs = critic.kept_pairs(len(anchor), query, anchor_id, query_id, self_pairs)
+    pairs = kept_pairs(anchor, query, anchor_id, query_id, self_pairs)
     form = GRAM if need & LIVE and types.tensor_cores else DIRECT
     # Relations do not know how long W is; in float16 its products must not leave the range.
     unit = 1.0
