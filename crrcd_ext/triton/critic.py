@@ -2,28 +2,58 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from crrcd_ext._schema import wide_dtype
 from crrcd_ext.triton.bank_update import bank_update_
+from crrcd_ext.triton.passes import INFONCE, NCE
+
+
+class Negatives(Protocol):
+    """Passes over the negatives, which leave the gradients of a sum over the pairs that count."""
+
+    loss: Tensor
+    """After a run for NCE: the sum over negatives and pairs."""
+
+    def normaliser(self) -> Tensor:
+        """Of each pair, the logarithm of the sum of exp of its negatives' logits, in float64; -inf
+        where there is none."""
+
+    def run(self, mode: int, normaliser: Tensor | None = None) -> None:
+        """All that is wanted; for INFONCE with the logarithms of the whole normaliser."""
 
 
 def contrast(
-    objective: str, positive: Tensor, negatives: Tensor, pairs: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sum of the loss over the pairs that count, and its slope by the positive logits.
+    objective: str,
+    negatives: Negatives,
+    cosine: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    pairs: Tensor,
+    gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean loss, its sum's slopes by the positive logits, and what makes sums to means.
 
-    ``negatives``: their part of the sum, or the logarithms of InfoNCE's whole normaliser.
+    ``cosine``: of the positives; ``gradients``: whether any but the positives' own is wanted.
     """
+    wide = cosine.dtype
+    positive = scale.to(wide) * cosine - offset.to(wide)
     if objective == "nce":
+        negatives.run(NCE)
         loss = torch.nn.functional.softplus(-positive, threshold=200.0)
         slope = -torch.sigmoid(-positive)
-        total = loss.masked_fill(~pairs, 0).sum() + negatives
+        total = loss.masked_fill(~pairs, 0).sum() + negatives.loss
     else:
-        slope = torch.expm1(positive - negatives)
-        total = (negatives - positive).masked_fill(~pairs, 0).sum()
-    return total, slope.masked_fill(~pairs, 0)
+        whole = torch.logaddexp(negatives.normaliser(), positive.double())
+        if gradients:
+            negatives.run(INFONCE, whole)
+        slope = torch.expm1(positive - whole).to(wide)
+        total = (whole - positive).masked_fill(~pairs, 0).sum()
+    mean = 1 / pairs.sum().clamp(min=1).to(wide)
+    return total * mean, slope.masked_fill(~pairs, 0), mean
 
 
 def results(

@@ -11,7 +11,7 @@ from crrcd_ext._schema import wide_dtype
 from crrcd_ext.reference import TINY, kept_pairs
 from crrcd_ext.triton import bank_rows, critic, launch
 from crrcd_ext.triton.own_keys import OwnKeys
-from crrcd_ext.triton.passes import DIFFERENCE, INFONCE, NCE, Masks, Passes
+from crrcd_ext.triton.passes import DIFFERENCE, Masks, Passes
 
 QUERY, POSITIVE, ANCHOR, BANK, SCALE, OFFSET = (1 << n for n in range(6))
 
@@ -82,7 +82,7 @@ def difference_nce_(
         "bank": bank,
         "scale": scale,
         "offset": offset,
-        "masks": Masks(pairs.to(torch.uint8), *(x if x is None else x.contiguous() for x in masks)),
+        "masks": Masks(pairs, *(x if x is None else x.contiguous() for x in masks)),
         "eps": eps,
         "wants_query": bool(need & (QUERY | ANCHOR)),
         "wants_critic": bool(need & (SCALE | OFFSET)),
@@ -96,20 +96,9 @@ def difference_nce_(
         directed = u.unit.to(query.dtype).contiguous()
         passes = Passes(DIFFERENCE, query=directed, index=index, **options)
     cosine = (u.unit * v.unit).sum(-1)
-    factor, beta = scale.to(wide), offset.to(wide)
-    positive_logit = factor * cosine - beta
-    if objective == "nce":
-        passes.run(NCE)
-        negatives = passes.loss
-    else:
-        negatives = torch.logaddexp(passes.normaliser(), positive_logit.double())
-        if need & ~POSITIVE:
-            passes.run(INFONCE, negatives)
-    loss, slope = critic.contrast(objective, positive_logit, negatives, pairs)
-    mean = 1 / pairs.sum().clamp(min=1).to(wide)
-
-    slope = slope.to(wide)
-    by_cosine = (slope * factor)[..., None]
+    gradients = bool(need & ~POSITIVE)
+    loss, slope, mean = critic.contrast(objective, passes, cosine, scale, offset, pairs, gradients)
+    by_cosine = (slope * scale.to(wide))[..., None]
     d_query = d_positive = d_anchor = None
     if need & (QUERY | ANCHOR):
         d_query = u.backward(torch.addcmul(passes.d_query, by_cosine, v.unit))
@@ -125,6 +114,6 @@ def difference_nce_(
         (passes.d_scale + (slope * cosine).sum()) * mean if need & SCALE else None,
         (passes.d_offset - slope.sum()) * mean if need & OFFSET else None,
     )
-    result = critic.results(query, loss * mean, need, inputs, found)
+    result = critic.results(query, loss, need, inputs, found)
     critic.update(bank, update)
     return result

@@ -51,22 +51,14 @@ def instance_nce_(
     own = index is not None and index.dim() == 2
     masks = (query_id, key_id, query_label, key_label)
     pairs = torch.ones(len(query), dtype=torch.bool, device=query.device)
-    negatives = (Own if own else Shared)(query, bank, index, scale, masks, need)
+    negatives = (Own if own else Shared)(query, bank, index, scale, offset, pairs, masks, need)
     q, p = query.to(wide), positive.to(wide)
     cosine = (q * p).sum(-1)
-    factor = scale.to(wide)
-    positive_logit = factor * cosine - offset.to(wide)
-    if objective == "nce":
-        sums = negatives.run(NCE, shifts(offset, pairs, None, wide))
-    else:
-        known = negatives.normaliser(shifts(offset, pairs, None, wide))
-        sums = torch.logaddexp(known, positive_logit.double())
-        if need & ~POSITIVE:
-            negatives.run(INFONCE, shifts(offset, pairs, sums, wide))
-    loss, slope = critic.contrast(objective, positive_logit, sums, pairs)
-    mean = 1 / max(len(query), 1)
-    slope = slope.to(wide)
-    by_cosine = (slope * factor)[:, None]
+    gradients = bool(need & ~POSITIVE)
+    loss, slope, mean = critic.contrast(
+        objective, negatives, cosine, scale, offset, pairs, gradients
+    )
+    by_cosine = (slope * scale.to(wide))[:, None]
     found = (
         (negatives.d_query + by_cosine * p) * mean if need & QUERY else None,
         by_cosine * q * mean if need & POSITIVE else None,
@@ -74,17 +66,15 @@ def instance_nce_(
         (negatives.d_scale + (slope * cosine).sum()) * mean if need & SCALE else None,
         (negatives.d_offset - slope.sum()) * mean if need & OFFSET else None,
     )
-    result = critic.results(query, loss * mean, need, inputs, found)
+    result = critic.results(query, loss, need, inputs, found)
     critic.update(bank, update)
     return result
 
 
 class Negatives:
-    """The passes over the keys; the gradients are those of a sum over the queries.
+    """The passes over the keys; the gradients are those of a sum over the queries."""
 
-    ``beta``: [B] what logits are less, see passes.shifts.
-    """
-
+    loss: Tensor
     d_query: Tensor  # [B, D]
     d_bank: Tensor  # [N, D]
     d_scale: Tensor
@@ -96,11 +86,13 @@ class Negatives:
         bank: Tensor,
         index: Tensor | None,
         scale: Tensor,
+        offset: Tensor,
+        pairs: Tensor,
         masks: tuple,
         need: int,
     ) -> None:
         self.query, self.bank, self.index = query.contiguous(), bank_rows.with_units(bank), index
-        self.scale = scale
+        self.scale, self.offset, self.pairs = scale, offset, pairs
         self.masks = tuple(x if x is None else x.contiguous() for x in masks)
         self.wants_query, self.wants_bank = bool(need & QUERY), bool(need & BANK)
         self.wants_critic = bool(need & (SCALE | OFFSET))
@@ -117,29 +109,32 @@ class Negatives:
             "FAST": self.types.fast,
         }
 
-    def normaliser(self, beta: Tensor) -> Tensor:
-        """[B] logarithm of the sum of exp of the negatives' logits, in float64; -inf where there is
-        none."""
-        parts = self._sweep(NORMALISER, beta)
+    def normaliser(self) -> Tensor:
+        """[B]; see critic.Negatives."""
+        parts = self._sweep(NORMALISER, None)
         return (LN2 * parts["top"].double() + parts["sum"].double().log()).logsumexp(0)
 
-    def run(self, mode: int, beta: Tensor) -> Tensor | None:
-        """All gradients that are wanted; with NCE it returns the sum of the negatives' losses."""
-        parts = self._sweep(mode, beta)
+    def run(self, mode: int, normaliser: Tensor | None = None) -> None:
+        """See critic.Negatives."""
+        parts = self._sweep(mode, normaliser)
+        if mode == NCE:
+            self.loss = parts["sum"].sum()
         if self.wants_query:
             self.d_query = parts["query"].sum(0)
         if self.wants_critic:
             self.d_scale, self.d_offset = parts["scale"].sum(), parts["offset"].sum()
         if self.wants_bank:
-            self.d_bank = self._rows(mode, beta)
-        return parts["sum"].sum() if mode == NCE else None
+            self.d_bank = self._rows(mode, normaliser)
 
-    def _sweep(self, mode: int, beta: Tensor) -> dict[str, Tensor]:
+    def _sweep(self, mode: int, normaliser: Tensor | None) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def _rows(self, mode: int, beta: Tensor) -> Tensor:
+    def _rows(self, mode: int, normaliser: Tensor | None) -> Tensor:
         """[N, D], the gradient of the bank, after the sweep."""
         raise NotImplementedError
+
+    def _beta(self, normaliser: Tensor | None) -> Tensor:
+        return shifts(self.offset, self.pairs, normaliser, self.wide)
 
     def _columns(self, BD: int) -> dict:
         return {"WHOLE": self.D % BD == 0, "ND": launch.blocks(self.D, BD), "BD": BD}
@@ -191,7 +186,7 @@ class Shared(Negatives):
     def _index(self) -> Tensor | None:
         return None if self.index is None else self.index.contiguous()
 
-    def _sweep(self, mode: int, beta: Tensor) -> dict[str, Tensor]:
+    def _sweep(self, mode: int, normaliser: Tensor | None) -> dict[str, Tensor]:
         wide = self.D > 128 or self.bank.element_size() > self.query.element_size()
         name = "shared_wide" if wide and self.types.tensor_cores else "shared"
         chosen, constants = self._prepared(name)
@@ -209,7 +204,7 @@ class Shared(Negatives):
             self.bank.stride(0),
             self._index(),
             self.scale,
-            beta,
+            self._beta(normaliser),
             *self.masks,
             *parts.values(),
             self.B,
@@ -224,12 +219,13 @@ class Shared(Negatives):
         )
         return parts
 
-    def _rows(self, mode: int, beta: Tensor) -> Tensor:
+    def _rows(self, mode: int, normaliser: Tensor | None) -> Tensor:
         index = self._index()
         d_bank = self._zeros(*self.bank.shape)
         if self.B == 0:
             return d_bank
         chosen, constants = self._prepared("shared_rows")
+        beta = self._beta(normaliser)
         most = SEGMENT_BYTES // (self.wide.itemsize * max(self.D, 1))
         most = launch.blocks(most, chosen.keys) * chosen.keys
         for first in range(0, self.keys, most):
@@ -277,7 +273,7 @@ class Own(Negatives):
     def _addresses(self) -> tuple:
         return (self.bank, self.bank.stride(0), self.index, *self.index.stride())
 
-    def _sweep(self, mode: int, beta: Tensor) -> dict[str, Tensor]:
+    def _sweep(self, mode: int, normaliser: Tensor | None) -> dict[str, Tensor]:
         chosen, BD, BN = self._prepared()
         blocks = launch.blocks(self.D, BD)
         query = self.wants_query and mode != NORMALISER
@@ -292,7 +288,7 @@ class Own(Negatives):
             self.query,
             *self._addresses,
             self.scale,
-            beta,
+            self._beta(normaliser),
             *self.masks,
             *parts.values(),
             slopes,
@@ -330,7 +326,7 @@ class Own(Negatives):
         self.slopes = slopes
         return parts
 
-    def _rows(self, mode: int, beta: Tensor) -> Tensor:
+    def _rows(self, mode: int, normaliser: Tensor | None) -> Tensor:
         d_bank = self._zeros(*self.bank.shape)
         query = self.query.to(self.wide) * self.scale.to(self.wide)
         rows = max(1, SEGMENT_BYTES // (self.wide.itemsize * max(self.D, 1)))

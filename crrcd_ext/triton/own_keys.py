@@ -77,8 +77,7 @@ class OwnKeys:
         return launch.blocks(tiles, each), each
 
     def normaliser(self) -> Tensor:
-        """[A, B] logarithm of the sum of exp of the negatives' logits, in float64; -inf where there
-        is none."""
+        """[A, B]; see critic.Negatives."""
         A, B, _ = self.query.shape
         keys = self.index.shape[1]
         slices, tiles = self._slices(keys, 1)
@@ -91,7 +90,7 @@ class OwnKeys:
         return (LN2 * top + total.log()).logsumexp(0)
 
     def run(self, mode: int, normaliser: Tensor | None = None) -> None:
-        """All that is wanted; ``loss`` with mode NCE."""
+        """See critic.Negatives."""
         A, B, D = self.query.shape
         keys = self.index.shape[1]
         segment = keys

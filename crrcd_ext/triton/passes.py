@@ -32,7 +32,7 @@ NCE, NORMALISER, INFONCE = (m.value for m in (tile.NCE, tile.NORMALISER, tile.IN
 
 @dataclass
 class Masks:
-    """What is no negative: pairs that count [A, B], and the operators' ids and labels."""
+    """What is no negative: pairs that count, bool [A, B], and the operators' ids and labels."""
 
     pairs: Tensor
     anchor_id: Tensor | None
@@ -51,7 +51,7 @@ def shifts(offset: Tensor, pairs: Tensor, normaliser: Tensor | None, wide: torch
     normaliser too, and infinity for pairs that do not count. Rounded once: what it is off, all
     logits of a pair are."""
     beta = offset.double() if normaliser is None else offset.double() + normaliser
-    return torch.where(pairs != 0, beta / LN2, torch.inf).to(wide)
+    return torch.where(pairs, beta / LN2, torch.inf).to(wide)
 
 
 @dataclass
@@ -229,6 +229,23 @@ class Passes:
         )
         return flags, bits, words
 
+    def _compared(self, first: int, keys: int, rows: tuple, tile_keys: int) -> tuple:
+        """What all passes that compare keys with queries begin their arguments with."""
+        return (
+            self.query,
+            self.query_bias,
+            self.anchor,
+            *rows,
+            self.index,
+            self.weight,
+            self.bias,
+            self.scale,
+            self.beta,
+            *self._mask(first, keys, tile_keys),
+            self.masks.anchor_id,
+            self.masks.key_id,
+        )
+
     def _segments(self):
         for first in range(0, self.keys, SEGMENT):
             yield first, min(SEGMENT, self.keys - first)
@@ -236,8 +253,7 @@ class Passes:
     # ------------------------------------------------------------------------------------- passes
 
     def normaliser(self) -> Tensor:
-        """[A, B] logarithm of the sum of exp of the negatives' logits, in float64; -inf where there
-        is none."""
+        """[A, B]; see critic.Negatives."""
         A, B, *_ = self.sizes
         self.beta = shifts(self.offset, self.masks.pairs, None, self.wide)
         sums = []
@@ -249,7 +265,7 @@ class Passes:
         return torch.cat(sums).logsumexp(0)
 
     def run(self, mode: int, normaliser: Tensor | None = None) -> None:
-        """All that is wanted; ``loss`` with mode NCE."""
+        """See critic.Negatives."""
         self.mode = mode
         self.beta = shifts(self.offset, self.masks.pairs, normaliser, self.wide)
         A, B, F, H, _ = self.sizes
@@ -314,18 +330,7 @@ class Passes:
             logits_kernels.logits,
             (slices, A, programs),
             chosen,
-            self.query,
-            self.query_bias,
-            self.anchor,
-            *rows,
-            self.index,
-            self.weight,
-            self.bias,
-            self.scale,
-            self.beta,
-            *self._mask(first, keys, chosen.keys),
-            self.masks.anchor_id,
-            self.masks.key_id,
+            *self._compared(first, keys, rows, chosen.keys),
             *(
                 parts.get(name)
                 for name in (
@@ -389,20 +394,9 @@ class Passes:
             keys_kernels.keys,
             (tiles, constants["NH"] if self.form != DIFFERENCE else constants["NF"]),
             chosen,
-            self.query,
-            self.query_bias,
-            self.anchor,
-            *rows,
-            self.index,
-            self.weight,
-            self.bias,
+            *self._compared(first, keys, rows, chosen.keys),
             self.gram,
             self.gram_bias,
-            self.scale,
-            self.beta,
-            *self._mask(first, keys, chosen.keys),
-            self.masks.anchor_id,
-            self.masks.key_id,
             *norms,
             d_rows,
             part_anchor,
@@ -475,16 +469,7 @@ class Passes:
             weight_kernels.weight,
             (slices, constants["NR"], blocks),
             chosen,
-            self.query,
-            self.query_bias,
-            self.anchor,
-            *rows,
-            self.index,
-            self.weight,
-            self.bias,
-            self.scale,
-            self.beta,
-            *self._mask(first, keys, chosen.keys),
+            *self._compared(first, keys, rows, chosen.keys),
             *norms,
             *sums.values(),
             A,

@@ -8,7 +8,7 @@ from torch import Tensor
 from crrcd_ext._schema import wide_dtype
 from crrcd_ext.reference import kept_pairs
 from crrcd_ext.triton import bank_rows, critic, launch
-from crrcd_ext.triton.passes import DIRECT, GRAM, INFONCE, NCE, Masks, Passes
+from crrcd_ext.triton.passes import DIRECT, GRAM, Masks, Passes
 
 QUERY, POSITIVE, ANCHOR, BANK, KEY_WEIGHT, WEIGHT, BIAS, SCALE, OFFSET = (1 << n for n in range(9))
 LIVE = ANCHOR | BANK | KEY_WEIGHT | WEIGHT | BIAS
@@ -67,7 +67,7 @@ def relation_nce_(
         scale,
         offset,
         Masks(
-            pairs.to(torch.uint8),
+            pairs,
             *map(_contiguous, (anchor_id, query_id, key_id, query_label, key_label)),
         ),
         weight=weight.contiguous(),
@@ -81,19 +81,9 @@ def relation_nce_(
     )
     q, p = query.to(wide), positive.to(wide)
     cosine = (q * p).sum(-1)
-    factor, beta = scale.to(wide), offset.to(wide)
-    positive_logit = factor * cosine - beta
-    if objective == "nce":
-        passes.run(NCE)
-        negatives = passes.loss
-    else:
-        negatives = torch.logaddexp(passes.normaliser(), positive_logit.double())
-        if need:
-            passes.run(INFONCE, negatives)
-    loss, slope = critic.contrast(objective, positive_logit, negatives, pairs)
-    mean = 1 / pairs.sum().clamp(min=1).to(wide)
-    slope = slope.to(wide)
-    by_cosine = slope * factor
+    gradients = bool(need & ~POSITIVE)
+    loss, slope, mean = critic.contrast(objective, passes, cosine, scale, offset, pairs, gradients)
+    by_cosine = slope * scale.to(wide)
 
     def averaged(gradient: Tensor | None, positives: Tensor | float = 0.0):
         return None if gradient is None else (gradient + positives) * mean
@@ -109,7 +99,7 @@ def relation_nce_(
         averaged(passes.d_scale, (slope * cosine).sum()) if need & SCALE else None,
         averaged(passes.d_offset, -slope.sum()) if need & OFFSET else None,
     )
-    result = critic.results(query, loss * mean, need, inputs, found)
+    result = critic.results(query, loss, need, inputs, found)
     critic.update(bank, update)
     return result
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crrcd_ext.triton.kernels.tile import INFONCE, LOG2E, dot, kept, narrow
+from crrcd_ext.triton.kernels.tile import LOG2E, dot, kept, narrow
 
 DIRECT = tl.constexpr(0)
 """The features of a key are its relation before it has unit length, w = W relu(P - X) + c."""
@@ -90,29 +90,99 @@ def relation_block(
 
 
 @triton.jit
-def critic(scale, offset, pairs, normaliser, pair, valid, MODE: tl.constexpr, WIDE: tl.constexpr):
-    """(factor, beta [b]) of the logits in units of log 2, factor <q, v> - beta.
-
-    beta is infinite for pairs that do not count, which makes all their logits -inf. InfoNCE's
-    second sweep has its normaliser in it.
-    """
-    counts = tl.load(pairs + pair, mask=valid, other=0) != 0
-    beta = tl.zeros([pair.shape[0]], WIDE) + tl.load(offset).to(WIDE)
-    if MODE == INFONCE:
-        beta += tl.load(normaliser + pair, mask=valid, other=0).to(WIDE)
-    beta = tl.where(counts & valid, beta * LOG2E, float("inf"))
-    return tl.load(scale).to(WIDE) * LOG2E, beta
-
-
-@triton.jit
 def binary(scale, WIDE: tl.constexpr):
     """The scale of logits in units of log 2, rounded once: what it is off, all logits are."""
     return (tl.load(scale).to(tl.float64) * LOG2E).to(WIDE)
 
 
 @triton.jit
-def without_masked(s, n, query_block, kept_bits, words, touched, BB: tl.constexpr):
-    """Logits s [n, b] with -inf for what is no negative; see mask."""
+def products(
+    query_row,
+    query_first,  # of the queries b, the first block of features [b, f]
+    constant,  # [b]
+    anchor,
+    a,
+    rows,
+    at,
+    stride,
+    weight,
+    bias,
+    root,
+    b,
+    B,
+    F,
+    H,
+    R,
+    hid,
+    weight_first,
+    EPS: tl.constexpr,
+    FORM: tl.constexpr,
+    UNIT: tl.constexpr,
+    BIAS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    NF: tl.constexpr,
+    NH: tl.constexpr,
+    NR: tl.constexpr,
+    BF: tl.constexpr,
+    BH: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """(<query, feature> [n, b], the features' squares [n], and their last block [n, f]).
+
+    With UNIT features are first multiplied by ``root``.
+    """
+    square = tl.zeros([at.shape[0]], WIDE)
+    product = tl.zeros([at.shape[0], b.shape[0]], WIDE)
+    for block in tl.static_range(NF):
+        columns = block * BF + tl.arange(0, BF)
+        if FORM == DIRECT:
+            f = relation_block(
+                anchor, a, rows, at, stride, weight, bias, columns, R, H, hid, weight_first,
+                BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION,
+            )  # fmt: skip
+        else:
+            f = hidden(anchor, a, rows, at, stride, columns, F, EPS, FORM, WIDE)
+            if UNIT:
+                f *= root[:, None]
+        square += tl.sum(f * f, 1)
+        q = query_first if NF == 1 else matrix(query_row, b, B, columns, F)
+        product = dot(narrow(f, DTYPE), tl.trans(q), product, PRECISION)
+    if FORM == GRAM and BIAS:
+        product += constant[None, :]
+    return product, square, f
+
+
+@triton.jit
+def logits(
+    product,
+    factor,
+    less,
+    present,  # [n] whether there is a direction, DIFFERENCE
+    a,
+    n,
+    position,
+    anchor_id,
+    key_id,
+    query_block,
+    kept_bits,
+    words,
+    touched,
+    FORM: tl.constexpr,
+    NAMED: tl.constexpr,
+    ANCHORS: tl.constexpr,
+    BB: tl.constexpr,
+):
+    """[n, b] in units of log 2, -inf for what is no negative; ``factor`` is of the product [n]."""
+    s = product * factor[:, None] - less[None, :]
+    if FORM == DIFFERENCE:
+        if ANCHORS:  # the anchor's own row has no direction from it
+            name = position
+            if NAMED:
+                name = tl.load(key_id + position)
+            present = present & (name != tl.load(anchor_id + a))
+        s = tl.where(present[:, None], s, -float("inf"))
     if touched:
         number = n.to(tl.int64) * words + query_block * BB // 32
         bits = tl.load(kept_bits + number)[:, None]
@@ -121,15 +191,6 @@ def without_masked(s, n, query_block, kept_bits, words, touched, BB: tl.constexp
             bits = tl.where(b < 32, bits, tl.load(kept_bits + number + 1)[:, None])
         s = tl.where(((bits >> (b % 32)) & 1) != 0, s, -float("inf"))
     return s
-
-
-@triton.jit
-def other_anchor(a, position, anchor_id, key_id, NAMED: tl.constexpr):
-    """[n] where the key is not the anchor's own row, which has no direction from it."""
-    name = position
-    if NAMED:
-        name = tl.load(key_id + position)
-    return name != tl.load(anchor_id + a)
 
 
 @triton.jit

@@ -11,11 +11,11 @@ from crrcd_ext.triton.kernels.features import (
     GRAM,
     binary,
     hidden,
+    logits,
     matrix,
-    other_anchor,
     positions,
+    products,
     relation_block,
-    without_masked,
 )
 from crrcd_ext.triton.kernels.tile import INFONCE, LN2, dot, narrow, number, power, sigmoid
 
@@ -31,7 +31,6 @@ def slopes(
     position,
     weight,
     bias,
-    eps,
     beta,
     touched,
     kept_bits,  # of the keys, see mask
@@ -50,6 +49,7 @@ def slopes(
     n,
     keys,
     weight_first,
+    EPS: tl.constexpr,
     FORM: tl.constexpr,
     MODE: tl.constexpr,
     BIAS: tl.constexpr,
@@ -75,35 +75,26 @@ def slopes(
     b = query_block * BB + tl.arange(0, BB)
     pair = a * B + b
     query_row = query + a * B * F
-    logit = tl.zeros([n.shape[0], BB], WIDE)
+    query_first = matrix(query_row, b, B, tl.arange(0, BF), F)
+    hid = query_first
     if FORM == DIRECT:
         h = tl.arange(0, BH)
-        hid = narrow(hidden(anchor, a, rows, at, stride, h, H, eps, FORM, WIDE), DTYPE)
-    for block in tl.static_range(NF):
-        columns = block * BF + tl.arange(0, BF)
-        if FORM == DIRECT:
-            f = relation_block(
-                anchor, a, rows, at, stride, weight, bias, columns, R, H, hid, weight_first,
-                BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION,
-            )  # fmt: skip
-        else:
-            f = hidden(anchor, a, rows, at, stride, columns, F, eps, FORM, WIDE)
-            if UNIT:
-                f *= root[:, None]
-        q = matrix(query_row, b, B, columns, F)
-        logit = dot(narrow(f, DTYPE), tl.trans(q), logit, PRECISION)
+        hid = narrow(hidden(anchor, a, rows, at, stride, h, H, EPS, FORM, WIDE), DTYPE)
+    constant = tl.zeros([BB], WIDE)
     if FORM == GRAM and BIAS:
-        logit += tl.load(query_bias + pair, mask=b < B, other=0).to(WIDE)[None, :]
+        constant = tl.load(query_bias + pair, mask=b < B, other=0).to(WIDE)
+    product, _, f = products(
+        query_row, query_first, constant, anchor, a, rows, at, stride, weight, bias, root,
+        b, B, F, H, R, hid, weight_first,
+        EPS, FORM, UNIT, BIAS, DTYPE, WIDE, PRECISION, NF, NH, NR, BF, BH, BR,
+    )  # fmt: skip
     critic_scale = binary(scale, WIDE)
     less = tl.load(beta + pair, mask=b < B, other=float("inf"))
     left = tl.full([n.shape[0]], 1.0, WIDE) if UNIT else root  # of the norm, after the product
-    s = logit * (left * critic_scale)[:, None] - less[None, :]
-    if FORM == DIFFERENCE:
-        present = root != 0
-        if ANCHORS:
-            present = present & other_anchor(a, position, anchor_id, key_id, NAMED)
-        s = tl.where(present[:, None], s, -float("inf"))
-    s = without_masked(s, n, query_block, kept_bits, words, touched, BB)
+    s = logits(
+        product, left * critic_scale, less, root != 0, a, n, position, anchor_id, key_id,
+        query_block, kept_bits, words, touched, FORM, NAMED, ANCHORS, BB,
+    )  # fmt: skip
     if MODE == INFONCE:
         slope = power(s, FAST)
     else:
@@ -121,8 +112,6 @@ def keys(
     index,
     weight,
     bias,
-    gram,  # [H, H] W'W
-    gram_bias,  # [H] W'c
     scale,
     beta,
     flags,
@@ -130,6 +119,8 @@ def keys(
     words,
     anchor_id,
     key_id,
+    gram,  # [H, H] W'W
+    gram_bias,  # [H] W'c
     inverse_norm,
     coefficient,
     d_rows,  # [keys, H] gradient of what the rows hold
@@ -207,10 +198,10 @@ def keys(
             d_hid *= c[:, None]
         for query_block in tl.static_range(NB):
             d, f = slopes(
-                query, query_bias, anchor, rows, stride, at, position, weight, bias, EPS, beta,
+                query, query_bias, anchor, rows, stride, at, position, weight, bias, beta,
                 touched, kept_bits, words, anchor_id, key_id, root, scale,
                 A, B, F, H, R, a, query_block, n, keys,
-                weight_first, FORM, MODE, BIAS, NAMED, ANCHORS,
+                weight_first, EPS, FORM, MODE, BIAS, NAMED, ANCHORS,
                 DTYPE, WIDE, PRECISION, FAST, NF, NH, NR, BF, BH, BR, BB,
             )  # fmt: skip
             d = narrow(d, DTYPE)

@@ -12,11 +12,11 @@ from crrcd_ext.triton.kernels.features import (
     binary,
     hidden,
     matrix,
-    other_anchor,
     positions,
+    products,
     relation_block,
-    without_masked,
 )
+from crrcd_ext.triton.kernels.features import logits as logits_of
 from crrcd_ext.triton.kernels.tile import (
     LN2,
     NCE,
@@ -191,62 +191,38 @@ def logits(
         position = positions(n, first, keys, index, INDEXED)
         at = position if GATHER else tl.where(n < keys, n, 0).to(tl.int64)
 
-        square = tl.zeros([BN], WIDE)
-        logit = tl.zeros([BN, BB], WIDE)
-        f = query_first
-        if FORM == DIFFERENCE:
-            if UNIT:
-                for block in tl.static_range(NF):
-                    columns = block * BF + first_f
-                    x = hidden(anchor, a, rows, at, stride, columns, F, EPS, FORM, WIDE)
-                    square += tl.sum(x * x, 1)
-                root = inverse_root(square, FAST)
+        root = tl.zeros([BN], WIDE)
+        hid = query_first
+        if UNIT:
+            square = root
             for block in tl.static_range(NF):
                 columns = block * BF + first_f
                 x = hidden(anchor, a, rows, at, stride, columns, F, EPS, FORM, WIDE)
-                if UNIT:
-                    x *= root[:, None]
-                else:
-                    square += tl.sum(x * x, 1)
-                f = narrow(x, DTYPE)
-                q = query_first if NF == 1 else matrix(query_row, b, B, columns, F)
-                logit = dot(f, tl.trans(q), logit, PRECISION)
+                square += tl.sum(x * x, 1)
+            root = inverse_root(square, FAST)
         elif FORM == DIRECT:
             hid = narrow(hidden(anchor, a, rows, at, stride, first_h, H, EPS, FORM, WIDE), DTYPE)
-            for block in tl.static_range(NR):
-                r = block * BR + first_r
-                w = relation_block(
-                    anchor, a, rows, at, stride, weight, bias, r, R, H, hid, weight_first,
-                    BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION,
-                )  # fmt: skip
-                square += tl.sum(w * w, 1)
-                f = narrow(w, DTYPE)
-                q = query_first if NF == 1 else matrix(query_row, b, B, r, F)
-                logit = dot(f, tl.trans(q), logit, PRECISION)
-        else:
-            for block in tl.static_range(NH):
-                h = block * BH + first_h
-                f = narrow(hidden(anchor, a, rows, at, stride, h, H, EPS, FORM, WIDE), DTYPE)
-                q = query_first if NF == 1 else matrix(query_row, b, B, h, F)
-                logit = dot(f, tl.trans(q), logit, PRECISION)
-            if BIAS:
-                logit += constant[None, :]
-
+        logit, own_square, f = products(
+            query_row, query_first, constant, anchor, a, rows, at, stride, weight, bias, root,
+            b, B, F, H, R, hid, weight_first,
+            EPS, FORM, UNIT, BIAS, DTYPE, WIDE, PRECISION, NF, NH, NR, BF, BH, BR,
+        )  # fmt: skip
         if FORM == GRAM:
             root = tl.load(inverse_norm + a * keys + n, mask=n < keys, other=0)
-        else:
+        elif not UNIT:
+            square = own_square
             root = inverse_root(square, FAST)
         left = tl.full([BN], 1.0, WIDE) if UNIT else root  # of the norm, after the product
-        # In units of log 2, for the logits alone: derivatives are those of the loss.
-        s = logit * (left * critic_scale)[:, None] - less[None, :]
+        present = n < keys
         if FORM == DIFFERENCE:
             # What is not a number counts, so that it shows in the loss.
             present = (square > TINY) | (square != square)
-            if ANCHORS:
-                present = present & other_anchor(a, position, anchor_id, key_id, NAMED)
-            s = tl.where(present[:, None], s, -float("inf"))
         touched = tl.load(flags + tile) != 0
-        s = without_masked(s, n, query_block, kept_bits, words, touched, BB)
+        # In units of log 2, for the logits alone: derivatives are those of the loss.
+        s = logits_of(
+            logit, left * critic_scale, less, present, a, n, position, anchor_id, key_id,
+            query_block, kept_bits, words, touched, FORM, NAMED, ANCHORS, BB,
+        )  # fmt: skip
 
         if MODE == NORMALISER:
             top, total = grown(s, top, total, FAST)
@@ -274,15 +250,15 @@ def logits(
                     d_constant += tl.sum(d, 0)
                 if NF > 1:  # the block that is this program's
                     if FORM == DIRECT:
-                        w = relation_block(
+                        f = relation_block(
                             anchor, a, rows, at, stride, weight, bias, own_f, R, H, hid,
                             weight_first, BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION,
                         )  # fmt: skip
-                        f = narrow(w, DTYPE)
                     else:
-                        x = hidden(anchor, a, rows, at, stride, own_f, H, EPS, FORM, WIDE)
-                        f = narrow(x * root[:, None] if UNIT else x, DTYPE)
-                d_query = dot(tl.trans(f), narrow(d, DTYPE), d_query, PRECISION)
+                        f = hidden(anchor, a, rows, at, stride, own_f, H, EPS, FORM, WIDE)
+                        if UNIT:
+                            f *= root[:, None]
+                d_query = dot(tl.trans(narrow(f, DTYPE)), narrow(d, DTYPE), d_query, PRECISION)
 
     inside = b < B
     place = part.to(tl.int64) * A * B + pair

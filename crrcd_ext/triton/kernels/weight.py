@@ -91,6 +91,8 @@ def weight(
     flags,
     kept_bits,  # of the keys, see mask
     words,
+    anchor_id,
+    key_id,
     inverse_norm,
     coefficient,
     part_weight,  # [slices, R, H]
@@ -148,10 +150,10 @@ def weight(
             d_w = c[:, None] * w
             for query_block in tl.static_range(NB):
                 d, _ = slopes(
-                    query, query_bias, anchor, rows, stride, at, position, weight, bias, 0.0,
-                    beta, touched, kept_bits, words, None, None, root, scale,
+                    query, query_bias, anchor, rows, stride, at, position, weight, bias,
+                    beta, touched, kept_bits, words, anchor_id, key_id, root, scale,
                     A, B, R, H, R, a, query_block, n, keys,
-                    weight_first, DIRECT, MODE, BIAS, False, False,
+                    weight_first, 0.0, DIRECT, MODE, BIAS, False, False,
                     DTYPE, WIDE, PRECISION, FAST, NR, NH, NR, BR, BH, BR, BB,
                 )  # fmt: skip
                 b = query_block * BB + tl.arange(0, BB)
