@@ -61,6 +61,51 @@ def without_masked(
 
 
 @triton.jit
+def logits(
+    query,
+    query_first,  # [b, d] of the block that ``rows`` are of
+    bank,
+    stride,
+    position,
+    rows,  # [n, d] where one block of columns is all there is
+    factor,
+    less,
+    b,
+    n,
+    B,
+    D,
+    keys,
+    query_id,
+    key_id,
+    query_label,
+    key_label,
+    ID: tl.constexpr,
+    NAMED: tl.constexpr,
+    LABEL: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ND: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Of keys for all queries alike: <query, row> and the logits, [n, b]."""
+    cosine = tl.zeros([n.shape[0], b.shape[0]], WIDE)
+    if ND == 1:
+        cosine = dot(rows, tl.trans(query_first), cosine, PRECISION)
+    else:
+        for block in range(0, D, BD):
+            d = block + tl.arange(0, BD)
+            x = narrow(gathered(bank, stride, position, d, D, WHOLE, WIDE), DTYPE)
+            cosine = dot(x, tl.trans(matrix(query, b, B, d, D)), cosine, PRECISION)
+    s = without_masked(
+        cosine * factor - less[None, :], b, n, B, keys, position,
+        query_id, key_id, query_label, key_label, ID, NAMED, LABEL,
+    )  # fmt: skip
+    return cosine, s
+
+
+@triton.jit
 def shared(
     query,  # [B, D]
     bank,
@@ -126,18 +171,13 @@ def shared(
         for tile in range(several, tl.minimum(several + MOST, count), BN):
             n = tile + tl.arange(0, BN)
             position = positions(n, begin, count, index, INDEXED)
-            logit = tl.zeros([BN, BB], WIDE)
+            rows = query_first
             if ND == 1:
                 rows = narrow(gathered(bank, stride, position, own_d, D, WHOLE, WIDE), DTYPE)
-                logit = dot(rows, tl.trans(query_first), logit, PRECISION)
-            else:
-                for block in range(0, D, BD):
-                    d = block + tl.arange(0, BD)
-                    x = narrow(gathered(bank, stride, position, d, D, WHOLE, WIDE), DTYPE)
-                    logit = dot(x, tl.trans(matrix(query, b, B, d, D)), logit, PRECISION)
-            s = without_masked(
-                logit * factor - less[None, :], b, n, B, count, position,
+            cosine, s = logits(
+                query, query_first, bank, stride, position, rows, factor, less, b, n, B, D, count,
                 query_id, key_id, query_label, key_label, ID, NAMED, LABEL,
+                DTYPE, WIDE, PRECISION, WHOLE, ND, BD,
             )  # fmt: skip
             if MODE == NORMALISER:
                 top, total = grown(s, top, total, FAST)
@@ -147,7 +187,7 @@ def shared(
                 else:
                     slope = power(s, FAST)
                 if CRITIC:
-                    d_scale += tl.sum(slope * logit, 1)
+                    d_scale += tl.sum(slope * cosine, 1)
                     d_offset -= tl.sum(slope, 1)
                 if QUERY:
                     if ND > 1:
@@ -216,25 +256,19 @@ def shared_rows(
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     own_d = tl.program_id(1) * BD + tl.arange(0, BD)
     position = positions(n, first, keys, index, INDEXED)
+    rows = tl.zeros([BN, BD], DTYPE)
     if ND == 1:
         rows = narrow(gathered(bank, stride, position, own_d, D, WHOLE, WIDE), DTYPE)
     factor = binary(scale, WIDE)
     d_row = tl.zeros([BN, BD], WIDE)
     for query_block in range(0, B, BB):
         b = query_block + tl.arange(0, BB).to(tl.int64)
-        logit = tl.zeros([BN, BB], WIDE)
         q = matrix(query, b, B, own_d, D)
-        if ND == 1:
-            logit = dot(rows, tl.trans(q), logit, PRECISION)
-        else:
-            for block in range(0, D, BD):
-                d = block + tl.arange(0, BD)
-                x = narrow(gathered(bank, stride, position, d, D, WHOLE, WIDE), DTYPE)
-                logit = dot(x, tl.trans(matrix(query, b, B, d, D)), logit, PRECISION)
         less = tl.load(beta + b, mask=b < B, other=0)
-        s = without_masked(
-            logit * factor - less[None, :], b, n, B, keys, position,
+        _, s = logits(
+            query, q, bank, stride, position, rows, factor, less, b, n, B, D, keys,
             query_id, key_id, query_label, key_label, ID, NAMED, LABEL,
+            DTYPE, WIDE, PRECISION, WHOLE, ND, BD,
         )  # fmt: skip
         if MODE == INFONCE:
             slope = power(s, FAST)
