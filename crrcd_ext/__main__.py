@@ -29,6 +29,9 @@ def report() -> str:
     ]
     for name, reason in _backend.available_backends().items():
         lines.append(f"  {name:<11}" + ("available" if reason is None else f"absent: {reason}"))
+    for device in _backend.AUTO:
+        lines.append(f"auto, tensors on {device}")
+        lines += [f"  {k:<15} {order}" for k, order in _backend.automatic(device).items()]
     if _backend.compiled is None:
         lines.append(f"  to have cpu: {_backend.INSTALL}")
         return "\n".join(lines)

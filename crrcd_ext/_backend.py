@@ -21,24 +21,30 @@ from crrcd_ext.triton import register  # noqa: F401  isort: skip
 
 
 class Compiled(NamedTuple):
-    """A backend of kernels: the type of its tensors' device and the library that has its
-    operators."""
+    """A backend of kernels: the type of its tensors' device, the library that has its operators,
+    and dtypes that its computations cannot have."""
 
     device: str
     library: str = "crrcd"
+    lacks: tuple[torch.dtype, ...] = ()
 
 
 COMPILED = {
-    "cpu": Compiled("cpu"),
+    "cpu": Compiled("cpu", lacks=(torch.float16,)),
     "cuda": Compiled("cuda"),
     "triton": Compiled("cpu" if triton.INTERPRETED else "cuda", "crrcd_triton"),
 }
 BACKENDS = ("reference", *COMPILED)
 """The names for users; tests add backends of their own to ``COMPILED``."""
 
-AUTO = {"cpu": ("cpu",), "cuda": ("cuda",)}
-"""What "auto" tries, in order, by the type of the device; the last resort is the reference. The
-Triton kernels have to be asked for: some of their configurations still spill registers."""
+OPERATORS = ("relation", "relation_nce", "difference_nce", "instance_nce", "bank_update_")
+AUTO = {
+    "cpu": dict.fromkeys(OPERATORS, ("cpu",)),
+    "cuda": dict.fromkeys(OPERATORS, ("cuda", "triton")),
+}
+"""What "auto" tries, in order, by the type of the device and the operator; the last resort is the
+reference. CUDA comes before Triton since its kernels issue fewer instructions for a pair of anchor
+and key; no GPU has timed either."""
 
 compiled = None
 """The module crrcd_ext._C, or None."""
@@ -88,8 +94,8 @@ def set_backend(name: str | None) -> None:
     """Choose the backend of every later call in this process that does not name its own.
 
     ``name`` is "auto", "reference", "cpu", "cuda" or "triton", or several with commas between them,
-    of which each call takes the first that can run on its tensors' device (the reference, if none
-    can), as in "cuda,triton". None gives the choice back to CRRCD_BACKEND and "auto". Raises
+    of which each call takes the first that can run on its tensors' device and in their dtype (the
+    reference, if none can), as in "triton,cuda". None gives the choice back to CRRCD_BACKEND and "auto". Raises
     ValueError for another name, RuntimeError for a single one that cannot run here.
     """
     global _chosen
@@ -115,8 +121,13 @@ def current_backend() -> str:
     return _chosen or _environment or "auto"
 
 
-def resolve(operator: str, backend: str | None, device: torch.device) -> str:
-    """The backend that ``operator`` runs with for tensors on ``device``."""
+def resolve(
+    operator: str, backend: str | None, device: torch.device, dtype: torch.dtype | None = None
+) -> str:
+    """The backend that ``operator`` runs with for tensors on ``device``, computing in ``dtype``.
+
+    One that was named alone has to be able to; others are passed over.
+    """
     name = backend or _chosen
     if name is not None:
         _require(name, operator)
@@ -128,31 +139,58 @@ def resolve(operator: str, backend: str | None, device: torch.device) -> str:
     if name == "auto":
         if device.type == "cpu" and missing is not None:
             _warn_once()
-        return _first(operator, AUTO.get(device.type, ()), device.type)
+        return _first(operator, AUTO.get(device.type, {}).get(operator, ()), device.type, dtype)
     if "," in name:
-        return _first(operator, tuple(name.split(",")), device.type)
+        return _first(operator, tuple(name.split(",")), device.type, dtype)
     if name == "reference":
         return name
-    expected = COMPILED[name].device
+    kernels = COMPILED[name]
+    expected = kernels.device
     if expected != device.type:
         if name == "triton" and triton.INTERPRETED:
             expected += " (TRITON_INTERPRET=1 has the kernels run in Python; unset it for the GPU)"
         raise ValueError(
             f"crrcd_ext.{operator}: backend {name!r}: expected tensors on {expected}, got {device}"
         )
+    if dtype in kernels.lacks:
+        taken = "float64, float32 or bfloat16"
+        raise TypeError(
+            f"crrcd_ext.{operator}: operands: expected {taken} on backend {name!r} "
+            f"({_short(dtype)}: backend='reference'), got {_short(dtype)}"
+        )
     return name
 
 
-def _first(operator: str, names: tuple[str, ...], device: str) -> str:
+def _first(
+    operator: str, names: tuple[str, ...], device: str, dtype: torch.dtype | None
+) -> str:
     """The first of ``names`` that can run there."""
+    passed_over = ""
     for name in names:
         if name == "reference":
             break
-        if COMPILED[name].device == device and _why_not(name) is None:
-            _log_once(operator, device, name)
-            return name
-    _log_once(operator, device, "reference")
+        if COMPILED[name].device != device or _why_not(name) is not None:
+            continue
+        if dtype in COMPILED[name].lacks:
+            passed_over += f" ({name} does not compute in {_short(dtype)})"
+            continue
+        _log_once(operator, device, name + passed_over)
+        return name
+    _log_once(operator, device, "reference" + passed_over)
     return "reference"
+
+
+def _short(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def automatic(device: str) -> dict[str, str]:
+    """What "auto" comes to here, by operator: the first that can run, then the others."""
+    rows = {}
+    for operator, names in AUTO[device].items():
+        words = [n if _why_not(n) is None else f"{n} (absent)" for n in (*names, "reference")]
+        rows[operator] = ", then ".join(words)
+    return rows
 
 
 def _require(name: str, where: str) -> None:
@@ -196,5 +234,6 @@ def _warn_once() -> bool:
 def _log_once(operator: str, device: str, name: str) -> bool:
     if (operator, device, name) not in _logged:
         _logged.add((operator, device, name))
-        log.info("%s on %s: backend %s", operator, device, name)
+        level = logging.WARNING if "(" in name else logging.INFO
+        log.log(level, "%s on %s: backend %s", operator, device, name)
     return True

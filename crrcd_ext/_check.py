@@ -144,9 +144,3 @@ def check_range(operator: str, argument: str, index: Tensor | None, bank: Tensor
     where = place[0] if len(place) == 1 else list(place)
     got = f"{int(index[place])} at position {where}"
     fail(IndexError, operator, argument, f"rows of the bank in [0, {len(bank)})", got)
-
-
-def check_compiled_dtype(operator: str, dtype: torch.dtype, backend: str) -> None:
-    if dtype == torch.float16 and backend == "cpu":
-        expected = "float64, float32 or bfloat16 on backend 'cpu' (float16: backend='reference')"
-        fail(TypeError, operator, "operands", expected, "float16")

@@ -14,7 +14,6 @@ from torch import Tensor
 from crrcd_ext import autograd, reference
 from crrcd_ext._backend import COMPILED, resolve
 from crrcd_ext._check import (
-    check_compiled_dtype,
     check_counterpart,
     check_floats,
     check_integers,
@@ -76,11 +75,9 @@ def relation(
     check_shape(name, "weight", weight, "RH", sizes)
     check_shape(name, "bias", bias, "R", sizes)
 
-    chosen = resolve(name, backend, anchor.device)
     dtype = _compute_dtype(anchor.device, anchor, sample, weight, bias)
+    chosen = resolve(name, backend, anchor.device, dtype)
     anchor, sample, weight, bias = _cast(dtype, anchor, sample, weight, bias)
-    if chosen != "reference":
-        check_compiled_dtype(name, dtype, chosen)
     with _without_autocast(anchor.device):
         if chosen == "reference":
             return reference.relation(anchor, sample, weight, bias)
@@ -177,9 +174,9 @@ def relation_nce(
     _check_masks(name, query, sizes, anchor_id, *masks)
     update = _check_critic(name, query, bank, scale, offset, objective, update, sizes)
 
-    chosen = resolve(name, backend, query.device)
     operands = (query, positive, anchor, weight, bias, key_weight)
     dtype = _compute_dtype(query.device, *operands, bank if bank.requires_grad else None)
+    chosen = resolve(name, backend, query.device, dtype)
     query, positive, anchor, weight, bias, key_weight = _cast(dtype, *operands)
     masks = (anchor_id, *masks)
     options = (bool(self_pairs), objective)
@@ -187,7 +184,6 @@ def relation_nce(
         inputs = (weight, bias, scale, offset, index, key_weight, *masks, *options)
         before = (query, positive, anchor)
         return _run_reference(name, reference.relation_nce, before, bank, inputs, index, update)
-    check_compiled_dtype(name, dtype, chosen)
     scalars = (_as_scalar(scale, query), _as_scalar(offset, query))
     inputs = (query, positive, anchor, bank, weight, bias, *scalars, index, key_weight)
     with _without_autocast(query.device):
@@ -269,15 +265,14 @@ def difference_nce(
     update = _check_critic(name, query, bank, scale, offset, objective, update, sizes)
     positive = _positive_rows(name, positive, query, bank, query_id, key_id, sizes)
 
-    chosen = resolve(name, backend, query.device)
     operands = (query, positive, anchor)
     dtype = _compute_dtype(query.device, *operands, bank if bank.requires_grad else None)
+    chosen = resolve(name, backend, query.device, dtype)
     operands = _cast(dtype, *operands)
     rest = (index, anchor_id, *masks, bool(self_pairs), float(eps), objective)
     if chosen == "reference":
         run, inputs = reference.difference_nce, (scale, offset, *rest)
         return _run_reference(name, run, operands, bank, inputs, index, update)
-    check_compiled_dtype(name, dtype, chosen)
     inputs = (*operands, bank, _as_scalar(scale, query), _as_scalar(offset, query), *rest)
     with _without_autocast(query.device):
         return autograd.loss(autograd.DIFFERENCE_NCE, inputs, bank, update, _library(chosen))
@@ -344,15 +339,14 @@ def instance_nce(
     update = _check_critic(name, query, bank, scale, offset, objective, update, sizes)
     positive = _positive_rows(name, positive, query, bank, query_id, key_id, sizes)
 
-    chosen = resolve(name, backend, query.device)
     operands = (query, positive)
     dtype = _compute_dtype(query.device, *operands, bank if bank.requires_grad else None)
+    chosen = resolve(name, backend, query.device, dtype)
     operands = _cast(dtype, *operands)
     rest = (index, *masks, objective)
     if chosen == "reference":
         run, inputs = reference.instance_nce, (scale, offset, *rest)
         return _run_reference(name, run, operands, bank, inputs, index, update)
-    check_compiled_dtype(name, dtype, chosen)
     inputs = (*operands, bank, _as_scalar(scale, query), _as_scalar(offset, query), *rest)
     with _without_autocast(query.device):
         return autograd.loss(autograd.INSTANCE_NCE, inputs, bank, update, _library(chosen))

@@ -111,7 +111,7 @@ def test_several_names_are_an_order_of_preference(monkeypatch):
     absent = {"cuda": "no device", "triton": None}
     monkeypatch.setattr(_backend, "_why_not", absent.get)
     cuda = torch.device("cuda")
-    assert _backend.resolve("relation", None, cuda) == "reference"
+    assert _backend.resolve("relation", None, cuda) == "triton"
     assert _backend.resolve("relation", "cuda,triton", cuda) == "triton"
     absent["cuda"] = None
     assert _backend.resolve("relation", None, cuda) == "cuda"
@@ -148,6 +148,41 @@ torch.cuda.is_available = lambda: {gpu}
 torch.cuda.get_device_capability = lambda: (7, 5)
 print(crrcd_ext.available_backends()["triton"])
 """
+
+
+def test_the_table_of_automatic_choices(monkeypatch):
+    assert {k: list(v) for k, v in _backend.AUTO.items()} == {
+        device: list(_backend.OPERATORS) for device in ("cpu", "cuda")
+    }
+    for table in _backend.AUTO.values():
+        for names in table.values():
+            assert set(names) <= set(_backend.BACKENDS)
+    monkeypatch.setattr(_backend, "_why_not", {"cuda": "no", "triton": None, "reference": None}.get)
+    rows = _backend.automatic("cuda")
+    assert rows == dict.fromkeys(_backend.OPERATORS, "cuda (absent), then triton, then reference")
+    monkeypatch.setitem(_backend.AUTO["cuda"], "relation", ("triton",))
+    assert _backend.automatic("cuda")["relation"] == "triton, then reference"
+    on_gpu = _backend.COMPILED["triton"]._replace(device="cuda")
+    monkeypatch.setitem(_backend.COMPILED, "triton", on_gpu)
+    assert _backend.resolve("relation", None, torch.device("cuda")) == "triton"
+
+
+def test_a_dtype_that_a_backend_lacks_is_left_to_the_next(monkeypatch, caplog):
+    monkeypatch.setattr(_backend, "_logged", set())
+    monkeypatch.setattr(_backend, "_why_not", lambda name: None)
+    monkeypatch.setattr(_backend, "missing", None)
+    for _ in range(2):
+        chosen = _backend.resolve("relation", None, torch.device("cpu"), torch.float16)
+        assert chosen == "reference"
+    record = caplog.records[0]
+    assert len(caplog.records) == 1 and record.levelname == "WARNING"
+    message = "relation on cpu: backend reference (cpu does not compute in float16)"
+    assert record.getMessage() == message
+    monkeypatch.setitem(
+        _backend.COMPILED, "triton", _backend.COMPILED["triton"]._replace(device="cpu")
+    )
+    chosen = _backend.resolve("relation", "cpu,triton", torch.device("cpu"), torch.float16)
+    assert chosen == "triton"
 
 
 @pytest.mark.parametrize(
@@ -206,6 +241,8 @@ def test_report():
     assert f"torch        {torch.__version__}" in done.stdout
     assert "chosen       auto" in done.stdout
     assert "reference  available" in done.stdout
+    assert "auto, tensors on cpu\n  relation        cpu" in done.stdout
+    assert "auto, tensors on cuda\n  relation        cuda" in done.stdout
     if COMPILED:
         assert "cpu        available" in done.stdout
         assert f"instruction sets  {', '.join(_backend.compiled.isa_available())}" in done.stdout

@@ -524,12 +524,17 @@ def test_float16_operands(backend):
         "(float16: backend='reference'), got float16"
     )
     before = case["bank"].clone()
-    for chosen in (backend, "auto"):
-        with pytest.raises(TypeError, match=text(f"crrcd_ext.relation_nce: {message}")):
-            functional.relation_nce(**case, update=update(), backend=chosen)
-        with pytest.raises(TypeError, match=text(f"crrcd_ext.relation: {message}")):
-            functional.relation(case["anchor"], case["anchor"], case["weight"], backend=chosen)
+    pair = case["anchor"], case["anchor"], case["weight"]
+    with pytest.raises(TypeError, match=text(f"crrcd_ext.relation_nce: {message}")):
+        functional.relation_nce(**case, update=update(), backend=backend)
+    with pytest.raises(TypeError, match=text(f"crrcd_ext.relation: {message}")):
+        functional.relation(*pair, backend=backend)
     assert torch.equal(case["bank"], before)
+    for run in (
+        lambda backend: functional.relation_nce(**case, backend=backend),
+        lambda backend: functional.relation(*pair, backend=backend),
+    ):
+        assert torch.equal(run("auto"), run("reference"))
 
 
 LOSSES = {  # a case with every argument that is a tensor
