@@ -1,5 +1,8 @@
 """Builds crrcd_ext._C. The rest of the package's metadata is in pyproject.toml.
 
+CRRCD_COMPILED
+             0: a package of Python alone, for any platform, without crrcd_ext._C: backends triton
+             and reference
 CRRCD_CUDA   auto (default): CUDA kernels where there is a toolkit for this torch; 0: a CPU build;
              1: fail where CUDA kernels cannot be built
 TORCH_CUDA_ARCH_LIST
@@ -19,6 +22,13 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+
+wanted = os.environ.get("CRRCD_COMPILED", "1")
+if wanted not in ("0", "1"):
+    sys.exit(f"crrcd_ext: CRRCD_COMPILED: expected 0 or 1, got {wanted!r}")
+if wanted == "0":
+    setup()
+    sys.exit()
 
 # torch takes the folder above the nvcc that it finds for the toolkit, where that may be a wrapper.
 nvcc = shutil.which("nvcc")
@@ -64,7 +74,10 @@ def compiler_version() -> str:
     try:
         out = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        sys.exit(f"crrcd_ext: no C++ compiler: `{command}` does not run; install g++ or set CXX")
+        sys.exit(
+            f"crrcd_ext: no C++ compiler: `{command}` does not run; install g++, set CXX, or do "
+            "without compiled kernels: CRRCD_COMPILED=0"
+        )
     return out.stdout.splitlines()[0]
 
 

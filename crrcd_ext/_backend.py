@@ -60,7 +60,7 @@ _with_cuda = compiled is not None and compiled.build_info()["cuda"]
 
 INSTALL = (
     "build it with `pip install .` in the source folder (it needs a C++20 compiler; "
-    "`python -m crrcd_ext` shows the result), or choose backend 'reference'"
+    "`python -m crrcd_ext` shows the result), or choose backend 'reference' or, on a GPU, 'triton'"
 )
 
 _environment = os.environ.get("CRRCD_BACKEND") or None
