@@ -161,9 +161,7 @@ def resolve(
     return name
 
 
-def _first(
-    operator: str, names: tuple[str, ...], device: str, dtype: torch.dtype | None
-) -> str:
+def _first(operator: str, names: tuple[str, ...], device: str, dtype: torch.dtype | None) -> str:
     """The first of ``names`` that can run there."""
     passed_over = ""
     for name in names:
