@@ -95,8 +95,8 @@ def set_backend(name: str | None) -> None:
 
     ``name`` is "auto", "reference", "cpu", "cuda" or "triton", or several with commas between them,
     of which each call takes the first that can run on its tensors' device and in their dtype (the
-    reference, if none can), as in "triton,cuda". None gives the choice back to CRRCD_BACKEND and "auto". Raises
-    ValueError for another name, RuntimeError for a single one that cannot run here.
+    reference, if none can), as in "triton,cuda". None gives the choice back to CRRCD_BACKEND and
+    "auto". Raises ValueError for another name, RuntimeError for a single one that cannot run here.
     """
     global _chosen
     if name is not None:
