@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.cases import BACKENDS, COMPILED, assert_close, cast, make, unit_rows
+from helpers.interpreted import INTERPRETED
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crrcd_ext import functional
@@ -107,6 +108,28 @@ class TestOpcheck:
         torch.library.opcheck(torch.ops.crrcd.bank_update_.default, (bank, *UPDATE))
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="about interpreted kernels")
+class TestOpcheckOfTriton:
+    def test_relation(self):
+        anchor, sample, weight = (torch.randn(n, 5) for n in (4, 6, 7))
+        operators = torch.ops.crrcd_triton
+        torch.library.opcheck(operators.relation.default, (anchor, sample, weight, torch.ones(7)))
+        result = operators.relation(anchor, sample, weight, None)
+        arguments = (torch.randn(4, 6, 7), *result, anchor, sample, weight, 15)
+        torch.library.opcheck(operators.relation_backward.default, arguments)
+
+    @pytest.mark.parametrize("objective", ["nce", "infonce"])
+    def test_relation_nce(self, objective):
+        arguments = lower(nce_arguments(ALL, objective=objective), torch.float32)
+        torch.library.opcheck(torch.ops.crrcd_triton.relation_nce.default, arguments)
+
+    def test_updates(self):
+        arguments = (*lower(nce_arguments(1, index=False, ids=True), torch.float32), *UPDATE)
+        torch.library.opcheck(torch.ops.crrcd_triton.relation_nce_.default, arguments)
+        bank = torch.randn(9, 4).to(torch.bfloat16)
+        torch.library.opcheck(torch.ops.crrcd_triton.bank_update_.default, (bank, *UPDATE))
+
+
 def step(case: dict, names: tuple, update: tuple | None, backend: str):
     """A training step around the operators, as a module has it."""
 
@@ -169,7 +192,7 @@ def fresh_compiler():
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS + INTERPRETED)
 class TestCompile:
     @pytest.mark.parametrize("with_gradient", [True, False])
     @pytest.mark.parametrize("objective", ["nce", "infonce"])
@@ -267,7 +290,7 @@ class TestCompile:
         torch.testing.assert_close(sums[0], sums[1])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS + INTERPRETED)
 def test_export(backend):
     class Loss(torch.nn.Module):
         def __init__(self):
