@@ -11,6 +11,7 @@ from bench import (
     instance_nce,
     losses,
     module_step,
+    overhead,
     relation_nce,
     static,
 )
@@ -21,6 +22,7 @@ COMMANDS = {
     "difference_nce": difference_nce,
     "module_step": module_step,
     "losses": losses,
+    "overhead": overhead,
     "static": static,
     "gpu_check": gpu_check,
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import embedding_bag
 
-from bench import difference_nce, instance_nce, losses
+from bench import difference_nce, instance_nce, losses, overhead
 from bench.__main__ import main
 from bench.baselines import BASELINES, make_step
 from bench.embeddings import DTYPES, NEGATIVES, OBJECTIVES
@@ -20,6 +20,7 @@ from bench.relation_nce import Case as RelationCase
 from bench.steps import OPERATOR
 from bench.suite import Absent, Patience, best_baseline, run_case
 from bench.table import markdown_table, terminal_table
+from crrcd_ext import _backend
 
 SMALL = Shape(anchors=5, queries=7, keys=37, hidden=24, relation=16, bank_dim=20, rows=50)
 UNCOMPILED = [name for name, (_, compiled) in BASELINES.items() if not compiled]
@@ -354,3 +355,12 @@ def test_tables():
         "long name  12.5",
     ]
     assert markdown_table(header, rows).splitlines()[1] == "| --- | ---: |"
+
+
+def test_overhead_times_calls_whose_kernels_are_left_out(capsys):
+    assert main(["overhead", "--rounds", "20"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    found = {row[0]: row[1:] for row in rows if row and row[0].endswith("_nce")}
+    assert set(found) == {"relation_nce", "difference_nce", "instance_nce"}
+    assert all(float(bare) > 0 and float(whole) > 0 for bare, whole, _ in found.values())
+    assert overhead.STUBBED not in _backend.COMPILED

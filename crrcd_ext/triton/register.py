@@ -23,19 +23,19 @@ MODULES = {
 """Operators and the modules of this package that have functions of their names."""
 
 
-def _entry(operator: str, module: str) -> Callable:
+def entry(operator: str, module: str) -> Callable:
     function = None
 
-    def entry(*arguments):
+    def call(*arguments):
         nonlocal function
         if function is None:
             imported = importlib.import_module(f"crrcd_ext.triton.{module}")
             function = getattr(imported, operator)
         return function(*arguments)
 
-    return entry
+    return call
 
 
 library = torch.library.Library("crrcd_triton", "IMPL")
 for _operator, _module in MODULES.items():
-    library.impl(_operator, _entry(_operator, _module), "CPU" if INTERPRETED else "CUDA")
+    library.impl(_operator, entry(_operator, _module), "CPU" if INTERPRETED else "CUDA")
