@@ -41,6 +41,7 @@ class Step:
     tool: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     result: str = ""  # the file of a benchmark, without its ending
+    backend: str = "cuda"  # that it measures
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -49,7 +50,8 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 def benchmarks(device: str, output: Path) -> list[Step]:
-    """Each operator against eager, torch.compile and checkpointed chunks, then a module's step."""
+    """Each operator against eager, torch.compile and checkpointed chunks, then a module's step,
+    then the Triton operators."""
     usual = ["eager", "torch.compile", "chunks + checkpoint", "compiled chunks + checkpoint"]
     sizes = {
         "relation_nce": ["--keys", "4096", "16384", "65536", "--memory-keys", "16384", "1000000"],
@@ -61,9 +63,19 @@ def benchmarks(device: str, output: Path) -> list[Step]:
         for name, more in sizes.items()
     } | {"module_step": []}
     shared = ["--device", device, "--repeats", "20", "--budget", "20", "--output", str(output)]
+    python = [sys.executable, "-m", "bench"]
+    ours = ["--backend", "triton", "--variants", OPERATOR]
     return [
-        Step(f"bench {name}", [sys.executable, "-m", "bench", name, *more, *shared], result=name)
+        Step(f"bench {name}", [*python, name, *more, *shared], result=name)
         for name, more in commands.items()
+    ] + [
+        Step(
+            f"bench {name}, triton",
+            [*python, name, *more, *shared[:-1], str(output / "triton"), *ours],
+            result=f"triton/{name}",
+            backend="triton",
+        )
+        for name, more in sizes.items()
     ]
 
 
@@ -152,12 +164,13 @@ def ceilings(device: str, *, size: int = 8192, megabytes: int = 1024) -> dict[st
     return {name: amounts[name] / timings[name].median / 1e9 for name in meters}
 
 
-HEADER = ["case", "ms", "x copy", "x matrix product", "eager", "compile", "chunks", "peak MB"]
+HEADER = ["case", "ms", "x copy", "x matrix product"]
+HEADER += ["eager", "compile", "chunks", "triton", "peak MB"]
 NOTES = """\
 x copy: bytes of the rows that the index names/time over the measured copy; x matrix product:
 nominal operations/time over the measured product of the operands' type. eager, compile, chunks:
-their time over the operator's (the faster chunks with checkpoints). Benchmarks' own reports lie
-beside this one and say more."""
+their time over the operator's (the faster chunks with checkpoints); triton: that of the Triton
+operator over that of the CUDA one. Benchmarks' own reports lie beside this one and say more."""
 
 
 def _times(variants: Mapping[str, Mapping], names: Sequence[str]) -> str:
@@ -166,29 +179,44 @@ def _times(variants: Mapping[str, Mapping], names: Sequence[str]) -> str:
     return f"{min(found):.2f}" if found else ""
 
 
-def case_row(name: str, case: Mapping, limits: Mapping[str, float]) -> list[str] | None:
-    """One case of a benchmark's JSON; None where the operator was not run."""
-    variants = case.get("variants", {})
-    operator = variants.get(OPERATOR, {})
-    if "median_s" not in operator:
-        return None
-    seconds = operator["median_s"]
-    # Operands are float32, the bank's type apart, but where relation_nce is under autocast.
-    kind = case["dtype"] if name == "relation_nce" else "float32"
+def title(name: str, case: Mapping) -> str:
+    """Operator, options and sizes of one case of a benchmark's JSON."""
     options = [str(v) for k, v in case.items() if k in ("negatives", "objective", "dtype", "grads")]
     sizes = " ".join(f"{key}={value}" for key, value in case["shape"].items())
+    return ", ".join([name, *options, sizes])
+
+
+def seconds_of(case: Mapping) -> float | None:
+    """The operator's median, where it was run."""
+    return case.get("variants", {}).get(OPERATOR, {}).get("median_s")
+
+
+def case_row(
+    name: str, case: Mapping, limits: Mapping[str, float], triton: Mapping[str, float]
+) -> list[str] | None:
+    """One case of a benchmark's JSON; None where the operator was not run. ``triton``: seconds of
+    the Triton operator by title."""
+    seconds = seconds_of(case)
+    if seconds is None:
+        return None
+    variants = case["variants"]
+    operator = variants[OPERATOR]
+    # Operands are float32, the bank's type apart, but where relation_nce is under autocast.
+    kind = case["dtype"] if name == "relation_nce" else "float32"
+    label = title(name, case)
 
     def fraction(amount: str, limit: str) -> str:
         return f"{case[amount] / seconds / 1e9 / limits[limit]:.2f}" if amount in case else ""
 
     return [
-        ", ".join([name, *options, sizes]),
+        label,
         milliseconds(seconds),
         fraction("row_bytes", "copy"),
         fraction("nominal_operations", kind),
         _times(variants, ["eager"]),
         _times(variants, ["torch.compile"]),
         _times(variants, ["chunks + checkpoint", "compiled chunks + checkpoint"]),
+        f"{triton[label] / seconds:.2f}" if label in triton else "",
         f"{operator['peak_bytes'] / 1e6:,.1f}" if "peak_bytes" in operator else "",
     ]
 
@@ -214,29 +242,35 @@ def run(plan: Sequence[Step], options: argparse.Namespace, **sizes: int) -> int:
     before = [step for step in plan if not step.result]
     done = [run_step(step) for step in before]
     limits = ceilings(options.device, **sizes)
-    rows, cases = [], {}
+    cases, triton = {}, {}
     for step in plan:
         if not step.result:
             continue
         done.append(run_step(step))
         if done[-1]["status"] != "done":
             continue
-        cases[step.result] = loads((options.output / f"{step.result}.json").read_text())["cases"]
-        rows += filter(None, (case_row(step.result, c, limits) for c in cases[step.result]))
+        found = loads((options.output / f"{step.result}.json").read_text())["cases"]
+        if step.backend == "triton":
+            times = {title(step.result.split("/")[1], case): seconds_of(case) for case in found}
+            triton |= {label: seconds for label, seconds in times.items() if seconds is not None}
+        else:
+            cases[step.result] = found
+    made = (case_row(name, c, limits, triton) for name, found in cases.items() for c in found)
+    rows = [row for row in made if row is not None]
     table_of_steps = [[s["name"], str(s["status"]), str(s.get("seconds", ""))] for s in done]
     table_of_limits = [
         [f"{name}", f"{rate:,.0f} {'GB/s' if name == 'copy' else 'GFLOP/s'}"]
         for name, rate in limits.items()
     ]
     parts = []
-    for title, header, lines in (
+    for heading, header, lines in (
         ("Steps", ["step", "status", "s"], table_of_steps),
         ("Ceilings", ["measured", "rate"], table_of_limits),
         ("Operators", HEADER, rows),
     ):
-        print(f"\n{title}\n{terminal_table(header, lines)}")
-        parts += [f"## {title}", markdown_table(header, lines)]
-    document = {"steps": done, "ceilings": limits, "benchmarks": cases}
+        print(f"\n{heading}\n{terminal_table(header, lines)}")
+        parts += [f"## {heading}", markdown_table(header, lines)]
+    document = {"steps": done, "ceilings": limits, "benchmarks": cases, "triton_seconds": triton}
     paths = report.write_files("gpu_check", options.output, about, document, [*parts, NOTES])
     print(f"\n{NOTES}\n\nwritten: " + ", ".join(map(str, paths)))
     return int(any(str(s["status"]).startswith("FAILED") for s in done))

@@ -77,6 +77,12 @@ def test_a_run_goes_on_after_a_failure_and_reports_all(tmp_path, capsys):
         Step("bad", [sys.executable, "-c", "raise SystemExit(3)"]),
         Step("absent", ["no-such-tool"], tool="no-such-tool"),
         Step("bench instance_nce", [sys.executable, *bench], result="instance_nce"),
+        Step(
+            "bench instance_nce, triton",
+            [sys.executable, *bench[:-5], str(tmp_path / "triton"), "--variants", OPERATOR],
+            result="triton/instance_nce",
+            backend="triton",
+        ),
     ]
     options = argparse.Namespace(device="cpu", output=tmp_path, threads=1)
     assert gpu_check.run(steps, options, size=64, megabytes=1) == 1
@@ -87,12 +93,15 @@ def test_a_run_goes_on_after_a_failure_and_reports_all(tmp_path, capsys):
         "bad": "FAILED, status 3",
         "absent": "left out: no-such-tool is not installed",
         "bench instance_nce": "done",
+        "bench instance_nce, triton": "done",
     }
     assert set(document["ceilings"]) == {"copy", "float32", "tf32", "bfloat16"}
     assert min(document["ceilings"].values()) > 0
     (case,) = document["benchmarks"]["instance_nce"]
-    row = gpu_check.case_row("instance_nce", case, document["ceilings"])
-    assert all(row[place] for place in (1, 2, 3, 4, 6)) and row[5] == ""
+    (label,) = document["triton_seconds"]
+    assert label == gpu_check.title("instance_nce", case)
+    row = gpu_check.case_row("instance_nce", case, document["ceilings"], document["triton_seconds"])
+    assert all(row[place] for place in (1, 2, 3, 4, 6, 7)) and row[5] == ""
     text = (tmp_path / "gpu_check.md").read_text()
     assert "| bad | FAILED, status 3 |" in text and f"| {row[0]} |" in text
     assert gpu_check.run(steps[:1], options, size=64, megabytes=1) == 0
@@ -114,12 +123,13 @@ def test_a_row_in_numbers():
         },
     }
     limits = {"copy": 400.0, "float32": 1000.0, "tf32": 2000.0, "bfloat16": 4000.0}
-    row = gpu_check.case_row("relation_nce", case, limits)
-    assert row[0] == "relation_nce, bfloat16, all, queries=4"
-    assert row[1:] == ["10.0", "0.25", "0.10", "3.00", "", "4.00", "2.0"]
+    label = "relation_nce, bfloat16, all, queries=4"
+    row = gpu_check.case_row("relation_nce", case, limits, {label: 0.025})
+    assert row[0] == label
+    assert row[1:] == ["10.0", "0.25", "0.10", "3.00", "", "4.00", "2.50", "2.0"]
     # The bank's storage is not the operands' type.
-    assert gpu_check.case_row("instance_nce", case, limits)[3] == "0.40"
-    assert gpu_check.case_row("instance_nce", {**case, "variants": {}}, limits) is None
+    assert gpu_check.case_row("instance_nce", case, limits, {})[3] == "0.40"
+    assert gpu_check.case_row("instance_nce", {**case, "variants": {}}, limits, {}) is None
 
 
 def test_times_of_a_gpu_wait_for_it(monkeypatch):
