@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include "cpu/bank_update.h"
@@ -13,6 +14,7 @@
 #include "cpu/plan.h"
 #include "cpu/relation.h"
 #include "cpu/relation_nce.h"
+#include "cpu/sampling.h"
 #include "cuda/relation_plan.h"
 #if CRRCD_WITH_CUDA
 #include "cuda/bank_update.h"
@@ -170,6 +172,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("num_threads", [] { return at::get_num_threads(); }, "Threads that an operator uses.");
   m.def("set_poison", &crrcd::set_poison, py::arg("on"),
         "Fill scratch memory with NaN before use, to find reads of what was never written.");
+  m.def("uniform_index", &crrcd::uniform_index, py::arg("seed"), py::arg("step"), py::arg("count"),
+        py::arg("bound"), py::call_guard<py::gil_scoped_release>(),
+        "int64 [count] on the CPU, uniform over [0, bound): the bits of modules._counter.");
   m.def(
       "set_instance_order",
       [](const std::optional<std::string>& order) {

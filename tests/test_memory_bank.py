@@ -157,6 +157,18 @@ def test_sampling_never_reads_the_device():
     assert bank.rows.device.type == "meta" and bank.sample(8).device.type == "meta"
 
 
+@pytest.mark.skipif(_counter.compiled is None, reason="about the compiled module")
+@pytest.mark.parametrize("seed, step", [(0, 0), (3, 5), (-1, 2**62), (2**63 - 1, 1)])
+@pytest.mark.parametrize("bound", [1, 2, 1000, 2**40 + 7])
+def test_the_compiled_module_draws_the_same_bits(seed, step, bound, monkeypatch):
+    torch.set_num_threads(2)
+    state, shape = (torch.tensor(seed), torch.tensor(step)), (3, 30_000)
+    drawn = _counter.uniform_index(*state, shape, bound)
+    monkeypatch.setattr(_counter, "compiled", None)
+    assert torch.equal(drawn, _counter.uniform_index(*state, shape, bound))
+    assert drawn.min() >= 0 and drawn.max() < bound
+
+
 @pytest.mark.parametrize("count", [50, 64])
 def test_compiled_sampling_is_the_same(count):
     # Wrap-around of int64 in generated code, with and without a tail of the vector loop.

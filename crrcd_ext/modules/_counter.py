@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from crrcd_ext._backend import compiled
+
 
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
@@ -69,7 +71,14 @@ def uniform_index(
     `bound` may be an int64 tensor that broadcasts to `shape`.
     """
     shape = (shape,) if isinstance(shape, int) else shape
+    if compiled is not None and isinstance(bound, int) and _plain(seed) and _plain(step):
+        return compiled.uniform_index(int(seed), int(step), math.prod(shape), bound).view(shape)
     return _scaled_(hashes(seed, step, math.prod(shape)).view(shape), bound)
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether the compiled module may read a scalar: on the CPU, neither fake nor traced."""
+    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def distinct_index(

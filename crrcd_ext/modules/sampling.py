@@ -33,7 +33,10 @@ def rows_below(
 
 def past(position: Tensor, start: Tensor, length: Tensor | int) -> Tensor:
     """``position`` among what is left when ``length`` places from ``start`` on are taken out."""
-    return torch.where(position >= start, position + length, position)
+    moved = position >= start
+    if isinstance(length, int):
+        return torch.add(position, moved, alpha=length)
+    return position + moved * length
 
 
 class ClassTable(KeepsBufferDtype):
