@@ -28,8 +28,16 @@ DEFAULTS: dict[str, dict[str, Config]] = {
     },
     "logits": {
         "bfloat16": Config(128, 8, 1),
+        "sm_80 bfloat16": Config(64, 4, 1),
         "tf32": Config(32, 8, 1),
-        "float32": Config(32, 8, 1, queries=32, features=64),
+        "float32": Config(32, 8, 1, queries=16, features=32),
+        "float64": Config(16, 4, 1, queries=16, features=32),
+    },
+    "live_logits": {  # of keys that want gradients
+        "bfloat16": Config(128, 8, 1),
+        "sm_90 bfloat16": Config(64, 8, 1),
+        "tf32": Config(32, 8, 1),
+        "float32": Config(32, 8, 1, queries=16, features=32),
         "float64": Config(16, 4, 1, queries=16, features=32),
     },
     "norms": {
@@ -42,9 +50,15 @@ DEFAULTS: dict[str, dict[str, Config]] = {
         "float32": Config(32, 8, 1, queries=32, features=64),
         "float64": Config(16, 4, 1, queries=16, features=32),
     },
+    "gram_keys": {  # in the Gram form
+        "bfloat16": Config(32, 8, 1),
+        "sm_90 bfloat16": Config(64, 8, 1),
+        "sm_100 bfloat16": Config(64, 8, 1),
+        "tf32": Config(32, 8, 1),
+    },
     "gram": {
-        "bfloat16": Config(64, 4, features=64),
-        "tf32": Config(32, 4, features=64),
+        "bfloat16": Config(64, 4, 1, features=64),
+        "tf32": Config(32, 4, 1, features=64),
     },
     "own_keys": {
         "interpreter": Config(64, 4, 1, anchors=16),
@@ -80,7 +94,9 @@ DEFAULTS: dict[str, dict[str, Config]] = {
         "float64": Config(8, 4, features=2048),
     },
 }
-"""By kernel and type; a type without a row has bfloat16's."""
+"""By kernel and type, which may follow an architecture; a type without a row has bfloat16's. Those
+of bfloat16 spill no register at widths of 128 on sm_80, sm_90 and sm_100 by Triton 3.8, but for
+one; those of float32, whose products are unrolled, spill many."""
 
 
 def choose(kernel: str, types: str, architecture: str) -> Config:
@@ -88,4 +104,8 @@ def choose(kernel: str, types: str, architecture: str) -> Config:
     rows = DEFAULTS[kernel]
     if architecture == "interpreter":
         return rows.get(architecture, INTERPRETER)
-    return rows.get(types) or rows["bfloat16"]
+    if types == "float16":
+        types = "bfloat16"
+    if architecture in ("sm_86", "sm_87", "sm_89"):
+        architecture = "sm_80"
+    return rows.get(f"{architecture} {types}") or rows.get(types) or rows["bfloat16"]

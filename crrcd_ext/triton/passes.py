@@ -25,6 +25,9 @@ from crrcd_ext.triton.kernels import weight as weight_kernels
 SEGMENT = 16384
 """Keys of a segment; a multiple of every block of keys."""
 
+WHOLE = 128
+"""The largest block of keys, and of hidden units."""
+
 LN2 = math.log(2)
 DIRECT, GRAM, DIFFERENCE = (f.value for f in (features.DIRECT, features.GRAM, features.DIFFERENCE))
 NCE, NORMALISER, INFONCE = (m.value for m in (tile.NCE, tile.NORMALISER, tile.INFONCE))
@@ -107,6 +110,10 @@ class Passes:
             if self.bias is not None:
                 self.gram_bias = weight.T @ self.bias.to(self.wide)
         self.gathers = self.key_weight is None
+        H = self.anchor.shape[1]
+        whole = launch.block(H, WHOLE)
+        # What projected keys are apart: any kernel's blocks of hidden units fit in.
+        self.projected = 0 if self.gathers else launch.blocks(H, whole) * whole
 
     # ------------------------------------------------------------------------------------ launches
 
@@ -128,22 +135,22 @@ class Passes:
             BF = BH
         constants = {
             "INDEXED": self.index is not None,
-            "GATHER": self.gathers,
+            "PROJECTED": self.projected,
             **self.types.constants,
+            "FAST": self.types.fast,
             "BH": BH,
             "BN": chosen.keys,
         }
         if kernel != "gram":
             constants |= {
                 "BIAS": self.bias is not None,
-                "FAST": self.types.fast,
                 "NH": launch.blocks(H, BH),
                 "NR": launch.blocks(R, BR),
                 "BR": BR,
             }
         if kernel not in ("gram", "norms"):
             constants["BB"] = launch.block(B, chosen.queries)
-        if kernel in ("logits", "keys"):
+        if kernel in ("logits", "live_logits", "keys", "gram_keys"):
             constants |= {
                 "FORM": self.form,
                 "NAMED": self.masks.key_id is not None,
@@ -152,7 +159,7 @@ class Passes:
                 "BF": BF,
                 "NF": launch.blocks(F, BF),
             }
-        if kernel in ("keys", "weight"):
+        if kernel in ("keys", "gram_keys", "weight"):
             constants["NB"] = launch.blocks(B, constants["BB"])
         return constants, chosen
 
@@ -177,13 +184,13 @@ class Passes:
         chosen = launch.config("project", self.types, self.device)
         H, D = self.key_weight.shape
         # Which side of the ReLU a key lies on, and so its gradient, hangs on every digit.
-        rows = torch.empty(
-            (keys, H), dtype=self.wide if self.live else self.query.dtype, device=self.device
-        )
+        dtype = self.wide if self.live else self.query.dtype
+        padded = launch.blocks(keys, WHOLE) * WHOLE
+        rows = torch.empty((padded, self.projected), dtype=dtype, device=self.device)
         BH = launch.block(H, chosen.features)
         launch.run(
             project_kernels.project,
-            (launch.blocks(keys, chosen.keys), launch.blocks(H, BH)),
+            (padded // chosen.keys, self.projected // BH),
             chosen,
             self.bank,
             self.bank.stride(0),
@@ -196,11 +203,12 @@ class Passes:
             keys,
             INDEXED=self.index is not None,
             **self.types.constants,
+            PROJECTED=self.projected,
             BD=launch.block(D, 64),
             BH=BH,
             BN=chosen.keys,
         )
-        return rows, H
+        return rows, self.projected
 
     def _mask(self, first: int, keys: int, tile_keys: int) -> tuple[Tensor, Tensor, int]:
         """Flags of the segment's tiles of keys, bits of its keys and how many words each has."""
@@ -297,7 +305,7 @@ class Passes:
 
     def _logits(self, mode: int, first: int, keys: int, parts: dict, rows: tuple) -> dict:
         A, B, F, H, R = self.sizes
-        constants, chosen = self._constants("logits")
+        constants, chosen = self._constants("live_logits" if self.live else "logits")
         needs_query = self.wants_query and mode != NORMALISER
         query_blocks = launch.blocks(B, constants["BB"])
         programs = query_blocks * (constants["NF"] if needs_query else 1)
@@ -386,7 +394,7 @@ class Passes:
 
     def _keys(self, first: int, keys: int, rows: tuple, norms: tuple) -> None:
         A, B, F, H, R = self.sizes
-        constants, chosen = self._constants("keys")
+        constants, chosen = self._constants("gram_keys" if self.form == GRAM else "keys")
         tiles = launch.blocks(keys, chosen.keys)
         d_rows = self._empty(keys, H) if self.wants_keys else None
         part_anchor = self._empty(tiles, A, H) if self.wants_anchor else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crrcd_ext.triton.kernels.tile import LOG2E, dot, kept, narrow
+from crrcd_ext.triton.kernels.tile import LOG2E, dot, hinge, kept, narrow
 
 DIRECT = tl.constexpr(0)
 """The features of a key are its relation before it has unit length, w = W relu(P - X) + c."""
@@ -31,15 +31,45 @@ def positions(n, first, keys, index, INDEXED: tl.constexpr):
 
 
 @triton.jit
-def hidden(anchor, a, rows, at, stride, h, H, eps, FORM: tl.constexpr, WIDE: tl.constexpr):
-    """[n, h]: relu(P_a - X_n), or x_n - anchor_a + eps, of the rows at ``at``."""
-    inside = h < H
-    p = tl.load(anchor + a * H + h, mask=inside, other=0).to(WIDE)
-    x = tl.load(rows + at[:, None] * stride + h[None, :], mask=inside[None, :], other=0).to(WIDE)
-    if FORM == DIFFERENCE:
-        return tl.where(inside[None, :], x - p[None, :] + eps, 0.0)
+def rows_of(rows, stride, position, tile, PROJECTED: tl.constexpr, BN: tl.constexpr):
+    """Where the rows of a tile of keys are counted from, their places from there, and their stride.
+
+    PROJECTED is the stride of projected keys, which are a tile's as they lie, so that addresses
+    differ by constants; 0 is for rows of the bank.
+    """
+    if PROJECTED:
+        return rows + tl.cast(tile, tl.int64) * (BN * PROJECTED), tl.arange(0, BN), PROJECTED
     else:
-        return tl.maximum(p[None, :] - x, 0.0)
+        return rows, position, stride
+
+
+@triton.jit
+def hidden(
+    anchor,
+    a,
+    rows,
+    at,
+    stride,
+    h,
+    H,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """[n, h]: relu(P_a - X_n) of the rows at ``at``, in the operands' dtype."""
+    inside = h < H
+    p = tl.load(anchor + a * H + h, mask=inside, other=0)
+    x = tl.load(rows + at[:, None] * stride + h[None, :], mask=inside[None, :], other=0)
+    return hinge(p[None, :], x, DTYPE, WIDE, FAST)
+
+
+@triton.jit
+def difference(anchor, a, rows, at, stride, d, D, eps, WIDE: tl.constexpr):
+    """[n, d]: x_n - anchor_a + eps, of the rows at ``at``."""
+    inside = d < D
+    p = tl.load(anchor + a * D + d, mask=inside, other=0).to(WIDE)
+    x = tl.load(rows + at[:, None] * stride + d[None, :], mask=inside[None, :], other=0).to(WIDE)
+    return tl.where(inside[None, :], x - p[None, :] + eps, 0.0)
 
 
 @triton.jit
@@ -70,6 +100,7 @@ def relation_block(
     DTYPE: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     """w [n, r]; hid_first are the first block's hidden units [n, h] in the operands' dtype, and
     weight_first is W' of the first block of both [h, r]."""
@@ -79,7 +110,7 @@ def relation_block(
         if block == 0:
             hid = hid_first
         else:
-            hid = narrow(hidden(anchor, a, rows, at, stride, h, H, 0.0, DIRECT, WIDE), DTYPE)
+            hid = hidden(anchor, a, rows, at, stride, h, H, DTYPE, WIDE, FAST)
         if NH == 1 and NF == 1:
             w = dot(hid, weight_first, w, PRECISION)
         else:
@@ -113,7 +144,7 @@ def products(
     F,
     H,
     R,
-    hid,
+    hid,  # hidden units [n, h] of the first block, DIRECT or where it is all there is
     weight_first,
     EPS: tl.constexpr,
     FORM: tl.constexpr,
@@ -122,6 +153,7 @@ def products(
     DTYPE: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
     NF: tl.constexpr,
     NH: tl.constexpr,
     NR: tl.constexpr,
@@ -140,13 +172,18 @@ def products(
         if FORM == DIRECT:
             f = relation_block(
                 anchor, a, rows, at, stride, weight, bias, columns, R, H, hid, weight_first,
-                BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION,
+                BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION, FAST,
             )  # fmt: skip
+        elif FORM == GRAM:
+            f = hid
+            if NF > 1:
+                f = hidden(anchor, a, rows, at, stride, columns, F, DTYPE, WIDE, FAST)
         else:
-            f = hidden(anchor, a, rows, at, stride, columns, F, EPS, FORM, WIDE)
+            f = difference(anchor, a, rows, at, stride, columns, F, EPS, WIDE)
             if UNIT:
                 f *= root[:, None]
-        square += tl.sum(f * f, 1)
+        if FORM != GRAM:
+            square += tl.sum(f * f, 1)
         q = query_first if NF == 1 else matrix(query_row, b, B, columns, F)
         product = dot(narrow(f, DTYPE), tl.trans(q), product, PRECISION)
     if FORM == GRAM and BIAS:
@@ -184,7 +221,7 @@ def logits(
             present = present & (name != tl.load(anchor_id + a))
         s = tl.where(present[:, None], s, -float("inf"))
     if touched:
-        number = n.to(tl.int64) * words + query_block * BB // 32
+        number = n * words + query_block * BB // 32  # of a segment: fits
         bits = tl.load(kept_bits + number)[:, None]
         b = tl.arange(0, BB)[None, :] + (query_block * BB) % 32
         if BB > 32:

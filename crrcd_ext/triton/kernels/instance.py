@@ -167,7 +167,7 @@ def shared(
     total = tl.zeros([BN, BB], WIDE)
 
     for several in range(0, count, MOST):
-        product = tl.zeros([BN, BB // 2], WIDE)
+        product = tl.zeros([BN, BB // 4], WIDE)
         for tile in range(several, tl.minimum(several + MOST, count), BN):
             n = tile + tl.arange(0, BN)
             position = positions(n, begin, count, index, INDEXED)

@@ -10,12 +10,14 @@ from crrcd_ext.triton.kernels.features import (
     DIRECT,
     GRAM,
     binary,
+    difference,
     hidden,
     logits,
     matrix,
     positions,
     products,
     relation_block,
+    rows_of,
 )
 from crrcd_ext.triton.kernels.tile import INFONCE, LN2, dot, narrow, number, power, sigmoid
 
@@ -48,6 +50,7 @@ def slopes(
     query_block,
     n,
     keys,
+    hid,  # the first block of hidden units [n, h], where it is all there is
     weight_first,
     EPS: tl.constexpr,
     FORM: tl.constexpr,
@@ -76,17 +79,16 @@ def slopes(
     pair = a * B + b
     query_row = query + a * B * F
     query_first = matrix(query_row, b, B, tl.arange(0, BF), F)
-    hid = query_first
-    if FORM == DIRECT:
+    if FORM == DIRECT and NH > 1:
         h = tl.arange(0, BH)
-        hid = narrow(hidden(anchor, a, rows, at, stride, h, H, EPS, FORM, WIDE), DTYPE)
+        hid = hidden(anchor, a, rows, at, stride, h, H, DTYPE, WIDE, FAST)
     constant = tl.zeros([BB], WIDE)
     if FORM == GRAM and BIAS:
         constant = tl.load(query_bias + pair, mask=b < B, other=0).to(WIDE)
     product, _, f = products(
         query_row, query_first, constant, anchor, a, rows, at, stride, weight, bias, root,
         b, B, F, H, R, hid, weight_first,
-        EPS, FORM, UNIT, BIAS, DTYPE, WIDE, PRECISION, NF, NH, NR, BF, BH, BR,
+        EPS, FORM, UNIT, BIAS, DTYPE, WIDE, PRECISION, FAST, NF, NH, NR, BF, BH, BR,
     )  # fmt: skip
     critic_scale = binary(scale, WIDE)
     less = tl.load(beta + pair, mask=b < B, other=float("inf"))
@@ -136,7 +138,7 @@ def keys(
     MODE: tl.constexpr,
     ROWS: tl.constexpr,
     ANCHOR: tl.constexpr,
-    GATHER: tl.constexpr,
+    PROJECTED: tl.constexpr,
     INDEXED: tl.constexpr,
     BIAS: tl.constexpr,
     NAMED: tl.constexpr,
@@ -166,7 +168,7 @@ def keys(
     h = tl.program_id(1) * BH + tl.arange(0, BH)
     n = tile * BN + tl.arange(0, BN)
     position = positions(n, first, keys, index, INDEXED)
-    at = position if GATHER else tl.where(n < keys, n, 0).to(tl.int64)
+    here, at, step = rows_of(rows, stride, position, tile, PROJECTED, BN)
     touched = tl.load(flags + tile) != 0
     weight_first = tl.zeros([BH, BR], DTYPE)
     if FORM == DIRECT and NF == 1:
@@ -178,12 +180,12 @@ def keys(
     d_x = tl.zeros([BN, BH], WIDE)
     for anchor_number in range(A):
         a = number(anchor_number)
-        place = a * keys + n
-        root = tl.load(inverse_norm + place, mask=n < keys, other=0)
-        c = tl.load(coefficient + place, mask=n < keys, other=0)
-        own = hidden(anchor, a, rows, at, stride, h, H, EPS, FORM, WIDE)
-        if FORM != DIFFERENCE:
-            own = narrow(own, DTYPE)  # as the products have it, in half the registers
+        root = tl.load((inverse_norm + a * keys) + n, mask=n < keys, other=0)
+        c = tl.load((coefficient + a * keys) + n, mask=n < keys, other=0)
+        if FORM == DIFFERENCE:
+            own = difference(anchor, a, here, at, step, h, H, EPS, WIDE)
+        else:
+            own = hidden(anchor, a, here, at, step, h, H, DTYPE, WIDE, FAST)
         d_hid = tl.zeros([BN, BH], WIDE)
         if FORM == GRAM:
             for block in tl.static_range(NH):
@@ -191,17 +193,17 @@ def keys(
                     d_hid = dot(own, gram_first, d_hid, PRECISION)
                 else:
                     columns = block * BH + tl.arange(0, BH)
-                    x = hidden(anchor, a, rows, at, stride, columns, H, EPS, FORM, WIDE)
-                    d_hid = dot(narrow(x, DTYPE), matrix(gram, columns, H, h, H), d_hid, PRECISION)
+                    x = hidden(anchor, a, here, at, step, columns, H, DTYPE, WIDE, FAST)
+                    d_hid = dot(x, matrix(gram, columns, H, h, H), d_hid, PRECISION)
             if BIAS:
                 d_hid += tl.load(gram_bias + h, mask=h < H, other=0).to(WIDE)[None, :]
             d_hid *= c[:, None]
         for query_block in tl.static_range(NB):
             d, f = slopes(
-                query, query_bias, anchor, rows, stride, at, position, weight, bias, beta,
+                query, query_bias, anchor, here, step, at, position, weight, bias, beta,
                 touched, kept_bits, words, anchor_id, key_id, root, scale,
                 A, B, F, H, R, a, query_block, n, keys,
-                weight_first, EPS, FORM, MODE, BIAS, NAMED, ANCHORS,
+                own, weight_first, EPS, FORM, MODE, BIAS, NAMED, ANCHORS,
                 DTYPE, WIDE, PRECISION, FAST, NF, NH, NR, BF, BH, BR, BB,
             )  # fmt: skip
             d = narrow(d, DTYPE)
@@ -214,11 +216,11 @@ def keys(
                     if query_block == 0:
                         if NF > 1:
                             first_h = tl.arange(0, BH)
-                            x = hidden(anchor, a, rows, at, stride, first_h, H, EPS, FORM, WIDE)
+                            x = hidden(anchor, a, here, at, step, first_h, H, DTYPE, WIDE, FAST)
                             f = relation_block(
-                                anchor, a, rows, at, stride, weight, bias, r, R, H,
-                                narrow(x, DTYPE), weight_first,
-                                BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION,
+                                anchor, a, here, at, step, weight, bias, r, R, H,
+                                x, weight_first,
+                                BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION, FAST,
                             )  # fmt: skip
                         d_w += c[:, None] * f
                     if NF == 1 and NH == 1:
@@ -238,9 +240,9 @@ def keys(
             d_hid = tl.where(own > 0, d_hid, 0.0)
             d_x -= d_hid
         if ANCHOR:
-            place = (tile.to(tl.int64) * A + a) * H + h
+            place = part_anchor + (tile.to(tl.int64) * A + a) * H
             total = tl.sum(d_hid, 0)
-            tl.store(part_anchor + place, -total if FORM == DIFFERENCE else total, mask=h < H)
+            tl.store(place + h, -total if FORM == DIFFERENCE else total, mask=h < H)
     if ROWS:
         cells = (n < keys)[:, None] & (h < H)[None, :]
         tl.store(d_rows + n.to(tl.int64)[:, None] * H + h[None, :], d_x, mask=cells)

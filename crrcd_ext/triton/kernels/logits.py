@@ -10,11 +10,13 @@ from crrcd_ext.triton.kernels.features import (
     DIRECT,
     GRAM,
     binary,
+    difference,
     hidden,
     matrix,
     positions,
     products,
     relation_block,
+    rows_of,
 )
 from crrcd_ext.triton.kernels.features import logits as logits_of
 from crrcd_ext.triton.kernels.tile import (
@@ -23,7 +25,7 @@ from crrcd_ext.triton.kernels.tile import (
     NORMALISER,
     TINY,
     dot,
-    grown,
+    grown_by_two,
     inverse_root,
     log1p,
     narrow,
@@ -55,7 +57,7 @@ def norms(
     first,
     keys,
     tiles,
-    GATHER: tl.constexpr,
+    PROJECTED: tl.constexpr,
     INDEXED: tl.constexpr,
     BIAS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -78,17 +80,17 @@ def norms(
     for tile in range(begin, tl.minimum(begin + tiles, tl.cdiv(keys, BN))):
         n = tile * BN + tl.arange(0, BN)
         position = positions(n, first, keys, index, INDEXED)
-        at = position if GATHER else tl.where(n < keys, n, 0).to(tl.int64)
-        hid = narrow(hidden(anchor, a, rows, at, stride, h, H, 0.0, GRAM, WIDE), DTYPE)
+        here, at, step = rows_of(rows, stride, position, tile, PROJECTED, BN)
+        hid = hidden(anchor, a, here, at, step, h, H, DTYPE, WIDE, FAST)
         square = tl.zeros([BN], WIDE)
         for block in tl.static_range(NR):
             r = block * BR + tl.arange(0, BR)
             w = relation_block(
-                anchor, a, rows, at, stride, weight, bias, r, R, H, hid, weight_first,
-                BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION,
+                anchor, a, here, at, step, weight, bias, r, R, H, hid, weight_first,
+                BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION, FAST,
             )  # fmt: skip
             square += tl.sum(w * w, 1)
-        tl.store(inverse_norm + a * keys + n, inverse_root(square, FAST), mask=n < keys)
+        tl.store((inverse_norm + a * keys) + n, inverse_root(square, FAST), mask=n < keys)
 
 
 @triton.jit
@@ -129,7 +131,7 @@ def logits(
     QUERY: tl.constexpr,
     NORM: tl.constexpr,
     CRITIC: tl.constexpr,
-    GATHER: tl.constexpr,
+    PROJECTED: tl.constexpr,
     INDEXED: tl.constexpr,
     BIAS: tl.constexpr,
     NAMED: tl.constexpr,
@@ -171,44 +173,46 @@ def logits(
     weight_first = query_first
     if FORM == DIRECT:
         weight_first = tl.trans(matrix(weight, first_r, R, first_h, H))
-    constant = tl.zeros([BB], WIDE)
-    if FORM == GRAM and BIAS:
-        constant = tl.load(query_bias + pair, mask=b < B, other=0).to(WIDE)
     # Features first: of products that follow each other, all have to be at least as high as wide,
     # or Triton gives each warp a column of them, and every warp all of the first's left side.
     d_query = tl.zeros([BF, BB], WIDE)
-    d_constant = tl.zeros([BB], WIDE)
+    d_constant = tl.zeros([BB, 16], WIDE)  # each column the same
     d_scale = tl.zeros([BN], WIDE)
     d_offset = tl.zeros([BN], WIDE)
-    product = tl.zeros([BN, BB // 2], WIDE)
+    product = tl.zeros([BN, BB // 4], WIDE)
     linear = tl.zeros([BN], WIDE)
-    top = tl.full([BN, BB], -float("inf"), WIDE)
-    total = tl.zeros([BN, BB], WIDE)
+    top = tl.full([BN // 2, BB], -float("inf"), WIDE)
+    total = tl.zeros([BN // 2, BB], WIDE)
 
     begin = part * tiles
     for tile in range(begin, tl.minimum(begin + tiles, tl.cdiv(keys, BN))):
         n = tile * BN + tl.arange(0, BN)
         position = positions(n, first, keys, index, INDEXED)
-        at = position if GATHER else tl.where(n < keys, n, 0).to(tl.int64)
+        here, at, step = rows_of(rows, stride, position, tile, PROJECTED, BN)
 
+        if FORM != DIFFERENCE:  # again for each tile, as there are no registers to keep it in
+            less = tl.load(beta + pair, mask=b < B, other=float("inf"))
+        constant = less
+        if FORM == GRAM and BIAS:
+            constant = tl.load(query_bias + pair, mask=b < B, other=0).to(WIDE)
         root = tl.zeros([BN], WIDE)
         hid = query_first
         if UNIT:
             square = root
             for block in tl.static_range(NF):
                 columns = block * BF + first_f
-                x = hidden(anchor, a, rows, at, stride, columns, F, EPS, FORM, WIDE)
+                x = difference(anchor, a, here, at, step, columns, F, EPS, WIDE)
                 square += tl.sum(x * x, 1)
             root = inverse_root(square, FAST)
-        elif FORM == DIRECT:
-            hid = narrow(hidden(anchor, a, rows, at, stride, first_h, H, EPS, FORM, WIDE), DTYPE)
+        elif FORM == DIRECT or (FORM == GRAM and NH == 1):
+            hid = hidden(anchor, a, here, at, step, first_h, H, DTYPE, WIDE, FAST)
         logit, own_square, f = products(
-            query_row, query_first, constant, anchor, a, rows, at, stride, weight, bias, root,
+            query_row, query_first, constant, anchor, a, here, at, step, weight, bias, root,
             b, B, F, H, R, hid, weight_first,
-            EPS, FORM, UNIT, BIAS, DTYPE, WIDE, PRECISION, NF, NH, NR, BF, BH, BR,
+            EPS, FORM, UNIT, BIAS, DTYPE, WIDE, PRECISION, FAST, NF, NH, NR, BF, BH, BR,
         )  # fmt: skip
         if FORM == GRAM:
-            root = tl.load(inverse_norm + a * keys + n, mask=n < keys, other=0)
+            root = tl.load((inverse_norm + a * keys) + n, mask=n < keys, other=0)
         elif not UNIT:
             square = own_square
             root = inverse_root(square, FAST)
@@ -225,7 +229,7 @@ def logits(
         )  # fmt: skip
 
         if MODE == NORMALISER:
-            top, total = grown(s, top, total, FAST)
+            top, total = grown_by_two(s, top, total, FAST)
         else:
             if MODE == NCE:
                 slope, product, linear = softplus(s, product, linear, FAST)
@@ -237,28 +241,32 @@ def logits(
                 d_scale += across * left
                 if NORM:
                     seen = (n < keys) & (feature_block == 0)
-                    place = a * keys + n
                     if FORM != GRAM:
-                        tl.store(inverse_norm + place, root, mask=seen & (query_block == 0))
-                    place += query_block.to(tl.int64) * A * keys
-                    tl.store(coefficient + place, -across * factor * root * root, mask=seen)
+                        only = seen & (query_block == 0)
+                        tl.store((inverse_norm + a * keys) + n, root, mask=only)
+                    norms = coefficient + (query_block * A + a) * keys
+                    tl.store(norms + n, -across * factor * root * root, mask=seen)
             if CRITIC:
                 d_offset -= tl.sum(slope, 1)
             if QUERY:
                 d = slope * factor[:, None]
-                if FORM == GRAM and BIAS:
-                    d_constant += tl.sum(d, 0)
                 if NF > 1:  # the block that is this program's
                     if FORM == DIRECT:
                         f = relation_block(
-                            anchor, a, rows, at, stride, weight, bias, own_f, R, H, hid,
-                            weight_first, BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION,
+                            anchor, a, here, at, step, weight, bias, own_f, R, H, hid,
+                            weight_first, BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION, FAST,
                         )  # fmt: skip
+                    elif FORM == GRAM:
+                        f = hidden(anchor, a, here, at, step, own_f, H, DTYPE, WIDE, FAST)
                     else:
-                        f = hidden(anchor, a, rows, at, stride, own_f, H, EPS, FORM, WIDE)
+                        f = difference(anchor, a, here, at, step, own_f, H, EPS, WIDE)
                         if UNIT:
                             f *= root[:, None]
-                d_query = dot(tl.trans(narrow(f, DTYPE)), narrow(d, DTYPE), d_query, PRECISION)
+                d = narrow(d, DTYPE)
+                d_query = dot(tl.trans(narrow(f, DTYPE)), d, d_query, PRECISION)
+                if FORM == GRAM and BIAS:  # a sum over keys, across warps, takes longer
+                    ones = narrow(tl.full([BN, 16], 1.0, WIDE), DTYPE)
+                    d_constant = dot(tl.trans(d), ones, d_constant, PRECISION)
 
     inside = b < B
     place = part.to(tl.int64) * A * B + pair
@@ -268,6 +276,7 @@ def logits(
         cells = inside[None, :] & (own_f < F)[:, None]
         put(part_query + place[None, :] * F + own_f[:, None], d_query, cells, ADD)
         if FORM == GRAM and BIAS:
+            d_constant = tl.max(d_constant, 1)
             put(part_bias + place, d_constant, first_only, ADD)
     if MODE == NORMALISER:
         most = tl.max(top, 0)

@@ -15,7 +15,7 @@ def project(
     stride,
     index,
     key_weight,  # [H, D]
-    rows,  # [keys, H]
+    rows,  # [.., stride], 0 beyond keys and hidden units
     D,
     H,
     first,
@@ -24,6 +24,7 @@ def project(
     DTYPE: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    PROJECTED: tl.constexpr,
     BD: tl.constexpr,
     BH: tl.constexpr,
     BN: tl.constexpr,
@@ -38,5 +39,5 @@ def project(
         m = tl.load(bank + at[:, None] * stride + d[None, :], mask=(d < D)[None, :], other=0)
         k = matrix(key_weight, h, H, d, D)
         total = dot(narrow(m.to(WIDE), DTYPE), tl.trans(k), total, PRECISION)
-    cells = (n < keys)[:, None] & (h < H)[None, :]
-    tl.store(rows + n.to(tl.int64)[:, None] * H + h[None, :], total, mask=cells)
+    total = tl.where((n < keys)[:, None] & (h < H)[None, :], total, 0.0)
+    tl.store(rows + n.to(tl.int64)[:, None] * PROJECTED + h[None, :], total)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crrcd_ext.triton.kernels.features import DIRECT, hidden, matrix
+from crrcd_ext.triton.kernels.features import hidden, matrix
 from crrcd_ext.triton.kernels.tile import dot, inverse_root, narrow
 
 
@@ -24,14 +24,15 @@ def before_unit(
     DTYPE: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
     BH: tl.constexpr,
 ):
     """[m, r]: W relu(P - X) + c."""
     w = tl.zeros([at.shape[0], r.shape[0]], WIDE)
     for begin in range(0, H, BH):
         h = begin + tl.arange(0, BH)
-        x = hidden(anchor, a, sample, at, H, h, H, 0.0, DIRECT, WIDE)
-        w = dot(narrow(x, DTYPE), tl.trans(matrix(weight, r, R, h, H)), w, PRECISION)
+        x = hidden(anchor, a, sample, at, H, h, H, DTYPE, WIDE, FAST)
+        w = dot(x, tl.trans(matrix(weight, r, R, h, H)), w, PRECISION)
     if BIAS:
         w += tl.load(bias + r, mask=r < R, other=0).to(WIDE)[None, :]
     return w
@@ -72,14 +73,14 @@ def relation(
     place = a * M + m
     first_r = tl.arange(0, BR)
     w = before_unit(
-        anchor, a, sample, at, weight, bias, first_r, H, R, BIAS, DTYPE, WIDE, PRECISION, BH
+        anchor, a, sample, at, weight, bias, first_r, H, R, BIAS, DTYPE, WIDE, PRECISION, FAST, BH
     )
     square = tl.sum(w * w, 1)
     if SEVERAL:
         for begin in range(BR, R, BR):
             x = before_unit(
                 anchor, a, sample, at, weight, bias, begin + first_r, H, R,
-                BIAS, DTYPE, WIDE, PRECISION, BH,
+                BIAS, DTYPE, WIDE, PRECISION, FAST, BH,
             )  # fmt: skip
             square += tl.sum(x * x, 1)
     root = inverse_root(square, FAST)
@@ -89,6 +90,6 @@ def relation(
         for begin in range(BR, R, BR):
             r = begin + first_r
             x = before_unit(
-                anchor, a, sample, at, weight, bias, r, H, R, BIAS, DTYPE, WIDE, PRECISION, BH
+                anchor, a, sample, at, weight, bias, r, H, R, BIAS, DTYPE, WIDE, PRECISION, FAST, BH
             )
             store(vectors, place, M, m, x, root, r, R, DTYPE)

@@ -41,6 +41,51 @@ def narrow(x, DTYPE: tl.constexpr):
         return x.to(DTYPE)
 
 
+# relu(p - x), two at a time: of operands as they are, which rounds once too, and of float32.
+_HINGE_BF16 = tl.constexpr(
+    "{ .reg .b32 m; mov.b32 m, 0xBF80BF80; fma.rn.relu.bf16x2 $0, $2, m, $1; }"
+)
+_HINGE_FP16 = tl.constexpr(
+    "{ .reg .b32 m, t; mov.b32 m, 0xBC00BC00; fma.rn.relu.f16x2 t, $2, m, $1;"
+    " mov.b32 m, 0x7BFF7BFF; min.NaN.f16x2 $0, t, m; }"
+)
+_HINGE_TO_BF16 = tl.constexpr(
+    "{ .reg .f32 a, b; sub.f32 a, $1, $3; sub.f32 b, $2, $4; cvt.rn.relu.bf16x2.f32 $0, b, a; }"
+)
+_HINGE_TO_FP16 = tl.constexpr(
+    "{ .reg .f32 a, b; sub.f32 a, $1, $3; sub.f32 b, $2, $4; min.NaN.f32 a, a, 0f477FE000;"
+    " min.NaN.f32 b, b, 0f477FE000; cvt.rn.relu.f16x2.f32 $0, b, a; }"
+)
+
+
+@triton.jit
+def hinge(p, x, DTYPE: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr):
+    """relu(p - x) in the operands' dtype."""
+    if FAST and (tl.bfloat16 == DTYPE or tl.float16 == DTYPE):
+        # Not pure, or it would be made anew for each layout that it is wanted in. For loops with
+        # products on Blackwell it means one stage.
+        if x.dtype == DTYPE:
+            return tl.inline_asm_elementwise(
+                _HINGE_BF16 if tl.bfloat16 == DTYPE else _HINGE_FP16,
+                "=r,r,r",
+                [p, x],
+                dtype=tl.bfloat16 if tl.bfloat16 == DTYPE else tl.float16,
+                is_pure=False,
+                pack=2,
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                _HINGE_TO_BF16 if tl.bfloat16 == DTYPE else _HINGE_TO_FP16,
+                "=r,f,f,f,f",
+                [p.to(tl.float32), x.to(tl.float32)],
+                dtype=tl.bfloat16 if tl.bfloat16 == DTYPE else tl.float16,
+                is_pure=False,
+                pack=2,
+            )
+    else:
+        return narrow(tl.maximum(p.to(WIDE) - x.to(WIDE), 0.0), DTYPE)
+
+
 @triton.jit
 def dot(a, b, total, PRECISION: tl.constexpr):
     """total + a b, accumulated in the type of ``total``."""
@@ -103,9 +148,13 @@ def sigmoid(s, FAST: tl.constexpr):
 
 
 @triton.jit
-def halved(x):
-    """Columns 0, 2, .. and 1, 3, .. of x, which lie side by side in a thread's registers."""
-    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+def halved(x, BESIDE: tl.constexpr):
+    """x [n, b] in two halves [n, b / 2]: of BESIDE columns at a time every other."""
+    n: tl.constexpr = x.shape[0]
+    b: tl.constexpr = x.shape[1]
+    x = tl.reshape(x, [n, b // (2 * BESIDE), 2, BESIDE])
+    one, other = tl.split(tl.permute(x, [0, 1, 3, 2]))
+    return tl.reshape(one, [n, b // 2]), tl.reshape(other, [n, b // 2])
 
 
 @triton.jit
@@ -113,13 +162,14 @@ def softplus(s, product, linear, FAST: tl.constexpr):
     """(slope, product, linear) after one more tile of logits s [n, b], in units of log 2; at
     s = -inf nothing is added and the slope is 0.
 
-    The sum of softplus(s log 2) is the sum of log(1 + product), [n, b / 2], and log 2 times that of
+    The sum of softplus(s log 2) is the sum of log(1 + product), [n, b / 4], and log 2 times that of
     linear, [n]: with e = 2^-|s| products of all 1 + e are kept, less the 1, so that terms far
-    below 1 are not lost and logarithms wait for the end. They grow by at most a factor of 4 a
+    below 1 are not lost and logarithms wait for the end. They grow by at most a factor of 16 a
     tile: see MOST_TILES.
     """
     slope, e = sigmoid(s, FAST)
-    even, odd = halved(e)
+    even, odd = halved(e, 1)
+    even, odd = halved(even * odd + (even + odd), 4)
     both = even * odd + (even + odd)
     product = product * both + (product + both)
     return slope, product, linear + tl.sum(tl.maximum(s, 0.0), 1)
@@ -133,9 +183,25 @@ def grown(s, top, total, FAST: tl.constexpr):
     return higher, total * power(top - base, FAST) + power(s - base, FAST)
 
 
+@triton.jit
+def grown_by_two(s, top, total, FAST: tl.constexpr):
+    """The same of s [n, b] with top and total [n / 2, b], each of two keys, 8 apart, which products
+    leave in one thread."""
+    n: tl.constexpr = s.shape[0]
+    b: tl.constexpr = s.shape[1]
+    s = tl.permute(tl.reshape(s, [n // 16, 2, 8, b]), [0, 2, 3, 1])
+    one, other = tl.split(s)
+    one = tl.reshape(one, [n // 2, b])
+    other = tl.reshape(other, [n // 2, b])
+    higher = tl.maximum(top, tl.maximum(one, other))
+    base = tl.where(higher == -float("inf"), 0.0, higher)
+    total = total * power(top - base, FAST) + (power(one - base, FAST) + power(other - base, FAST))
+    return higher, total
+
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-MOST_TILES = 60
+MOST_TILES = 30
 """Tiles that a product of softplus may take before it could leave float32."""
 
 

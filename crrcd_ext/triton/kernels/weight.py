@@ -7,11 +7,11 @@ import triton.language as tl
 
 from crrcd_ext.triton.kernels.features import (
     DIRECT,
-    GRAM,
     hidden,
     matrix,
     positions,
     relation_block,
+    rows_of,
 )
 from crrcd_ext.triton.kernels.keys import slopes
 from crrcd_ext.triton.kernels.logits import put
@@ -33,12 +33,13 @@ def gram(
     first,
     keys,
     tiles,
-    GATHER: tl.constexpr,
+    PROJECTED: tl.constexpr,
     INDEXED: tl.constexpr,
     ADD: tl.constexpr,
     DTYPE: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
     BH: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -57,14 +58,15 @@ def gram(
         for tile in range(begin, tl.minimum(begin + tiles, tl.cdiv(keys, BN))):
             n = tile * BN + tl.arange(0, BN)
             position = positions(n, first, keys, index, INDEXED)
-            at = position if GATHER else tl.where(n < keys, n, 0).to(tl.int64)
+            here, at, step = rows_of(rows, stride, position, tile, PROJECTED, BN)
             for anchor_number in range(A):
                 a = number(anchor_number)
                 place = a * keys + n
                 c = tl.load(coefficient + place, mask=n < keys, other=0)
-                x = hidden(anchor, a, rows, at, stride, i, H, 0.0, GRAM, WIDE) * c[:, None]
-                y = hidden(anchor, a, rows, at, stride, j, H, 0.0, GRAM, WIDE)
-                outer = dot(tl.trans(narrow(x, DTYPE)), narrow(y, DTYPE), outer, PRECISION)
+                x = hidden(anchor, a, here, at, step, i, H, DTYPE, WIDE, FAST)
+                x = x.to(WIDE) * c[:, None]
+                y = hidden(anchor, a, here, at, step, j, H, DTYPE, WIDE, FAST)
+                outer = dot(tl.trans(narrow(x, DTYPE)), y, outer, PRECISION)
                 once += tl.sum(x, 0)
                 total += c
         cells = (i < H)[:, None] & (j < H)[None, :]
@@ -105,7 +107,7 @@ def weight(
     keys,
     tiles,
     MODE: tl.constexpr,
-    GATHER: tl.constexpr,
+    PROJECTED: tl.constexpr,
     INDEXED: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
@@ -134,7 +136,7 @@ def weight(
     for tile in range(begin, tl.minimum(begin + tiles, tl.cdiv(keys, BN))):
         n = tile * BN + tl.arange(0, BN)
         position = positions(n, first, keys, index, INDEXED)
-        at = position if GATHER else tl.where(n < keys, n, 0).to(tl.int64)
+        here, at, step = rows_of(rows, stride, position, tile, PROJECTED, BN)
         touched = tl.load(flags + tile) != 0
         for anchor_number in range(A):
             a = number(anchor_number)
@@ -142,25 +144,25 @@ def weight(
             root = tl.load(inverse_norm + place, mask=n < keys, other=0)
             c = tl.load(coefficient + place, mask=n < keys, other=0)
             first_h = tl.arange(0, BH)
-            x = hidden(anchor, a, rows, at, stride, first_h, H, 0.0, DIRECT, WIDE)
+            x = hidden(anchor, a, here, at, step, first_h, H, DTYPE, WIDE, FAST)
             w = relation_block(
-                anchor, a, rows, at, stride, weight, bias, r, R, H, narrow(x, DTYPE), weight_first,
-                BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION,
+                anchor, a, here, at, step, weight, bias, r, R, H, x, weight_first,
+                BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION, FAST,
             )  # fmt: skip
             d_w = c[:, None] * w
             for query_block in tl.static_range(NB):
                 d, _ = slopes(
-                    query, query_bias, anchor, rows, stride, at, position, weight, bias,
+                    query, query_bias, anchor, here, step, at, position, weight, bias,
                     beta, touched, kept_bits, words, anchor_id, key_id, root, scale,
                     A, B, R, H, R, a, query_block, n, keys,
-                    weight_first, 0.0, DIRECT, MODE, BIAS, False, False,
+                    x, weight_first, 0.0, DIRECT, MODE, BIAS, False, False,
                     DTYPE, WIDE, PRECISION, FAST, NR, NH, NR, BR, BH, BR, BB,
                 )  # fmt: skip
                 b = query_block * BB + tl.arange(0, BB)
                 q = matrix(query + a * B * R, b, B, r, R)
                 d_w = dot(narrow(d, DTYPE), q, d_w, PRECISION)
-            hid = hidden(anchor, a, rows, at, stride, h, H, 0.0, DIRECT, WIDE)
-            outer = dot(tl.trans(narrow(d_w, DTYPE)), narrow(hid, DTYPE), outer, PRECISION)
+            hid = hidden(anchor, a, here, at, step, h, H, DTYPE, WIDE, FAST)
+            outer = dot(tl.trans(narrow(d_w, DTYPE)), hid, outer, PRECISION)
             once += tl.sum(d_w, 0)
     cells = (r < R)[:, None] & (h < H)[None, :]
     place = part.to(tl.int64) * R
