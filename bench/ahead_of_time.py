@@ -69,10 +69,12 @@ def recording(arch: str) -> Iterator[list[Launch]]:
         if 0 not in grid:
             launches.append(Launch(kernel, grid, arguments, constants, chosen.warps, chosen.stages))
 
+    hip = None if arch.startswith("sm_") else "ahead of time"
     with (
         mock.patch.object(launch, "run", run),
         mock.patch.object(launch, "architecture", lambda _: arch),
         mock.patch.object(launch, "multiprocessors", lambda _: MULTIPROCESSORS[arch]),
+        mock.patch.object(torch.version, "hip", hip),
     ):
         yield launches
 
@@ -127,7 +129,10 @@ def compiled(launch: Launch, arch: str) -> Compiled:
     else:
         target = GPUTarget("hip", arch, 64)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    result = triton.compile(source(launch), target=target, options=options)
+    try:
+        result = triton.compile(source(launch), target=target, options=options)
+    except Exception as error:
+        raise RuntimeError(f"{arch}: {launch.name}: {launch.constants}: {error}") from error
     binary = "cubin" if arch.startswith("sm_") else "hsaco"
     assembly = "ptx" if arch.startswith("sm_") else "amdgcn"
     return Compiled(launch, arch, result.metadata.shared, result.asm[assembly], result.asm[binary])

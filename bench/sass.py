@@ -12,6 +12,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,10 +41,14 @@ def cuobjdump() -> Path:
 
 def _lines(module: Path, *options: str) -> Iterator[str]:
     command = [str(cuobjdump()), *options, str(module)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        yield from process.stdout
-    if process.returncode != 0:
-        raise RuntimeError(f"`{' '.join(command)}` ended with status {process.returncode}")
+    with tempfile.TemporaryFile("w+") as said:  # it warns of what nobody asked
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process:
+            yield from process.stdout
+        if process.returncode != 0:
+            said.seek(0)
+            raise RuntimeError(
+                f"`{' '.join(command)}` ended with status {process.returncode}: {said.read()}"
+            )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -481,10 +486,12 @@ def main_loop(code: list[Instruction]) -> Loop | None:
 
 
 def tile_loop(code: list[Instruction]) -> Loop | None:
-    """The outermost loop with the most tensor-core work, that of the loops within it included."""
+    """The outermost loop with the most tensor-core work, that of the loops within it included, or
+    with the most such instructions, where they do not say how large they are."""
 
     def heat(loop: Loop) -> tuple:
-        return count(loop.code).tensor_operations, -loop.depth
+        counts = count(loop.code)
+        return counts.tensor_operations, counts.tensor_core, -loop.depth
 
     return max(loops(code), key=heat, default=None)
 

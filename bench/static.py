@@ -1,14 +1,15 @@
-"""`python -m bench static`: resources, instructions and modelled times of the CUDA kernels."""
+"""`python -m bench static`: resources, instructions and modelled times of the GPU kernels."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench import report, sass, static_model, suite
+from bench import ahead_of_time, report, sass, static_model, static_triton, suite
 from bench.sass import Counts, Kernel
 from bench.table import markdown_table, terminal_table
 
@@ -216,13 +217,29 @@ def module_with_kernels() -> Path:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--arch", nargs="+", metavar="SM", help="architectures, as sm_90a (default: all there are)"
+        "--backend",
+        choices=["cuda", "triton"],
+        default="cuda",
+        help="kernels of the compiled module, or Triton's, compiled for the purpose",
+    )
+    parser.add_argument(
+        "--arch",
+        nargs="+",
+        metavar="SM",
+        help="architectures, as sm_90a, of Triton sm_90 or gfx942 (default: all there are)",
     )
     parser.add_argument(
         "--kernel",
         default="",
         metavar="EXPRESSION",
-        help="regular expression that finds 'FILE KERNEL<ARGUMENTS>' of those wanted",
+        help="regular expression that finds 'FILE KERNEL<ARGUMENTS>' of those wanted, or the name "
+        "of a kernel in Triton",
+    )
+    parser.add_argument(
+        "--call",
+        default="",
+        metavar="EXPRESSION",
+        help="of Triton: regular expression that finds 'OPERATOR TYPE GRADIENTS OBJECTIVE'",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("runs/bench"), help="folder of the results"
@@ -230,16 +247,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(threads=None)
 
 
-def main(options: argparse.Namespace) -> int:
-    module = module_with_kernels()
-    present = sass.architectures(module)
+def _archs(options: argparse.Namespace, present: Sequence[str]) -> Sequence[str]:
+    """Those that are wanted, after a look at the expressions too."""
     archs = options.arch or present
     if absent := [arch for arch in archs if arch not in present]:
         raise ValueError(f"--arch: expected some of {', '.join(present)}, got {absent[0]}")
-    try:
-        re.compile(options.kernel)
-    except re.error as error:
-        raise ValueError(f"--kernel: {options.kernel!r} is no expression: {error}") from error
+    for name in ("kernel", "call"):
+        expression = getattr(options, name)
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ValueError(f"--{name}: {expression!r} is no expression: {error}") from error
+    return archs
+
+
+def main_of_triton(options: argparse.Namespace) -> int:
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("Triton is not installed (pip install triton)")
+    archs = _archs(options, list(ahead_of_time.MULTIPROCESSORS))
+    about = suite.begin(options)
+    found, parts = [], [static_triton.NOTES]
+    for arch in archs:
+        of_arch = list(static_triton.rows(arch, options.call, options.kernel))
+        if not of_arch:
+            expressions = f"{options.call!r}, {options.kernel!r}"
+            raise ValueError(f"--call, --kernel: {expressions} find no kernel")
+        found += of_arch
+        rows = [row.cells() for row in of_arch]
+        print(f"\n{arch}\n{terminal_table(static_triton.HEADER, rows)}", flush=True)
+        parts += [f"## {arch}", markdown_table(static_triton.HEADER, rows)]
+    print("\n" + static_triton.NOTES)
+    document = static_triton.document(found)
+    paths = report.write_files("static_triton", options.output, about, document, parts)
+    print("\nwritten: " + ", ".join(map(str, paths)))
+    return 0
+
+
+def main(options: argparse.Namespace) -> int:
+    if options.backend == "triton":
+        return main_of_triton(options)
+    module = module_with_kernels()
+    archs = _archs(options, sass.architectures(module))
     about = suite.begin(options)
     kernels = sass.kernels(module, archs, options.kernel)
     if not kernels:

@@ -74,6 +74,7 @@ DEFAULTS: dict[str, dict[str, Config]] = {
     },
     "shared": {
         "bfloat16": Config(64, 4),
+        "sm_100 bfloat16": Config(128, 8, 1),
         "tf32": Config(32, 8, 1),
         "float32": Config(32, 8, queries=16),
         "float64": Config(16, 4, 1, queries=16, features=32),
@@ -95,8 +96,8 @@ DEFAULTS: dict[str, dict[str, Config]] = {
     },
 }
 """By kernel and type, which may follow an architecture; a type without a row has bfloat16's. Those
-of bfloat16 spill no register at widths of 128 on sm_80, sm_90 and sm_100 by Triton 3.8, but for
-one; those of float32, whose products are unrolled, spill many."""
+of bfloat16 spill no register at widths of 128 on sm_80, sm_90 and sm_100 by Triton 3.8; those of
+float32, whose products are unrolled, spill many."""
 
 
 def choose(kernel: str, types: str, architecture: str) -> Config:
