@@ -18,8 +18,7 @@ uint64_t mixed(uint64_t x) {
 }  // namespace
 
 at::Tensor uniform_index(int64_t seed, int64_t step, int64_t count, int64_t bound) {
-  uint64_t key =
-      static_cast<uint64_t>(seed) * kSeedFactor + static_cast<uint64_t>(step) * kGolden;
+  uint64_t key = static_cast<uint64_t>(seed) * kSeedFactor + static_cast<uint64_t>(step) * kGolden;
   key = (key ^ key >> 30) * 0xBF58476D1CE4E5B9u;
   key = (key ^ key >> 27) * 0x94D049BB133111EBu;
   key ^= key >> 31;
