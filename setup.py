@@ -23,12 +23,11 @@ from pathlib import Path
 
 from setuptools import setup
 
-wanted = os.environ.get("CRRCD_COMPILED", "1")
-if wanted not in ("0", "1"):
-    sys.exit(f"crrcd_ext: CRRCD_COMPILED: expected 0 or 1, got {wanted!r}")
-if wanted == "0":
-    setup()
-    sys.exit()
+COMPILED = os.environ.get("CRRCD_COMPILED", "1")
+if COMPILED not in ("0", "1"):
+    sys.exit(f"crrcd_ext: CRRCD_COMPILED: expected 0 or 1, got {COMPILED!r}")
+if COMPILED == "0" and os.environ.get("CRRCD_CUDA") == "1":
+    sys.exit("crrcd_ext: CRRCD_CUDA=1 asks for compiled kernels, CRRCD_COMPILED=0 for none")
 
 # torch takes the folder above the nvcc that it finds for the toolkit, where that may be a wrapper.
 nvcc = shutil.which("nvcc")
@@ -37,14 +36,15 @@ usual = Path("/usr/local/cuda")
 if nvcc and not (Path(nvcc).parents[1] / header).exists() and (usual / header).exists():
     os.environ.setdefault("CUDA_HOME", str(usual))
 
-try:
-    import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
-except ImportError:
-    sys.exit(
-        "crrcd_ext: torch is needed to build: install it first, then "
-        "`pip install --no-build-isolation .`"
-    )
+if COMPILED == "1":
+    try:
+        import torch
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+    except ImportError:
+        sys.exit(
+            "crrcd_ext: torch is needed to build: install it first, then "
+            "`pip install --no-build-isolation .`"
+        )
 
 ROOT = Path(__file__).parent
 DEBUG = os.environ.get("DEBUG", "0") == "1"
@@ -81,49 +81,54 @@ def compiler_version() -> str:
     return out.stdout.splitlines()[0]
 
 
-cuda = with_cuda()
-# Python's own flags may ask for debug symbols, which double the time and the size
-flags = ["-O0", "-g"] if DEBUG else ["-O3", "-g0", "-DNDEBUG"]
-link_flags = ["-fopenmp"] if platform.system() == "Linux" else []
-if SANITIZE:
-    link_flags += ["-fsanitize=address,undefined"]
-    # vptr asks for type information that torch hides
-    flags = ["-O1", "-g1", *link_flags[-1:], "-fno-sanitize-recover=undefined"]
-    flags += ["-fno-sanitize=vptr", "-fno-omit-frame-pointer", "-fno-wrapv", "-UNDEBUG"]
-# contraction to fused multiply-add is wanted; no other relaxation of floating-point rules is
-flags += ["-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden"]
-flags += ["-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-if platform.system() == "Linux":
-    flags.append("-fopenmp")
-compiler = compiler_version().replace('"', "")
-
-arguments = {"cxx": flags}
-if cuda:
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")
-    arguments["nvcc"] = ["-O0", "-g", "-G"] if DEBUG else ["-O3", "-DNDEBUG"]
-    arguments["nvcc"] += ["-std=c++20", "-Xcompiler=-fvisibility=hidden"]
+def compiler_flags() -> tuple[list[str], list[str]]:
+    """Of the C++ compiler and the linker."""
+    # Python's own flags may ask for debug symbols, which double the time and the size
+    flags = ["-O0", "-g"] if DEBUG else ["-O3", "-g0", "-DNDEBUG"]
+    link_flags = ["-fopenmp"] if platform.system() == "Linux" else []
+    if SANITIZE:
+        link_flags += ["-fsanitize=address,undefined"]
+        # vptr asks for type information that torch hides
+        flags = ["-O1", "-g1", *link_flags[-1:], "-fno-sanitize-recover=undefined"]
+        flags += ["-fno-sanitize=vptr", "-fno-omit-frame-pointer", "-fno-wrapv", "-UNDEBUG"]
+    # contraction to fused multiply-add is wanted; no other relaxation of floating-point rules is
+    flags += ["-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden"]
+    flags += ["-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+    if platform.system() == "Linux":
+        flags.append("-fopenmp")
+    return flags, link_flags
 
 
-def sources() -> list[str]:
+def sources(cuda: bool) -> list[str]:
     found = [p for p in (ROOT / "csrc").glob("**/*") if p.suffix in (".cpp", ".cu")]
     return sorted(str(p.relative_to(ROOT)) for p in found if cuda or p.parent.name != "cuda")
 
 
-setup(
-    ext_modules=[
-        (CUDAExtension if cuda else CppExtension)(
-            "crrcd_ext._C",
-            sources(),
-            define_macros=[
-                ("CRRCD_WITH_CUDA", str(int(cuda))),
-                ("CRRCD_DEBUG", str(int(DEBUG))),
-                ("CRRCD_COMPILER", f'"{compiler}"'),
-                ("CRRCD_TORCH_VERSION", f'"{torch.__version__}"'),
-            ],
-            extra_compile_args=arguments,
-            extra_link_args=link_flags,
-        )
-    ],
-    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)},
-)
+def compiled_module() -> dict[str, object]:
+    """What setup has to know of crrcd_ext._C."""
+    cuda = with_cuda()
+    flags, link_flags = compiler_flags()
+    compiler = compiler_version().replace('"', "")
+    arguments = {"cxx": flags}
+    if cuda:
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")
+        arguments["nvcc"] = ["-O0", "-g", "-G"] if DEBUG else ["-O3", "-DNDEBUG"]
+        arguments["nvcc"] += ["-std=c++20", "-Xcompiler=-fvisibility=hidden"]
+    module = (CUDAExtension if cuda else CppExtension)(
+        "crrcd_ext._C",
+        sources(cuda),
+        define_macros=[
+            ("CRRCD_WITH_CUDA", str(int(cuda))),
+            ("CRRCD_DEBUG", str(int(DEBUG))),
+            ("CRRCD_COMPILER", f'"{compiler}"'),
+            ("CRRCD_TORCH_VERSION", f'"{torch.__version__}"'),
+        ],
+        extra_compile_args=arguments,
+        extra_link_args=link_flags,
+    )
+    build = BuildExtension.with_options(no_python_abi_suffix=False)
+    return {"ext_modules": [module], "cmdclass": {"build_ext": build}}
+
+
+setup(**(compiled_module() if COMPILED == "1" else {}))

@@ -426,7 +426,7 @@ torch.mm: 4 B K D operations a side (CRCD: 4 B K D + 2 A B K D, A = B) over the 
 2048 x 2048 float32 matrices. x torch.exp: one exponential a logit over the rate of torch.exp on
 numbers that stay in cache. x row sums: bytes of the candidates' rows over the rate at which
 torch.nn.functional.embedding_bag sums the same rows, which only reads (on huge pages, on which the
-modules' own memories are). peak MB: highest resident
+modules' own memories of crd and crcd are). peak MB: highest resident
 memory of one step above that before it, gradients included, from a fresh process. differs: largest
 relative L2 distance of a gradient from crrcd_ext's."""
 

@@ -80,6 +80,8 @@ def _why_not(name: str) -> str | None:
         return triton.why_not()
     if name == "reference":
         return None
+    if COMPILED[name].library != "crrcd":
+        return None  # of a test or a benchmark
     if missing is not None:
         return f"crrcd_ext._C is not there ({missing})"
     if COMPILED[name].device == "cuda":
@@ -172,9 +174,9 @@ def _first(operator: str, names: tuple[str, ...], device: str, dtype: torch.dtyp
         if dtype in COMPILED[name].lacks:
             passed_over += f" ({name} does not compute in {_short(dtype)})"
             continue
-        _log_once(operator, device, name + passed_over)
+        _log_once(operator, device, name, passed_over)
         return name
-    _log_once(operator, device, "reference" + passed_over)
+    _log_once(operator, device, "reference", passed_over)
     return "reference"
 
 
@@ -186,8 +188,9 @@ def automatic(device: str) -> dict[str, str]:
     """What "auto" comes to here, by operator: the first that can run, then the others."""
     rows = {}
     for operator, names in AUTO[device].items():
-        words = [n if _why_not(n) is None else f"{n} (absent)" for n in (*names, "reference")]
-        rows[operator] = ", then ".join(words)
+        able = [COMPILED[n].device == device and _why_not(n) is None for n in names]
+        words = [n if can else f"{n} (absent)" for n, can in zip(names, able, strict=True)]
+        rows[operator] = ", then ".join([*words, "reference"])
     return rows
 
 
@@ -229,9 +232,10 @@ def _warn_once() -> bool:
 
 
 @_constant
-def _log_once(operator: str, device: str, name: str) -> bool:
-    if (operator, device, name) not in _logged:
-        _logged.add((operator, device, name))
-        level = logging.WARNING if "(" in name else logging.INFO
-        log.log(level, "%s on %s: backend %s", operator, device, name)
+def _log_once(operator: str, device: str, name: str, passed_over: str) -> bool:
+    choice = operator, device, name + passed_over
+    if choice not in _logged:
+        _logged.add(choice)
+        level = logging.WARNING if passed_over else logging.INFO
+        log.log(level, "%s on %s: backend %s", *choice)
     return True

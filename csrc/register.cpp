@@ -3,7 +3,6 @@
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include "cpu/bank_update.h"
@@ -23,6 +22,17 @@
 #include "cuda/relation.h"
 #include "cuda/relation_nce.h"
 #endif
+
+// An operator, since what traces a call would leave out the numbers that a plain function writes.
+TORCH_LIBRARY(crrcd_counter, m) {
+  m.def("uniform_index(Tensor seed, Tensor step, int count, int bound) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(crrcd_counter, CPU, m) { m.impl("uniform_index", crrcd::uniform_index); }
+TORCH_LIBRARY_IMPL(crrcd_counter, Meta, m) {
+  m.impl("uniform_index", [](const at::Tensor& seed, const at::Tensor&, int64_t count, int64_t) {
+    return at::empty({count}, seed.options().dtype(at::kLong));
+  });
+}
 
 TORCH_LIBRARY_IMPL(crrcd, CPU, m) {
   m.impl("relation", crrcd::relation_cpu);
@@ -172,9 +182,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("num_threads", [] { return at::get_num_threads(); }, "Threads that an operator uses.");
   m.def("set_poison", &crrcd::set_poison, py::arg("on"),
         "Fill scratch memory with NaN before use, to find reads of what was never written.");
-  m.def("uniform_index", &crrcd::uniform_index, py::arg("seed"), py::arg("step"), py::arg("count"),
-        py::arg("bound"), py::call_guard<py::gil_scoped_release>(),
-        "int64 [count] on the CPU, uniform over [0, bound): the bits of modules._counter.");
   m.def(
       "set_instance_order",
       [](const std::optional<std::string>& order) {

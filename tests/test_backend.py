@@ -157,14 +157,16 @@ def test_the_table_of_automatic_choices(monkeypatch):
     for table in _backend.AUTO.values():
         for names in table.values():
             assert set(names) <= set(_backend.BACKENDS)
-    monkeypatch.setattr(_backend, "_why_not", {"cuda": "no", "triton": None, "reference": None}.get)
+    on_gpu = _backend.COMPILED["triton"]._replace(device="cuda")
+    monkeypatch.setitem(_backend.COMPILED, "triton", on_gpu)
+    monkeypatch.setattr(_backend, "_why_not", {"cuda": "no", "triton": None}.get)
     rows = _backend.automatic("cuda")
     assert rows == dict.fromkeys(_backend.OPERATORS, "cuda (absent), then triton, then reference")
     monkeypatch.setitem(_backend.AUTO["cuda"], "relation", ("triton",))
     assert _backend.automatic("cuda")["relation"] == "triton, then reference"
-    on_gpu = _backend.COMPILED["triton"]._replace(device="cuda")
-    monkeypatch.setitem(_backend.COMPILED, "triton", on_gpu)
     assert _backend.resolve("relation", None, torch.device("cuda")) == "triton"
+    monkeypatch.setitem(_backend.COMPILED, "triton", on_gpu._replace(device="cpu"))
+    assert _backend.automatic("cuda")["relation"] == "triton (absent), then reference"
 
 
 def test_a_dtype_that_a_backend_lacks_is_left_to_the_next(monkeypatch, caplog):

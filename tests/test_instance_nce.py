@@ -350,6 +350,52 @@ def test_more_entries_than_are_sorted_at_once(backend):
     for objective in OBJECTIVES:
         case["objective"] = objective
         assert_close(run(case, backend), run(case, "reference"), 1e-9)
+    # an id that only the last batch meets
+    case["index"][1, -1] = 50
+    before = case["bank"].clone()
+    update = torch.tensor([3]), torch.ones(1, 1), 0.5
+    with pytest.raises(IndexError, match=r"index: .* got 50 at position \[1, 2199999\]"):
+        functional.instance_nce(**case, update=update, backend=backend)
+    assert torch.equal(case["bank"], before)
+
+
+@pytest.mark.parametrize("backend", cases.COMPILED)
+@pytest.mark.parametrize("keys", [3, 700])
+def test_many_queries_with_negatives_of_their_own(backend, keys):
+    # Short runs in a tile and long ones, several lists of entries with the latter.
+    torch.set_num_threads(2)
+    queries = 9000 if keys > 3 else 600
+    case = make_instance(queries, keys, 2, 40 if keys > 3 else 5000, ids=True)
+    _C.set_instance_order("bucketed")
+    for objective in OBJECTIVES:
+        case["objective"] = objective
+        assert_close(run(case, backend), run(case, "reference"), 1e-9)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("index", ["own", "shared"])
+@pytest.mark.parametrize("backend", cases.COMPILED)
+def test_no_columns(backend, index, objective):
+    case = make_instance(3, 5, 0, 7, index=index, objective=objective)
+    for order in ("direct", "bucketed"):
+        _C.set_instance_order(order)
+        _C.set_poison(True)
+        try:
+            got = run(case, backend)
+        finally:
+            _C.set_poison(False)
+        assert_close(got, run(case, "reference"), 1e-12)
+
+
+@pytest.mark.parametrize("backend", cases.COMPILED)
+@pytest.mark.parametrize("learns", [True, False])
+def test_no_rows(backend, learns):
+    case = make_instance(2, 3, 8, 0)
+    case["bank"].requires_grad_(learns)
+    for order in ("direct", "bucketed"):
+        _C.set_instance_order(order)
+        with pytest.raises(IndexError, match=r"index: expected rows of the bank in \[0, 0\)"):
+            functional.instance_nce(**case, backend=backend)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -1,13 +1,12 @@
 """Memory banks lie on huge pages where the system has them."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.process import python
 
 from crrcd_ext._pages import HUGE_PAGE, advise_huge_pages
-from crrcd_ext.compat.repdistiller import CRDLoss
 from crrcd_ext.modules import MemoryBank
 
 SMAPS = Path("/proc/self/smaps")
@@ -18,35 +17,58 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def advised(x: torch.Tensor) -> bool:
-    """Whether the middle of a tensor's memory has the advice (flag "hg" of proc(5))."""
+ADVISED = """
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from crrcd_ext.compat.repdistiller import CRDLoss
+from crrcd_ext.modules import MemoryBank
+
+def advised(x):
+    # whether the middle of a tensor's memory has the flag "hg" of proc(5)
     middle = x.data_ptr() + x.nbytes // 2
     found = False
-    for line in SMAPS.read_text().splitlines():
+    for line in Path("/proc/self/smaps").read_text().splitlines():
         first, *others = line.split()
         if first == "VmFlags:" and found:
             return "hg" in others
         if not first.endswith(":"):
             begin, end = (int(bound, 16) for bound in first.split("-"))
             found = begin <= middle < end
-    raise AssertionError("no mapping has the tensor")
+
+plain = torch.empty(150_000, 128)
+bank = MemoryBank(150_000, 128)
+sizes = {"s_dim": 8, "t_dim": 8, "feat_dim": 128, "n_data": 150_000}
+contrast = CRDLoss(SimpleNamespace(**sizes, nce_k=4, nce_t=0.07, nce_m=0.5)).contrast
+print(*map(advised, (plain, bank.rows, contrast.memory_v1, contrast.memory_v2)))
+"""
 
 
-def test_the_rows_of_a_bank() -> None:
-    assert advised(MemoryBank(150_000, 128).rows)
-    assert not advised(torch.empty(150_000, 128))
+def test_banks_and_memories_are_advised() -> None:
+    # In a process of its own: memory that was advised once may be used again.
+    done = python(ADVISED)
+    assert done.stdout.split() == ["False", "True", "True", "True"], done.stderr
 
 
-def test_the_memories_of_the_compatible_losses() -> None:
-    sizes = {"s_dim": 8, "t_dim": 8, "feat_dim": 128, "n_data": 150_000}
-    contrast = CRDLoss(SimpleNamespace(**sizes, nce_k=4, nce_t=0.07, nce_m=0.5)).contrast
-    assert advised(contrast.memory_v1)
-    assert advised(contrast.memory_v2)
+def test_what_is_left_alone(monkeypatch) -> None:
+    def refused(name):
+        raise AssertionError("nothing is asked of the system")
+
+    monkeypatch.setattr("ctypes.CDLL", refused)
+    large = 32 * HUGE_PAGE
+    for x in (
+        torch.empty(HUGE_PAGE, dtype=torch.uint8),
+        torch.empty(large, dtype=torch.uint8, device="meta"),
+        torch.empty(1, dtype=torch.uint8).expand(large),
+    ):
+        assert advise_huge_pages(x) is x
+    with pytest.raises(AssertionError, match="nothing is asked"):
+        advise_huge_pages(torch.empty(large, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_what_is_left_alone(device: str) -> None:
-    small = torch.empty(HUGE_PAGE, dtype=torch.uint8, device=device)
-    assert advise_huge_pages(small) is small
-    large = torch.empty(32 * HUGE_PAGE, dtype=torch.uint8, device="meta")
-    assert advise_huge_pages(large) is large
+def test_a_system_without_the_function(monkeypatch) -> None:
+    def absent(name):
+        raise OSError("no dynamic loading")
+
+    monkeypatch.setattr("ctypes.CDLL", absent)
+    assert MemoryBank(150_000, 128).num_rows == 150_000

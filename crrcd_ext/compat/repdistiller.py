@@ -251,14 +251,10 @@ class _Loss(nn.Module):
             for slot, (side, known) in enumerate(zip(sides, contrast.normalized, strict=True))
         )
         # A side reads the memory that it updates and no other, so each update can end its pass.
-        try:
-            student, teacher = (
-                self._contrast(side, idx, candidates, self._critic(side, idx, constant))
-                for side, constant in zip(sides, constants, strict=True)
-            )
-        except IndexError:
-            _checks.in_range(self._where, "contrast_idx", candidates, contrast.n_data)
-            raise
+        student, teacher = (
+            self._contrast(side, idx, candidates, self._critic(side, idx, constant))
+            for side, constant in zip(sides, constants, strict=True)
+        )
         with torch.no_grad():
             if contrast.normalized != (True, True):
                 contrast.params[2:4] = torch.stack(constants)
@@ -374,9 +370,7 @@ class _Loss(nn.Module):
             _checks.fail(ValueError, where, "contrast_idx", expected, list(contrast_idx.shape))
         flat = contrast_idx.reshape(-1)
         flat = _checks.integers(where, "contrast_idx", flat, flat.numel(), device)
-        # Once the constants are known the operators look at the ids, before anything changes.
-        if contrast.normalized != (True, True) or not _checks.may_read(flat):
-            _checks.in_range(where, "contrast_idx", flat, contrast.n_data)
+        _checks.in_range(where, "contrast_idx", flat, contrast.n_data)
         contrast_idx = flat.view(shape)
         if self.own_positive:
             self._check_positive(idx, contrast_idx[:, 0])

@@ -1,9 +1,9 @@
 """Counter-based random numbers on int64 tensors.
 
 A number is a hash of (seed, step, position), so the state of a stream is two integers that live in
-a state_dict, the numbers are made on the device that needs them, and nothing is read back to the
-host. The hash is splitmix64 (Steele, Lea, Flood, 2014); int64 products wrap as unsigned ones do,
-and a right shift is made logical by a mask.
+a state_dict, the numbers are made on the device that needs them, and nothing is read back from it.
+The hash is splitmix64 (Steele, Lea, Flood, 2014); int64 products wrap as unsigned ones do, and a
+right shift is made logical by a mask.
 """
 
 from __future__ import annotations
@@ -71,14 +71,15 @@ def uniform_index(
     `bound` may be an int64 tensor that broadcasts to `shape`.
     """
     shape = (shape,) if isinstance(shape, int) else shape
-    if compiled is not None and isinstance(bound, int) and _plain(seed) and _plain(step):
-        return compiled.uniform_index(int(seed), int(step), math.prod(shape), bound).view(shape)
+    if (
+        compiled is not None
+        and isinstance(bound, int)
+        and seed.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+    ):  # the same bits, whatever backend the losses have
+        drawn = torch.ops.crrcd_counter.uniform_index(seed, step, math.prod(shape), bound)
+        return drawn.view(shape)
     return _scaled_(hashes(seed, step, math.prod(shape)).view(shape), bound)
-
-
-def _plain(x: Tensor) -> bool:
-    """Whether the compiled module may read a scalar: on the CPU, neither fake nor traced."""
-    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def distinct_index(

@@ -264,13 +264,12 @@ class Passes:
         """[A, B]; see critic.Negatives."""
         A, B, *_ = self.sizes
         self.beta = shifts(self.offset, self.masks.pairs, None, self.wide)
-        sums = []
+        total = torch.full((A, B), -torch.inf, dtype=torch.float64, device=self.device)
         for first, keys in self._segments():
             parts = self._logits(NORMALISER, first, keys, {}, self._rows(first, keys))
-            sums.append(LN2 * parts["top"].double() + parts["sum"].double().log())
-        if not sums:
-            return torch.full((A, B), -torch.inf, dtype=torch.float64, device=self.device)
-        return torch.cat(sums).logsumexp(0)
+            sums = LN2 * parts["top"].double() + parts["sum"].double().log()
+            total = torch.logaddexp(total, sums.logsumexp(0))
+        return total
 
     def run(self, mode: int, normaliser: Tensor | None = None) -> None:
         """See critic.Negatives."""

@@ -218,7 +218,7 @@ class DifferenceNce {
     const int64_t most = threads == 1 ? 1 : std::clamp<int64_t>(room, threads, 4 * threads);
     p.parts = std::clamp<int64_t>(x.B * x.K / 1024, 1, most);
     const Tiling buckets = choose_buckets(x.B, x.N, std::min(threads, p.parts));
-    sorted = sort_entries(kOp, x.index, {0, x.B, 0, x.K}, buckets, p.parts);
+    sorted = sort_entries(kOp, x.index, {0, x.B, 0, x.K}, buckets, p.parts, /*whole_tiles=*/true);
     p.entries = static_cast<const uint32_t*>(sorted.entries.const_data_ptr());
     p.bucket_begin = sorted.tile_begin.data();
     p.part_begin = sorted.part_begin.data();

@@ -472,6 +472,7 @@ void process_chunk(const InstanceParams<T>& p, const InstanceScratch<T>& s, cons
 #define CRRCD_DOT(NV) dot_panel<T, NV>(p, chunk, next, row, at, query, s.partial, s.z)
   CRRCD_PANELS(CRRCD_DOT)
 #undef CRRCD_DOT
+  for (int64_t i = 0; p.Dp == 0 && i < n; ++i) s.z[i] = 0;
 
   bool masked = false;
   for (int64_t i = 0; i < n; ++i) s.keep[i] = 1;
@@ -535,6 +536,7 @@ void bucketed_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int6
                    NceSums<T>& sums) {
   const int64_t stop = p.part_begin[part + 1];
   const int64_t rows = tile_rows(p);
+  const auto mask = static_cast<uint32_t>(rows - 1);
   int64_t at = p.part_begin[part], tile = 0;
   for (int64_t above = p.tiles; tile + 1 < above;) {  // the last tile that begins at or before `at`
     const int64_t middle = (tile + above) / 2;
@@ -545,7 +547,6 @@ void bucketed_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int6
     const int64_t begin = at, first = tile * rows;
     const int64_t end = p.tile_begin[tile + 1] < stop ? p.tile_begin[tile + 1] : stop;
     const int64_t left = p.N - first;
-    chunk.b = p.first_query;
     chunk.tile = nullptr;
     if (!in_place(p) && end - begin >= rows) {
       for (int64_t n = 0; n < rows && n < left; ++n)
@@ -556,20 +557,32 @@ void bucketed_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int6
     int64_t fetched = 0;
     const int64_t ahead = end == stop ? 0 : left - rows < rows ? left - rows : rows;
     const double pace = static_cast<double>(ahead) / static_cast<double>(end - begin);
-    for (const uint32_t* run = p.run_end + tile; at < end; run += p.tiles, ++chunk.b) {
-      const int64_t run_end = *run < end ? *run : end;
+    const auto work_off = [&](int64_t b, int64_t run_end) {
+      chunk.b = b;
       while (at < run_end) {
         // what is left of a run is cut into halves rather than into a chunk and a bit
-        const int64_t left_of_run = run_end - at;
-        const int64_t n = left_of_run <= kChunk      ? left_of_run
-                          : left_of_run < 2 * kChunk ? (left_of_run + 1) / 2
-                                                     : kChunk;
-        for (int64_t i = 0; i < n; ++i) chunk.row[i] = first + p.entries[at + i];
+        const int64_t run = run_end - at;
+        const int64_t n = run <= kChunk ? run : run < 2 * kChunk ? (run + 1) / 2 : kChunk;
+        for (int64_t i = 0; i < n; ++i)
+          chunk.row[i] = first + (p.rows ? p.rows[at + i] : p.entries[at + i] & mask);
         chunk.n = n;
         at += n;
         const auto due = static_cast<int64_t>(pace * static_cast<double>(at - begin));
         for (; fetched < due; ++fetched) prefetch_row(p.bank, first + rows + fetched, p.D);
         process_chunk<T, kPass>(p, s, chunk, nullptr, part, sums);
+      }
+    };
+    if (p.rows) {
+      for (int64_t i = 0; at < end; ++i) {
+        const int64_t run_end = p.run_end[i * p.tiles + tile];
+        work_off(p.first_query + i, run_end < end ? run_end : end);
+      }
+    } else {
+      while (at < end) {
+        const uint32_t b = p.entries[at] >> p.tile_shift;
+        int64_t run_end = at + 1;
+        while (run_end < end && p.entries[run_end] >> p.tile_shift == b) ++run_end;
+        work_off(b, run_end);
       }
     }
   }

@@ -18,9 +18,10 @@ namespace {
 constexpr const char* kOp = "instance_nce";
 constexpr double kLog2 = 0.69314718055994530942;
 
-// What is sorted at a time, so that the lists never take more than 8 MB: entries, of a byte, and
-// runs (those that a query has in a tile), of four.
-constexpr int64_t kEntriesAtOnce = int64_t(1) << 22, kRunsAtOnce = int64_t(1) << 20;
+// Entries that are sorted at a time: the lists take up to four times as many bytes.
+constexpr int64_t kEntriesAtOnce = int64_t(1) << 22;
+// Entries of a query in a tile, on average, from which on its runs are listed.
+constexpr int64_t kLeastRun = 8;
 
 std::atomic<int> forced_order{-1};
 
@@ -152,7 +153,7 @@ class InstanceNce {
       (shared ? p.d_rows : p.d_bank) = mutable_pointer<T>(d_bank);
     }
     if (p.order == Order::kBucketed) {
-      tiling = choose_tiling(x.N, p.Dp * static_cast<int64_t>(sizeof(T)), p.parts);
+      tiling = choose_tiling(x.B, x.N, p.Dp * static_cast<int64_t>(sizeof(T)), p.parts);
       p.tiles = tiling.tiles;
       p.tile_shift = tiling.shift;
     }
@@ -177,20 +178,30 @@ class InstanceNce {
     }
     if (x.B == 0 || x.K == 0) return;
     if (p.order != Order::kBucketed) return dispatch();
-    const int64_t queries = std::min(std::max<int64_t>(kRunsAtOnce / tiling.tiles, 1), x.B);
-    const int64_t columns = std::max<int64_t>(kEntriesAtOnce / queries, 1);
-    for (int64_t b = 0; b < x.B; b += queries)
-      for (int64_t first = 0; first < x.K; first += columns) {
-        const Batch batch{b, std::min(b + queries, x.B), first, std::min(first + columns, x.K)};
-        const SortedEntries sorted =
-            sort_rows(kOp, x.index, batch, tiling, p.parts, /*whole_tiles=*/p.d_bank != nullptr);
-        p.entries = static_cast<const uint8_t*>(sorted.entries.const_data_ptr());
-        p.run_end = static_cast<const uint32_t*>(sorted.run_end.const_data_ptr());
-        p.first_query = b;
-        p.tile_begin = sorted.tile_begin.data();
-        p.part_begin = sorted.part_begin.data();
-        dispatch();
-      }
+    // all negatives of some queries, whose runs are long; otherwise some negatives of all queries
+    const int64_t queries = std::clamp<int64_t>(kEntriesAtOnce / x.K, 1, x.B);
+    const bool runs =
+        x.K <= kEntriesAtOnce && x.K >= kLeastRun * tiling.tiles && 2 * queries * x.K >= 3 * x.N;
+    const int64_t columns = runs ? x.K : std::max<int64_t>(kEntriesAtOnce / x.B, 1);
+    const bool whole_tiles = p.d_bank != nullptr;
+    const auto work_off = [&](const Batch& batch) {
+      const SortedEntries sorted =
+          runs ? sort_rows(kOp, x.index, batch, tiling, p.parts, whole_tiles)
+               : sort_entries(kOp, x.index, batch, tiling, p.parts, whole_tiles);
+      const void* entries = sorted.entries.const_data_ptr();
+      p.rows = runs ? static_cast<const uint8_t*>(entries) : nullptr;
+      p.entries = runs ? nullptr : static_cast<const uint32_t*>(entries);
+      p.run_end = runs ? static_cast<const uint32_t*>(sorted.run_end.const_data_ptr()) : nullptr;
+      p.first_query = batch.first_query;
+      p.tile_begin = sorted.tile_begin.data();
+      p.part_begin = sorted.part_begin.data();
+      dispatch();
+    };
+    if (runs)
+      for (int64_t b = 0; b < x.B; b += queries) work_off({b, std::min(b + queries, x.B), 0, x.K});
+    else
+      for (int64_t first = 0; first < x.K; first += columns)
+        work_off({0, x.B, first, std::min(first + columns, x.K)});
   }
 
   void dispatch() {

@@ -10,13 +10,15 @@
 
 namespace crrcd {
 
-Tiling choose_tiling(int64_t rows, int64_t row_bytes, int64_t parts) {
+Tiling choose_tiling(int64_t queries, int64_t rows, int64_t row_bytes, int64_t parts) {
   constexpr int64_t kTileBytes = 64 * 1024, kMostRows = 256;
   const int64_t fitting = kTileBytes / std::max<int64_t>(row_bytes, 1);
   const int64_t most = std::min({fitting, kMostRows, rows / (4 * parts)});
   Tiling tiling;
   tiling.rows = rows;
-  while ((int64_t(2) << tiling.shift) <= most) ++tiling.shift;
+  // an entry of 32 bits has the query in those that the row leaves
+  while ((int64_t(2) << tiling.shift) <= most && queries <= (int64_t(1) << (31 - tiling.shift)))
+    ++tiling.shift;
   tiling.tiles = (rows + (int64_t(1) << tiling.shift) - 1) >> tiling.shift;
   return tiling;
 }
@@ -114,9 +116,9 @@ SortedEntries counting_sort(const char* op, const at::Tensor& index, const Batch
 }  // namespace
 
 SortedEntries sort_entries(const char* op, const at::Tensor& index, const Batch& batch,
-                           const Tiling& tiling, int64_t parts) {
+                           const Tiling& tiling, int64_t parts, bool whole_tiles) {
   return counting_sort<uint32_t>(
-      op, index, batch, tiling, parts, /*whole_tiles=*/true,
+      op, index, batch, tiling, parts, whole_tiles,
       [shift = tiling.shift](int64_t query, int64_t row) {
         return static_cast<uint32_t>(query << shift | row);
       },

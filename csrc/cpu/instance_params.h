@@ -33,11 +33,13 @@ struct InstanceParams {
   // each query's own negatives: that of (b, k) is own[b * own_stride + k * own_step]
   const int64_t* own = nullptr;
   int64_t own_stride = 0, own_step = 0;
-  // kBucketed: rows within their tile, sorted by tile, then by query. Entries of tile t begin at
-  // tile_begin[t], those of part i at part_begin[i], at a tile's when d_bank is wanted; within tile
-  // t those of query first_query + i end at run_end[i, t].
-  const uint8_t* entries = nullptr;
-  const uint32_t* run_end = nullptr;    // [queries, tiles]
+  // kBucketed: entries of a batch, sorted by tile, then by query. Those of tile t begin at
+  // tile_begin[t], those of part i at part_begin[i], at a tile's when d_bank is wanted. Either rows
+  // within their tile, those of query first_query + i ending at run_end[i, t] within tile t; or, of
+  // all queries, query << tile_shift | row within the tile.
+  const uint8_t* rows = nullptr;
+  const uint32_t* run_end = nullptr;  // [queries, tiles]
+  const uint32_t* entries = nullptr;
   const int64_t* tile_begin = nullptr;  // [tiles + 1]
   const int64_t* part_begin = nullptr;  // [parts + 1]
   int64_t first_query = 0, tiles = 0;

@@ -17,8 +17,10 @@ uint64_t mixed(uint64_t x) {
 
 }  // namespace
 
-at::Tensor uniform_index(int64_t seed, int64_t step, int64_t count, int64_t bound) {
-  uint64_t key = static_cast<uint64_t>(seed) * kSeedFactor + static_cast<uint64_t>(step) * kGolden;
+at::Tensor uniform_index(const at::Tensor& seed, const at::Tensor& step, int64_t count,
+                         int64_t bound) {
+  uint64_t key = static_cast<uint64_t>(seed.item<int64_t>()) * kSeedFactor +
+                 static_cast<uint64_t>(step.item<int64_t>()) * kGolden;
   key = (key ^ key >> 30) * 0xBF58476D1CE4E5B9u;
   key = (key ^ key >> 27) * 0x94D049BB133111EBu;
   key ^= key >> 31;

@@ -7,7 +7,9 @@
 
 namespace crrcd {
 
-// int64 [count], uniform over [0, bound): the same bits as _counter.uniform_index.
-at::Tensor uniform_index(int64_t seed, int64_t step, int64_t count, int64_t bound);
+// int64 [count], uniform over [0, bound): the same bits as _counter.uniform_index. seed and step
+// are int64 scalars.
+at::Tensor uniform_index(const at::Tensor& seed, const at::Tensor& step, int64_t count,
+                         int64_t bound);
 
 }  // namespace crrcd
