@@ -12,6 +12,7 @@ from helpers.cases import BACKENDS, unit_rows
 from helpers.sampling import chi_square_is_plausible
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from crrcd_ext import MemoryBank
 from crrcd_ext.modules import _counter
@@ -155,6 +156,17 @@ def test_sampling_never_reads_the_device():
     with torch.device("meta"):
         bank = MemoryBank(1000, 4)
     assert bank.rows.device.type == "meta" and bank.sample(8).device.type == "meta"
+
+
+def test_a_traced_draw_is_made_when_the_graph_runs():
+    def draw(seed, step):
+        return _counter.uniform_index(seed, step, 8, 100)
+
+    graph = make_fx(draw)(torch.tensor(0), torch.tensor(0))
+    state = torch.tensor(3), torch.tensor(5)
+    assert torch.equal(graph(*state), draw(*state))
+    with FakeTensorMode() as mode:
+        assert draw(*map(mode.from_tensor, state)).shape == (8,)
 
 
 @pytest.mark.skipif(_counter.compiled is None, reason="about the compiled module")
