@@ -1,6 +1,7 @@
 """``python -m crrcd_ext``: what this installation can run, and what it was built with.
 
 ``python -m crrcd_ext plan``: how a call would be cut up on a GPU.
+``python -m crrcd_ext tune``: measure configurations of the Triton kernels on this GPU.
 """
 
 from __future__ import annotations
@@ -51,8 +52,12 @@ def main() -> None:
     command, *arguments = sys.argv[1:] or [""]
     if command == "plan":
         _plan.main(arguments)
+    elif command == "tune":
+        from crrcd_ext import _tune  # imports Triton
+
+        _tune.main(arguments)
     elif command:
-        sys.exit(f"python -m crrcd_ext: expected nothing or 'plan', got {command!r}")
+        sys.exit(f"python -m crrcd_ext: expected nothing, 'plan' or 'tune', got {command!r}")
     else:
         print(report())
 

@@ -64,7 +64,8 @@ ALLOWED = {
     "compat": {"functional", "modules", "_pages"},
     "__init__": {"functional", "_backend", "modules"},
     "_plan": {"_backend"},
-    "__main__": {"_backend", "_plan"},
+    "_tune": {"functional", "triton"},
+    "__main__": {"_backend", "_plan", "_tune"},
 }
 
 

@@ -1,8 +1,17 @@
-"""Blocks, warps and stages of every kernel, by type of the computation."""
+"""Blocks, warps and stages of every kernel: a table by type of the computation, and what
+`python -m crrcd_ext tune` measured."""
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+import json
+import logging
+import os
+from pathlib import Path
 from typing import NamedTuple
+
+log = logging.getLogger("crrcd_ext")
 
 
 class Config(NamedTuple):
@@ -100,8 +109,36 @@ of bfloat16 spill no register at widths of 128 on sm_80, sm_90 and sm_100 by Tri
 float32, whose products are unrolled, spill many."""
 
 
-def choose(kernel: str, types: str, architecture: str) -> Config:
-    """The configuration of a launch."""
+class Place(NamedTuple):
+    """What a configuration is for: sizes count by the next power of two, so that batches of other
+    lengths and widths nearby find what was measured."""
+
+    kernel: str
+    types: str
+    queries: int
+    width: int
+
+
+def place(kernel: str, types: str, queries: int, width: int) -> Place:
+    return Place(kernel, types, *(1 << max(size - 1, 0).bit_length() for size in (queries, width)))
+
+
+def choose(wanted: Place, architecture: str) -> Config:
+    """The configuration of a launch: one that is tried, was measured here, or is the table's."""
+    if SEEN is not None:
+        SEEN[wanted] = default(wanted, architecture)
+    return TRIED.get(wanted) or measured(architecture).get(wanted) or default(wanted, architecture)
+
+
+SEEN: dict[Place, Config] | None = None
+"""What was asked for, with the table's answer, while something listens."""
+TRIED: dict[Place, Config] = {}
+"""What is tried in their stead."""
+
+
+def default(wanted: Place, architecture: str) -> Config:
+    """The table's configuration."""
+    kernel, types, *_ = wanted
     rows = DEFAULTS[kernel]
     if architecture == "interpreter":
         return rows.get(architecture, INTERPRETER)
@@ -110,3 +147,47 @@ def choose(kernel: str, types: str, architecture: str) -> Config:
     if architecture in ("sm_86", "sm_87", "sm_89"):
         architecture = "sm_80"
     return rows.get(f"{architecture} {types}") or rows.get(types) or rows["bfloat16"]
+
+
+def path() -> Path | None:
+    """Where measured configurations are kept: CRRCD_TRITON_CONFIGS, which is "0" for nowhere."""
+    name = os.environ.get("CRRCD_TRITON_CONFIGS")
+    if name == "0":
+        return None
+    return Path(name) if name else Path.home() / ".cache" / "crrcd_ext" / "triton.json"
+
+
+def release() -> str:
+    return importlib.metadata.version("triton")
+
+
+@functools.cache
+def measured(architecture: str) -> dict[Place, Config]:
+    """What `python -m crrcd_ext tune` found with this release of Triton; read once a process."""
+    file = path()
+    if file is None or not file.exists():
+        return {}
+    try:
+        rows = json.loads(file.read_text()).get(f"{architecture} triton-{release()}", [])
+        return {Place(*row["place"]): Config(*row["config"]) for row in rows}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        log.warning("%s is left aside: %s: %s", file, type(error).__name__, error)
+        return {}
+
+
+def keep(architecture: str, found: dict[Place, Config]) -> Path:
+    """Adds measured configurations to the file, which is replaced whole or not at all."""
+    file = path()
+    if file is None:
+        raise ValueError("crrcd_ext.tune: CRRCD_TRITON_CONFIGS=0 keeps nothing; name a file")
+    everything = measured(architecture) | found
+    document = json.loads(file.read_text()) if file.exists() else {}
+    document[f"{architecture} triton-{release()}"] = [
+        {"place": list(key), "config": list(value)} for key, value in sorted(everything.items())
+    ]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_name(f"{file.name}.{os.getpid()}")
+    new.write_text(json.dumps(document, indent=1))
+    new.replace(file)
+    measured.cache_clear()
+    return file

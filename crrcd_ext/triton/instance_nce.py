@@ -172,7 +172,7 @@ class Shared(Negatives):
     """Keys for all queries alike: the whole bank or index [K]."""
 
     def _prepared(self, kernel: str) -> tuple[launch.Config, dict]:
-        chosen = launch.config(kernel, self.types, self.device)
+        chosen = launch.config(kernel, self.types, self.device, self.B, self.D)
         BD = launch.block(self.D, chosen.features)
         return chosen, self.constants | self.types.constants | {
             "INDEXED": self.index is not None,
@@ -263,7 +263,7 @@ class Own(Negatives):
 
     def _prepared(self) -> tuple[launch.Config, int, int]:
         """The configuration, and blocks of columns and of keys, as many more as rows are short."""
-        chosen = launch.config("own", self.types, self.device)
+        chosen = launch.config("own", self.types, self.device, self.B, self.D)
         most = chosen.features
         BD = launch.block(self.D, most if most >= self.D else min(most, 1024))
         BN = max(1, min(chosen.keys * 128 // BD, launch.block(self.keys, 256)))

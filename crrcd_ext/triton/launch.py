@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crrcd_ext._schema import wide_dtype
 from crrcd_ext.triton import INTERPRETED
-from crrcd_ext.triton.configs import Config, choose
+from crrcd_ext.triton.configs import Config, choose, place
 
 TYPES = {
     torch.float64: tl.float64,
@@ -76,8 +76,9 @@ def architecture(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def config(kernel: str, types: Precision, device: torch.device) -> Config:
-    return choose(kernel, types.name, architecture(device))
+def config(kernel: str, types: Precision, device: torch.device, *sizes: int) -> Config:
+    """``sizes``: queries, and the widest row that the kernel has to do with."""
+    return choose(place(kernel, types.name, *sizes), architecture(device))
 
 
 def block(size: int, most: int) -> int:
@@ -89,6 +90,10 @@ def blocks(size: int, of: int) -> int:
     return max(1, -(-size // of))
 
 
+LAUNCHED: list | None = None
+"""The compiled kernels of launches, while something listens."""
+
+
 def run(kernel, grid: tuple, chosen: Config, *arguments, **constants) -> None:
     """Launches on the current stream of the arguments' device; an empty grid is no launch."""
     if 0 in grid:
@@ -97,5 +102,7 @@ def run(kernel, grid: tuple, chosen: Config, *arguments, **constants) -> None:
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return run(kernel, grid, chosen, *arguments, **constants)
-    kernel[grid](*arguments, **constants, num_warps=chosen.warps, num_stages=chosen.stages)
+    made = kernel[grid](*arguments, **constants, num_warps=chosen.warps, num_stages=chosen.stages)
+    if LAUNCHED is not None:
+        LAUNCHED.append(made)
     return None

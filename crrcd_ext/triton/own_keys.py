@@ -49,8 +49,8 @@ class OwnKeys:
         self.device = self.query.device
         self.query = self.query.contiguous()
         self.anchor = self.anchor.to(self.wide)
-        A, _, D = self.query.shape
-        self.config = launch.config("own_keys", self.types, self.device)
+        A, B, D = self.query.shape
+        self.config = launch.config("own_keys", self.types, self.device, B, D)
         features = launch.block(D, self.config.features)
         # Side by side what eight threads read, 16 bytes each.
         beside = min(features, 128 // self.bank.element_size())

@@ -125,8 +125,8 @@ class Passes:
         return (*queries, self.anchor.shape[1], relation)
 
     def _constants(self, kernel: str) -> tuple[dict, launch.Config]:
-        chosen = launch.config(kernel, self.types, self.device)
         _, B, F, H, R = self.sizes
+        chosen = launch.config(kernel, self.types, self.device, B, max(F, H, R))
         most = chosen.features
         BF, BH, BR = (launch.block(size, most) for size in (F, H, R))
         if self.form == DIRECT:
@@ -181,8 +181,8 @@ class Passes:
         """What the passes take for the keys' rows, and its stride: the bank, or projected keys."""
         if self.gathers:
             return self.bank, self.bank.stride(0)
-        chosen = launch.config("project", self.types, self.device)
         H, D = self.key_weight.shape
+        chosen = launch.config("project", self.types, self.device, self.sizes[1], max(H, D))
         # Which side of the ReLU a key lies on, and so its gradient, hangs on every digit.
         dtype = self.wide if self.live else self.query.dtype
         padded = launch.blocks(keys, WHOLE) * WHOLE

@@ -24,7 +24,7 @@ def relation(
     """``crrcd_triton::relation``: [A, M, R] unit vectors and [A, M] inverses of their norms."""
     A, M, (R, H) = len(anchor), len(sample), weight.shape
     types = launch.precision(anchor.dtype)
-    chosen = launch.config("relation", types, anchor.device)
+    chosen = launch.config("relation", types, anchor.device, M, max(R, H))
     BR = launch.block(R, chosen.features)
     vectors = anchor.new_empty((A, M, R))
     inverse_norm = anchor.new_empty((A, M), dtype=wide_dtype(anchor.dtype))
