@@ -85,6 +85,17 @@ def record(arch: str, call: Callable[[], object]) -> list[Launch]:
     return launches
 
 
+def traffic(launches: list[Launch]) -> int:
+    """Bytes between the kernels and device memory if each launch moves each of its tensors once:
+    what several programs of one read comes from the cache. Copies and sums by torch are left out.
+    """
+    total = 0
+    for launch in launches:
+        tensors = [x for x in launch.arguments if isinstance(x, Tensor)]
+        total += sum({x.untyped_storage().data_ptr(): x.nbytes for x in tensors}.values())
+    return total
+
+
 _POINTERS = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",

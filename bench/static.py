@@ -266,7 +266,7 @@ def main_of_triton(options: argparse.Namespace) -> int:
         raise RuntimeError("Triton is not installed (pip install triton)")
     archs = _archs(options, list(ahead_of_time.MULTIPROCESSORS))
     about = suite.begin(options)
-    found, parts = [], [static_triton.NOTES]
+    found, moved, parts = [], {}, [static_triton.NOTES]
     for arch in archs:
         of_arch = list(static_triton.rows(arch, options.call, options.kernel))
         if not of_arch:
@@ -276,8 +276,12 @@ def main_of_triton(options: argparse.Namespace) -> int:
         rows = [row.cells() for row in of_arch]
         print(f"\n{arch}\n{terminal_table(static_triton.HEADER, rows)}", flush=True)
         parts += [f"## {arch}", markdown_table(static_triton.HEADER, rows)]
+        moved[arch] = static_triton.traffic(arch, options.call)
+        calls = [[call, f"{count / 1e6:.1f}"] for call, count in moved[arch].items()]
+        print("\n" + terminal_table(["call", "traffic"], calls), flush=True)
+        parts.append(markdown_table(["call", "traffic"], calls))
     print("\n" + static_triton.NOTES)
-    document = static_triton.document(found)
+    document = static_triton.document(found, moved)
     paths = report.write_files("static_triton", options.output, about, document, parts)
     print("\nwritten: " + ", ".join(map(str, paths)))
     return 0

@@ -19,7 +19,8 @@ registers; spill: loads and stores of it. shared: bytes. MMA: tensor-core instru
 TMA: asynchronous copies to shared memory. All count what stands in the kernel, not what is run.
 loop: instructions of the loop with the most tensor-core work, loops within it and every branch
 once; clocks a pair: what a multiprocessor needs to issue them, for each key. Spills of AMD's GPUs
-are registers, not instructions."""
+are registers, not instructions. traffic: megabytes of a call, a model in which each launch moves
+each of its tensors once."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,14 @@ def rows(arch: str, wanted: str = "", kernels: str = "") -> Iterator[Row]:
             yield (_on_nvidia if arch.startswith("sm_") else _on_amd)(compiled, common)
 
 
-def document(found: Iterable[Row]) -> dict[str, object]:
+def traffic(arch: str, wanted: str = "") -> dict[str, int]:
+    """Bytes of each call, see ahead_of_time.traffic."""
+    found = (call for call in triton_calls.calls() if re.search(wanted, str(call)))
+    return {str(c).strip(): ahead_of_time.traffic(ahead_of_time.record(arch, c.run)) for c in found}
+
+
+def document(found: Iterable[Row], moved: dict[str, dict[str, int]]) -> dict[str, object]:
     import triton
 
-    return {"triton": triton.__version__, "kernels": [asdict(row) for row in found]}
+    kernels = [asdict(row) for row in found]
+    return {"triton": triton.__version__, "kernels": kernels, "traffic": moved}

@@ -39,8 +39,12 @@ SHARED = {"gfx942": 64 * 1024}
 """Bytes that a block may have; of NVIDIA's GPUs all of a multiprocessor's but the system's."""
 
 
-def compiled(arch: str, folder: Path) -> list[dict]:
-    """Rows of the static table, from a process of its own: here Triton's interpreter is on."""
+MOST_TRAFFIC = {"query": 40e6, "all": 150e6}
+"""Bytes of a call of relation_nce with NCE, by the model of ahead_of_time.traffic."""
+
+
+def compiled(arch: str, folder: Path) -> dict:
+    """The static tables, from a process of its own: here Triton's interpreter is on."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "bench", "static", "--backend", "triton", "--arch", arch]
@@ -49,12 +53,13 @@ def compiled(arch: str, folder: Path) -> list[dict]:
     assert done.returncode == 0, done.stderr[-4000:]
     document = json.loads((folder / "static_triton.json").read_text())
     assert f"| {document['kernels'][0]['call']} |" in (folder / "static_triton.md").read_text()
-    return document["kernels"]
+    return document
 
 
 @pytest.mark.parametrize("arch", CALLS)
 def test_kernels_compile_and_fit(arch, tmp_path):
-    found = compiled(arch, tmp_path)
+    document = compiled(arch, tmp_path)
+    found = document["kernels"]
     relation = [row for row in found if row["call"].startswith("relation_nce bf16")]
     names = {"project", "mask", "logits", "norms", "keys", "gram"}
     assert {row["kernel"].split()[0] for row in relation} == names
@@ -70,6 +75,10 @@ def test_kernels_compile_and_fit(arch, tmp_path):
     assert not [row for row in multiply if row["tensor_core"] == 0]
     main = [row for row in relation if row["kernel"] == "logits"]
     assert main and {row["instructions_of"] for row in main} == {TENSOR_CORES[arch]}
+
+    moved = document["traffic"][arch]
+    for gradients, most in MOST_TRAFFIC.items():
+        assert 10e6 < moved[f"relation_nce bf16 {gradients} nce"] < most
 
     if nvidia:  # issue of the pass that all gradients need
         assert max(row["clocks_a_pair"] for row in main) < 20
