@@ -134,6 +134,9 @@ def test_a_broken_file_is_left_aside_with_a_warning(text, file, caplog):
     assert configs.choose(WANTED, "sm_90") == TABLE
     (record,) = caplog.records
     assert record.levelname == "WARNING" and str(file) in record.getMessage()
+    # what was measured meanwhile is not lost by it
+    configs.keep("sm_90", {WANTED: TABLE._replace(warps=4)})
+    assert configs.choose(WANTED, "sm_90").warps == 4
 
 
 def test_nothing_is_kept_where_files_are_switched_off(monkeypatch):

@@ -181,7 +181,10 @@ def keep(architecture: str, found: dict[Place, Config]) -> Path:
     if file is None:
         raise ValueError("crrcd_ext.tune: CRRCD_TRITON_CONFIGS=0 keeps nothing; name a file")
     everything = measured(architecture) | found
-    document = json.loads(file.read_text()) if file.exists() else {}
+    try:
+        document = dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        document = {}  # none yet, or a broken one, which `measured` has warned of
     document[f"{architecture} triton-{release()}"] = [
         {"place": list(key), "config": list(value)} for key, value in sorted(everything.items())
     ]
