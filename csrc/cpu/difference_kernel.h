@@ -109,43 +109,45 @@ template <typename T>
 struct DifferenceSums {
   using V = typename Simd<T>::V;
   static constexpr int kLanes = Simd<T>::kLanes;
-  // How often a vector may be multiplied by 1 + q <= 2 before it is folded into the product.
-  static constexpr int kFactors = sizeof(T) == 4 ? 64 : 256;
+  static constexpr int kBits = sizeof(T) == 4 ? 120 : 480;  // 1 + q of a vector is below 2^kBits
 
   double product[kLanes] = {};
-  int factors = 0;  // product < 2^factors
+  int bits = 0;  // product < 2^bits
   double loss = 0;
   double sum_g = 0;
 
-  // q: a vector of products minus 1; above: what was left out of them, in units of log 2.
-  void add(V q, int count, V above, V g) {
-    if (factors + count > 600) fold();
+  // q: a vector of products minus 1, of which 1 + q <= 2^count; above: what was left out of them, in
+  // units of log 2.
+  CRRCD_INLINE void add(V q, int count, V above, V g) {
+    if (bits + count > 900) fold();
     T lane[kLanes];
     store(lane, q);
     for (int i = 0; i < kLanes; ++i) product[i] = product[i] * lane[i] + (product[i] + lane[i]);
-    factors += count;
+    bits += count;
     loss += 0.69314718055994530942 * static_cast<double>(horizontal_sum<T>(above));
     sum_g += static_cast<double>(horizontal_sum<T>(g));
   }
 
-  void fold() {
+  __attribute__((noinline)) void fold() {
     loss += log_product(product, kLanes);
     for (double& x : product) x = 0;
-    factors = 0;
+    bits = 0;
   }
 };
 
-// One vector of logits (units of log 2) to loss and slopes g = d loss / d logit.
-template <typename T, Pass kPass>
-CRRCD_INLINE typename Simd<T>::V logit_slope(typename Simd<T>::V logit, typename Simd<T>::V& q,
-                                             typename Simd<T>::V& above) {
-  using V = typename Simd<T>::V;
-  if (kPass == Pass::kSoftmax) return exp2_nonpositive(logit);  // the normaliser is in the offset
-  const V e = exp2_nonpositive(minus_magnitude(logit));
-  const V r = reciprocal(T(1) + e);
-  above += logit > 0 ? logit : V{};
-  q = q * e + (q + e);
-  return logit > 0 ? r : e * r;
+// Two vectors of logits (units of log 2), or one, to loss and slopes g = d loss / d logit.
+template <typename T, Pass kPass, bool kBounded, int kVectors>
+CRRCD_INLINE void logit_slopes(const typename Simd<T>::V (&logit)[kVectors],
+                               typename Simd<T>::V& q, typename Simd<T>::V& above,
+                               typename Simd<T>::V (&g)[kVectors]) {
+  if constexpr (kPass == Pass::kSoftmax) {  // the normaliser is in the offset
+    for (int i = 0; i < kVectors; ++i) g[i] = logit[i];
+    exp2_of(g);
+  } else if constexpr (kBounded) {
+    softplus_bounded<T>(logit, q, g);
+  } else {
+    softplus<T>(logit, q, above, g);
+  }
 }
 
 // ---------------------------------------------------------------------------- pairs, before and
@@ -283,10 +285,11 @@ __attribute__((noinline)) void work_off(const DifferenceParams<T>& p, const Diff
     }
     return;
   }
-  V q{}, above{};
-  const V slope = logit_slope<T, kPass>(load(logit), q, above);
-  store(g, slope);
-  sums.add(q, 1, above, slope);
+  V q{}, above{}, slope[1];
+  const V logits[1] = {load(logit)};
+  logit_slopes<T, kPass, false>(logits, q, above, slope);
+  store(g, slope[0]);
+  sums.add(q, 1, above, slope[0]);
   if (kWant == Want::kLoss) return;
   for (int i = 0; i < count; ++i) {
     const int64_t a = queue.a[i], b = queue.b[i], n = queue.n[i], at = b * p.ldA + a;
@@ -519,19 +522,29 @@ void combine(const DifferenceScratch<T>& s, int64_t rows, int64_t columns, int64
 // negatives
 
 // Anchors a .. a + kAnchors against all queries.
-template <typename T, Pass kPass, Want kWant, bool kMasked, int kAnchors>
+template <typename T, Pass kPass, Want kWant, bool kMasked, bool kBounded, int kAnchors>
 __attribute__((noinline)) void shared_anchors(const DifferenceParams<T>& p,
                                               const DifferenceScratch<T>& s, int64_t a,
                                               int64_t width, DifferenceSums<T>& sums) {
   using V = typename Simd<T>::V;
-  constexpr int kLanes = Simd<T>::kLanes;
+  constexpr int kLanes = Simd<T>::kLanes, kTogether = kAnchors < 2 ? 1 : 2;
+  constexpr int kGroups = kAnchors / kTogether;
   const int64_t ld_t = tile_stride(p);
-  const int steps = static_cast<int>(width / kLanes);
+  const int step_bits = kTogether * (kBounded ? p.logit_bits : 1);
+  const int64_t most = DifferenceSums<T>::kBits / step_bits * kLanes;
   const T* inverse_rows = s.inverse + a * ld_t;
   const T* half_rows = s.half_norm + a * ld_t;
   const T* drop_rows = s.drop + a * ld_t;
-  V q[kAnchors] = {}, above{}, sum_g{};
-  int factors = 0;
+  V q[kGroups] = {}, above{}, sum_g{};
+  int bits = 0;
+  const auto flush = [&] {
+    for (int i = 0; i < kGroups; ++i) {
+      sums.add(q[i], bits, i == 0 ? above : V{}, i == 0 ? sum_g : V{});
+      q[i] = V{};
+    }
+    above = sum_g = V{};
+    bits = 0;
+  };
   for (int64_t b = 0; b < p.B; ++b) {
     const int64_t pair = b * p.ldA + a;
     const T* distance_row = s.distance + b * ld_t;
@@ -544,45 +557,51 @@ __attribute__((noinline)) void shared_anchors(const DifferenceParams<T>& p,
       weight[j] = splat(p.weight[pair + j]);
       offset[j] = splat(p.gram_offset[pair + j]);
     }
-    for (int64_t n = 0; n < width; n += kLanes) {
-      const V half_distance = load(distance_row + n) * T(0.5);
-      V total = kWant == Want::kLoss || a == 0 ? V{} : load(weight_row + n);
-      for (int j = 0; j < kAnchors; ++j) {
-        const V inverse = load(inverse_rows + j * ld_t + n);
-        const V along = (half_square[j] - half_distance) * inverse + load(half_rows + j * ld_t + n);
-        V shift = offset[j];
-        if (kMasked) shift += load(s.bias + b * ld_t + n) + load(drop_rows + j * ld_t + n);
-        const V g = logit_slope<T, kPass>(along * slope[j] + shift, q[j], above);
-        if (kWant == Want::kLoss) continue;
-        const V g_inverse = g * inverse, g_along = g * along;
-        sum_inverse[j] += g_inverse;
-        sum_along[j] += g_along;
-        sum_g += g;
-        total += g_inverse * weight[j];
-        if (kWant == Want::kKeys) {
-          T* y = s.y + (a + j) * ld_t + n;
-          T* f = s.f + (a + j) * ld_t + n;
-          store(y, load(y) + g_inverse * weight[j]);
-          store(f, load(f) + g_along * weight[j]);
+    for (int64_t begin = 0; begin < width; begin += most) {
+      const int64_t end = begin + most < width ? begin + most : width;
+      const int more = static_cast<int>((end - begin) / kLanes) * step_bits;
+      if (bits + more > DifferenceSums<T>::kBits) flush();
+      bits += more;
+      for (int64_t n = begin; n < end; n += kLanes) {
+        const V half_distance = load(distance_row + n) * T(0.5);
+        V total = kWant == Want::kLoss || a == 0 ? V{} : load(weight_row + n);
+        for (int group = 0; group < kGroups; ++group) {
+          V inverse[kTogether], along[kTogether], logit[kTogether], g[kTogether];
+          for (int i = 0; i < kTogether; ++i) {
+            const int j = group * kTogether + i;
+            inverse[i] = load(inverse_rows + j * ld_t + n);
+            along[i] =
+                (half_square[j] - half_distance) * inverse[i] + load(half_rows + j * ld_t + n);
+            V shift = offset[j];
+            if (kMasked) shift += load(s.bias + b * ld_t + n) + load(drop_rows + j * ld_t + n);
+            logit[i] = along[i] * slope[j] + shift;
+          }
+          logit_slopes<T, kPass, kBounded>(logit, q[group], above, g);
+          for (int i = 0; i < kTogether && kWant != Want::kLoss; ++i) {
+            const int j = group * kTogether + i;
+            const V g_inverse = g[i] * inverse[i], g_along = g[i] * along[i];
+            sum_inverse[j] += g_inverse;
+            sum_along[j] += g_along;
+            sum_g += g[i];
+            total += g_inverse * weight[j];
+            if (kWant == Want::kKeys) {
+              T* y = s.y + (a + j) * ld_t + n;
+              T* f = s.f + (a + j) * ld_t + n;
+              store(y, load(y) + g_inverse * weight[j]);
+              store(f, load(f) + g_along * weight[j]);
+            }
+          }
         }
+        if (kWant != Want::kLoss) store(weight_row + n, total);
       }
-      if (kWant != Want::kLoss) store(weight_row + n, total);
     }
     if (kWant != Want::kLoss)
       for (int j = 0; j < kAnchors; ++j) {
         s.sum_inverse[pair + j] += horizontal_sum<T>(sum_inverse[j]);
         s.sum_along[pair + j] += horizontal_sum<T>(sum_along[j]);
       }
-    factors += steps;
-    if (factors + steps > DifferenceSums<T>::kFactors || b + 1 == p.B) {
-      for (int j = 0; j < kAnchors; ++j) {
-        sums.add(q[j], factors, j == 0 ? above : V{}, j == 0 ? sum_g : V{});
-        q[j] = V{};
-      }
-      above = sum_g = V{};
-      factors = 0;
-    }
   }
+  flush();
 }
 
 // InfoNCE's first sweep.
@@ -611,7 +630,7 @@ __attribute__((noinline)) void shared_log_sum_exp(const DifferenceParams<T>& p,
       T most = s.running_max[pair];
       for (T x : lane) most = x > most ? x : most;
       V sum{};
-      for (int64_t n = 0; n < width; n += kLanes) sum += exp2_nonpositive(load(s.logit + n) - most);
+      for (int64_t n = 0; n < width; n += kLanes) sum += exp2_of(load(s.logit + n) - most);
       s.running_sum[pair] =
           s.running_sum[pair] * std::exp2(s.running_max[pair] - most) + horizontal_sum<T>(sum);
       s.running_max[pair] = most;
@@ -700,10 +719,18 @@ void shared_sweep(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, i
   if constexpr (kPass == Pass::kLogSumExp) {
     shared_log_sum_exp<T, kMasked>(p, s, width);
   } else {
-    int64_t a = 0;
-    for (; a + kSharedAnchors <= p.A; a += kSharedAnchors)
-      shared_anchors<T, kPass, kWant, kMasked, kSharedAnchors>(p, s, a, width, sums);
-    for (; a < p.A; ++a) shared_anchors<T, kPass, kWant, kMasked, 1>(p, s, a, width, sums);
+    const auto sweep = [&]<bool kBounded>() {
+      int64_t a = 0;
+      for (; a + kSharedAnchors <= p.A; a += kSharedAnchors)
+        shared_anchors<T, kPass, kWant, kMasked, kBounded, kSharedAnchors>(p, s, a, width, sums);
+      for (; a < p.A; ++a)
+        shared_anchors<T, kPass, kWant, kMasked, kBounded, 1>(p, s, a, width, sums);
+    };
+    constexpr bool kMayBeBounded = kPass == Pass::kNce;
+    if (kMayBeBounded && p.logit_bits > 0)
+      sweep.template operator()<kMayBeBounded>();
+    else
+      sweep.template operator()<false>();
   }
 }
 
@@ -777,13 +804,14 @@ CRRCD_INLINE T squared_distance(int64_t n, const T* x, const T* y) {
 }
 
 // Row u of the tile against query b and anchors begin .. end. Returns sum_a c as a vector.
-template <typename T, Pass kPass, Want kWant, bool kMasked>
+template <typename T, Pass kPass, Want kWant, bool kMasked, bool kBounded>
 CRRCD_INLINE typename Simd<T>::V own_entry(const DifferenceParams<T>& p,
                                            const DifferenceScratch<T>& s, int64_t u, int64_t b,
                                            int64_t begin, int64_t end, T half_distance,
                                            typename Simd<T>::V& q, typename Simd<T>::V& above,
                                            typename Simd<T>::V& sum_g) {
   using V = typename Simd<T>::V;
+  constexpr int kLanes = Simd<T>::kLanes;
   const int64_t row = u * p.ldA, pair = b * p.ldA;
   // in registers: what is stored below could change p and s, as far as the compiler knows
   const T* const inverses = s.inverse + row;
@@ -796,40 +824,56 @@ CRRCD_INLINE typename Simd<T>::V own_entry(const DifferenceParams<T>& p,
   T* const sums_along = s.sum_along + pair;
   const T slope_weight = p.slope_weight;
   V total{};
-  for (int64_t a = begin; a < end; a += Simd<T>::kLanes) {
-    const V inverse = load(inverses + a);
-    const V along = (load(half_squares + a) - half_distance) * inverse + load(half_norms + a);
-    const V slope = load(slopes + a);
-    V logit = along * slope + load(offsets + a);
-    if (kMasked) logit += load(drops + a);
-    if (kPass == Pass::kLogSumExp) {
-      T* const tops = s.running_max + pair;
-      T* const sums = s.running_sum + pair;
-      V top = load(tops + a), sum = load(sums + a);
-      if (positive_bits(logit - top)) {
-        const V most = logit > top ? logit : top;
-        sum *= exp2_nonpositive(top - most);
-        top = most;
-        store(tops + a, top);
+  const auto vectors = [&]<int kVectors>(int64_t first) {
+    V inverse[kVectors], along[kVectors], slope[kVectors], logit[kVectors], g[kVectors];
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t a = first + i * kLanes;
+      inverse[i] = load(inverses + a);
+      along[i] = (load(half_squares + a) - half_distance) * inverse[i] + load(half_norms + a);
+      slope[i] = load(slopes + a);
+      logit[i] = along[i] * slope[i] + load(offsets + a);
+      if (kMasked) logit[i] += load(drops + a);
+    }
+    if constexpr (kPass == Pass::kLogSumExp) {
+      V top[kVectors];
+      for (int i = 0; i < kVectors; ++i) {
+        T* const at = s.running_max + pair + first + i * kLanes;
+        T* const sum = s.running_sum + pair + first + i * kLanes;
+        top[i] = load(at);
+        if (positive_bits(logit[i] - top[i])) {
+          const V most = logit[i] > top[i] ? logit[i] : top[i];
+          store(sum, load(sum) * exp2_of(top[i] - most));
+          store(at, most);
+          top[i] = most;
+        }
+        logit[i] -= top[i];
       }
-      store(sums + a, sum + exp2_nonpositive(logit - top));
-      continue;
+      exp2_of(logit);
+      for (int i = 0; i < kVectors; ++i) {
+        T* const sum = s.running_sum + pair + first + i * kLanes;
+        store(sum, load(sum) + logit[i]);
+      }
+      return;
     }
-    const V g = logit_slope<T, kPass>(logit, q, above);
-    if (kWant == Want::kLoss) continue;
-    const V weight = slope * slope_weight;
-    const V g_inverse = g * inverse, g_along = g * along;
-    store(sums_inverse + a, load(sums_inverse + a) + g_inverse);
-    store(sums_along + a, load(sums_along + a) + g_along);
-    sum_g += g;
-    total += g_inverse * weight;
-    if (kWant == Want::kKeys) {
-      T* const y = s.y + row;
-      T* const f = s.f + row;
-      store(y + a, load(y + a) + g_inverse * weight);
-      store(f + a, load(f + a) + g_along * weight);
+    logit_slopes<T, kPass, kBounded>(logit, q, above, g);
+    for (int i = 0; i < kVectors && kWant != Want::kLoss; ++i) {
+      const int64_t a = first + i * kLanes;
+      const V weight = slope[i] * slope_weight;
+      const V g_inverse = g[i] * inverse[i], g_along = g[i] * along[i];
+      store(sums_inverse + a, load(sums_inverse + a) + g_inverse);
+      store(sums_along + a, load(sums_along + a) + g_along);
+      sum_g += g[i];
+      total += g_inverse * weight;
+      if (kWant == Want::kKeys) {
+        T* const y = s.y + row;
+        T* const f = s.f + row;
+        store(y + a, load(y + a) + g_inverse * weight);
+        store(f + a, load(f + a) + g_along * weight);
+      }
     }
-  }
+  };
+  for (; begin + 2 * kLanes <= end; begin += 2 * kLanes) vectors.template operator()<2>(begin);
+  if (begin < end) vectors.template operator()<1>(begin);
   return total;
 }
 
@@ -865,16 +909,17 @@ struct OwnTile {
   int64_t next_rows;
 };
 
-template <typename T, Pass kPass, Want kWant, bool kMasked>
+template <typename T, Pass kPass, Want kWant, bool kMasked, bool kBounded>
 __attribute__((noinline)) void own_entries(const DifferenceParams<T>& p,
                                            const DifferenceScratch<T>& s, const OwnTile& tile,
                                            bool exact, DifferenceSums<T>& sums) {
   const Bucket& bucket = tile.bucket;
   using V = typename Simd<T>::V;
-  constexpr int64_t kWidth = DifferenceSums<T>::kFactors * Simd<T>::kLanes;
+  const int step_bits = kBounded ? p.logit_bits : 1;
+  const int64_t most = DifferenceSums<T>::kBits / step_bits * Simd<T>::kLanes;
   ExactQueue<T> queue;
   V q{}, above{}, sum_g{};
-  int factors = 0;
+  int bits = 0;
   for (int64_t u = 0; u < tile.rows; ++u) {
     const int64_t local = tile.row[u] - bucket.first;
     const T* m = s.rows + u * p.ldD;
@@ -882,17 +927,17 @@ __attribute__((noinline)) void own_entries(const DifferenceParams<T>& p,
       const int64_t b = bucket.entries[i] >> p.bucket_shift;
       const T half_distance = T(0.5) * squared_distance(p.Dp, p.query_seen + b * p.ldD, m);
       V total{};
-      for (int64_t begin = 0; begin < p.Ap; begin += kWidth) {
-        const int64_t end = begin + kWidth < p.Ap ? begin + kWidth : p.Ap;
-        const int steps = static_cast<int>((end - begin) / Simd<T>::kLanes);
-        if (factors + steps > DifferenceSums<T>::kFactors) {
-          sums.add(q, factors, above, sum_g);
+      for (int64_t begin = 0; begin < p.Ap; begin += most) {
+        const int64_t end = begin + most < p.Ap ? begin + most : p.Ap;
+        const int more = static_cast<int>((end - begin) / Simd<T>::kLanes) * step_bits;
+        if (bits + more > DifferenceSums<T>::kBits) {
+          sums.add(q, bits, above, sum_g);
           q = above = sum_g = V{};
-          factors = 0;
+          bits = 0;
         }
-        factors += steps;
-        total += own_entry<T, kPass, kWant, kMasked>(p, s, u, b, begin, end, half_distance, q,
-                                                     above, sum_g);
+        bits += more;
+        total += own_entry<T, kPass, kWant, kMasked, kBounded>(p, s, u, b, begin, end,
+                                                               half_distance, q, above, sum_g);
       }
       if (kWant != Want::kLoss) {
         const T weight = horizontal_sum<T>(total);
@@ -905,7 +950,7 @@ __attribute__((noinline)) void own_entries(const DifferenceParams<T>& p,
     }
   }
   if (queue.count > 0) work_off<T, kPass, kWant>(p, s, queue, sums);
-  sums.add(q, factors, above, sum_g);
+  sums.add(q, bits, above, sum_g);
 }
 
 // Rows loaded, compared with all anchors, worked off.
@@ -960,10 +1005,17 @@ void own_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, const
       clear(p.Ap, s.f + u * p.ldA);
       if (s.d_rows) clear(p.ldD, s.d_rows + u * p.ldD);
     }
+  constexpr bool kMayBeBounded = kPass == Pass::kNce;
+  const auto entries = [&]<bool kMasked>() {
+    if (kMayBeBounded && p.logit_bits > 0)
+      own_entries<T, kPass, kWant, kMasked, kMayBeBounded>(p, s, tile, exact, sums);
+    else
+      own_entries<T, kPass, kWant, kMasked, false>(p, s, tile, exact, sums);
+  };
   if (masked)
-    own_entries<T, kPass, kWant, true>(p, s, tile, exact, sums);
+    entries.template operator()<true>();
   else
-    own_entries<T, kPass, kWant, false>(p, s, tile, exact, sums);
+    entries.template operator()<false>();
   if (kWant != Want::kKeys) return;
   combine(s, rows, p.Ap, p.ldA);
   dense_gemm<T, Product::kFull, true>(p.A, p.Dp, rows, s.y, p.ldA, s.rows, p.ldD, s.d_anchor, p.ldD,

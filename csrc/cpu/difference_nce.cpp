@@ -14,6 +14,7 @@
 #include "host.h"
 #include "instance_order.h"
 #include "kernels.h"
+#include "plan.h"
 
 namespace crrcd {
 
@@ -266,6 +267,7 @@ class DifferenceNce {
     });
     p.slope = slopes;
     p.weight = weights;
+    p.logit_bits = logit_bits(scale, offset);
     set_offsets([&](int64_t) { return -offset / kLog2; });
   }
 

@@ -208,7 +208,7 @@ void shared_log_sum_exp(const InstanceParams<T>& p, const InstanceScratch<T>& s,
     V sum{}, slope{};
     for (int64_t n = 0; n < m; ++n) {
       V z = load(s.z + n * ld + b);
-      V e = exp2_nonpositive(z * scale - offset - top);
+      V e = exp2_of(z * scale - offset - top);
       if (kMasked) {
         const V keep = load(s.keep + n * ld + b);
         e = keep > 0 ? e : V{};
@@ -219,7 +219,7 @@ void shared_log_sum_exp(const InstanceParams<T>& p, const InstanceScratch<T>& s,
       store(s.z + n * ld + b, e);
     }
     store(running_max, top);
-    store(tile_factor + b, exp2_nonpositive(before - top));
+    store(tile_factor + b, exp2_of(before - top));
     store(tile_sum + b, sum);
     store(tile_slope + b, slope);
   }
@@ -430,7 +430,7 @@ void own_log_sum_exp(const InstanceParams<T>& p, const InstanceScratch<T>& s, in
   for (int64_t i = 0; i < n; i += kLanes) {
     const V keep = load(s.keep + i);
     V z = load(s.z + i);
-    V e = exp2_nonpositive(z * scale - offset - top);
+    V e = exp2_of(z * scale - offset - top);
     e = keep > 0 ? e : V{};
     z = keep > 0 ? z : V{};
     sum += e;

@@ -34,6 +34,7 @@ namespace {
 
 // clang-format off: each of them needs those before it
 #include "simd.h"
+#include "softplus.h"
 #include "gemm.h"
 #include "relation_kernel.h"
 #include "pairwise_kernel.h"

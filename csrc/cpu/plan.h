@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "relation_params.h"
@@ -14,6 +15,14 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 inline int64_t leading_dimension(int64_t n, int64_t element_size) {
   const int64_t line = 64 / element_size;
   return (round_up(n, line) / line | 1) * line;
+}
+
+// For logits scale * cosine - offset in units of log 2: the least n with 1 + 2^logit <= 2^n for all of
+// them, or 0 where n > 30 or a logit may be below -120. Cosines round to what is a little above 1.
+inline int logit_bits(double scale, double offset) {
+  const double reach = 1.01 * std::abs(scale) / std::log(2.0), middle = -offset / std::log(2.0);
+  if (!(middle + reach <= 29 && middle - reach >= -120)) return 0;
+  return std::max(1, static_cast<int>(std::ceil(std::log2(1 + std::exp2(middle + reach)))));
 }
 
 struct Needs {

@@ -282,20 +282,6 @@ T load_tile(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t t, int64_t 
   return horizontal_sum<T>(poison);
 }
 
-// log prod (1 + q) over the lanes, in double and without losing small q.
-template <typename T>
-double log_product(const T* q, int64_t n) {
-  double total = 0, product = 0;  // product = prod (1 + q) - 1
-  for (int64_t i = 0; i < n; ++i) {
-    product = product * q[i] + (product + q[i]);
-    if (product > 1e100) {
-      total += __builtin_log1p(product);
-      product = 0;
-    }
-  }
-  return total + __builtin_log1p(product);
-}
-
 // Loss and logit gradients of one tile from z = <q_b, w> and 1/|w|.
 template <typename T, Pass kPass, bool kMasked>
 void tile_logits(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t a, int64_t m,

@@ -117,17 +117,31 @@ CRRCD_INLINE uint32_t positive_bits(Simd<double>::V v) {
 #endif
 }
 
-// 1 / x for x in [1, 2].
-CRRCD_INLINE Simd<float>::V reciprocal(Simd<float>::V x) {
+// x[i] = 1 / x[i] for x in [1, 2].
+template <int kVectors>
+CRRCD_INLINE void reciprocal(Simd<float>::V (&x)[kVectors]) {
+  using V = Simd<float>::V;
 #if CRRCD_VECTOR_BYTES == 64 && defined(__x86_64__)
-  const Simd<float>::V r = (Simd<float>::V)_mm512_rcp14_ps((__m512)x);
-  return r + r * (1.0f - x * r);  // one Newton step: 14 bits become 24
+  V r[kVectors];
+  for (int i = 0; i < kVectors; ++i) r[i] = (V)_mm512_rcp14_ps((__m512)x[i]);
+  for (int i = 0; i < kVectors; ++i) x[i] = 1.0f - x[i] * r[i];
+  for (int i = 0; i < kVectors; ++i) x[i] = r[i] + r[i] * x[i];  // Newton: 14 bits become 24
 #else
-  return 1.0f / x;
+  for (V& y : x) y = 1.0f / y;
 #endif
 }
 
-CRRCD_INLINE Simd<double>::V reciprocal(Simd<double>::V x) { return 1.0 / x; }
+template <int kVectors>
+CRRCD_INLINE void reciprocal(Simd<double>::V (&x)[kVectors]) {
+  for (Simd<double>::V& y : x) y = 1.0 / y;
+}
+
+template <typename V>
+CRRCD_INLINE V reciprocal(V x) {
+  V alone[1] = {x};
+  reciprocal(alone);
+  return alone[0];
+}
 
 // exp(x) for x <= 0, to about one unit in the last place; 0 where the result is not a normal
 // number. The sum with `rounder` has the integer in its lowest bits, which are shifted to where the
@@ -181,44 +195,81 @@ CRRCD_INLINE Simd<double>::V exp_nonpositive(Simd<double>::V x) {
   return x < -708.0 ? V{} : result;
 }
 
-// 2^x for x <= 0, to about one unit in the last place; 0 where the result is not a normal number.
-// One step of range reduction is exact here, where exp needs two.
-CRRCD_INLINE Simd<float>::V exp2_nonpositive(Simd<float>::V x) {
-  using V = Simd<float>::V;
 #if CRRCD_VECTOR_BYTES == 64 && defined(__x86_64__)
-  const V n = (V)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+alignas(64) constexpr float kPowersOfTwo[32] = {  // 2^(i / 32)
+    1.0f, 1.02189715f, 1.04427378f, 1.0671404f,
+    1.09050773f, 1.11438674f, 1.13878863f, 1.16372486f,
+    1.18920712f, 1.21524736f, 1.24185781f, 1.26905096f,
+    1.29683955f, 1.32523664f, 1.35425555f, 1.38390988f,
+    1.41421356f, 1.44518081f, 1.47682615f, 1.50916443f,
+    1.54221083f, 1.57598085f, 1.61049033f, 1.64575548f,
+    1.68179283f, 1.7186193f, 1.75625216f, 1.79470908f,
+    1.83400809f, 1.87416763f, 1.91520656f, 1.95714412f};
+#endif
+
+// x[i] = 2^x[i] for x < 127, to one and a half units in the last place; 0 where the result is not a
+// normal number, which with kNormal the caller knows to happen for no x but those below -1e6. Each
+// step is taken for all vectors before the next: one chain of steps after the other they would fill
+// a processor's scheduler, which then never sees the start of the next chain.
+template <bool kNormal = false, int kVectors>
+CRRCD_INLINE void exp2_of(Simd<float>::V (&x)[kVectors]) {
+  using V = Simd<float>::V;
+  V t[kVectors], n[kVectors], r[kVectors], p[kVectors];
+#if CRRCD_VECTOR_BYTES == 64 && defined(__x86_64__)
+  // 2^x = 2^floor(n) 2^(i / 32) 2^r with n the multiple of 1/32 next to x, i in the lowest bits of t
+  const V rounder = splat(393216.0f);  // 1.5 * 2^18: adding it rounds to a multiple of 1/32
+  const __m512 powers[2] = {_mm512_load_ps(kPowersOfTwo), _mm512_load_ps(kPowersOfTwo + 16)};
+  for (int i = 0; i < kVectors; ++i) t[i] = x[i] + rounder;
+  for (int i = 0; i < kVectors; ++i) n[i] = t[i] - rounder;
+  for (int i = 0; i < kVectors; ++i)
+    t[i] = (V)_mm512_permutex2var_ps(powers[0], (__m512i)t[i], powers[1]);
+  for (int i = 0; i < kVectors; ++i) r[i] = x[i] - n[i];
+  for (int i = 0; i < kVectors; ++i) p[i] = r[i] * 2.4022651e-1f + 6.9315735e-1f;
+  for (int i = 0; i < kVectors; ++i) r[i] = r[i] * t[i];
+  for (int i = 0; i < kVectors; ++i) p[i] = p[i] * r[i] + t[i];
+  for (int i = 0; i < kVectors; ++i) {
+    const __mmask16 normal =
+        kNormal ? __mmask16(0xffff)
+                : _mm512_cmp_ps_mask((__m512)x[i], _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    x[i] = kNormal ? (V)_mm512_scalef_ps((__m512)p[i], (__m512)n[i])
+                   : (V)_mm512_maskz_scalef_ps(normal, (__m512)p[i], (__m512)n[i]);
+  }
 #else
   using U = Simd<float>::U;
-  const V rounder = splat(12582912.0f);
-  const V t = x + rounder;
-  const V n = t - rounder;
-#endif
-  const V r = x - n;
-  V p = splat(1.5353362e-4f);
-  p = p * r + 1.3398875e-3f;
-  p = p * r + 9.6184369e-3f;
-  p = p * r + 5.5503324e-2f;
-  p = p * r + 2.4022648e-1f;
-  p = p * r + 6.9314718e-1f;
-  p = p * r + 1.0f;
-#if CRRCD_VECTOR_BYTES == 64 && defined(__x86_64__)
-  const __mmask16 tiny = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_LT_OQ);
-  return (V)_mm512_maskz_scalef_ps(static_cast<__mmask16>(~tiny), (__m512)p, (__m512)n);
-#else
-  const V result = p * (V)(((U)t << 23) + 0x3f800000u);
-  return x < -126.0f ? V{} : result;
+  const V rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  for (int i = 0; i < kVectors; ++i) t[i] = x[i] + rounder;
+  for (int i = 0; i < kVectors; ++i) n[i] = t[i] - rounder;
+  for (int i = 0; i < kVectors; ++i) r[i] = x[i] - n[i];
+  for (int i = 0; i < kVectors; ++i) p[i] = r[i] * 1.5353362e-4f + 1.3398875e-3f;
+  for (int i = 0; i < kVectors; ++i) p[i] = p[i] * r[i] + 9.6184369e-3f;
+  for (int i = 0; i < kVectors; ++i) p[i] = p[i] * r[i] + 5.5503324e-2f;
+  for (int i = 0; i < kVectors; ++i) p[i] = p[i] * r[i] + 2.4022648e-1f;
+  for (int i = 0; i < kVectors; ++i) p[i] = p[i] * r[i] + 6.9314718e-1f;
+  for (int i = 0; i < kVectors; ++i) p[i] = p[i] * r[i] + 1.0f;
+  for (int i = 0; i < kVectors; ++i) p[i] *= (V)(((U)t[i] << 23) + 0x3f800000u);
+  for (int i = 0; i < kVectors; ++i) x[i] = x[i] < -126.0f ? V{} : p[i];
 #endif
 }
 
-CRRCD_INLINE Simd<double>::V exp2_nonpositive(Simd<double>::V x) {
+template <bool kNormal = false, int kVectors>
+CRRCD_INLINE void exp2_of(Simd<double>::V (&x)[kVectors]) {
   using V = Simd<double>::V;
   using U = Simd<double>::U;
   const V rounder = splat(6755399441055744.0);
-  const V t = x + rounder;
-  const V n = t - rounder;
-  const V p = exp_near_zero((x - n) * 0.69314718055994530942);
-  const V result = p * (V)(((U)t << 52) + 0x3ff0000000000000u);
-  return x < -1022.0 ? V{} : result;
+  for (V& y : x) {
+    const V t = y + rounder;
+    const V n = t - rounder;
+    const V p = exp_near_zero((y - n) * 0.69314718055994530942);
+    const V result = p * (V)(((U)t << 52) + 0x3ff0000000000000u);
+    y = y < -1022.0 ? V{} : result;
+  }
+}
+
+template <typename V>
+CRRCD_INLINE V exp2_of(V x) {
+  V alone[1] = {x};
+  exp2_of(alone);
+  return alone[0];
 }
 
 template <typename T>
