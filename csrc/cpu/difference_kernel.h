@@ -104,38 +104,25 @@ size_t carve(const DifferenceParams<T>& p, std::byte* base, DifferenceScratch<T>
   return c.used;
 }
 
-// The loss as the logarithm of a product of 1 + q; further factors of the parts' sums.
+// Sums of a part.
 template <typename T>
 struct DifferenceSums {
   using V = typename Simd<T>::V;
-  static constexpr int kLanes = Simd<T>::kLanes;
-  static constexpr int kBits = sizeof(T) == 4 ? 120 : 480;  // 1 + q of a vector is below 2^kBits
 
-  double product[kLanes] = {};
-  int bits = 0;  // product < 2^bits
+  LogProduct<T> products;
   double loss = 0;
   double sum_g = 0;
 
   // q: a vector of products minus 1, of which 1 + q <= 2^count; above: what was left out of them, in
   // units of log 2.
   CRRCD_INLINE void add(V q, int count, V above, V g) {
-    if (bits + count > 900) fold();
-    T lane[kLanes];
-    store(lane, q);
-    for (int i = 0; i < kLanes; ++i) product[i] = product[i] * lane[i] + (product[i] + lane[i]);
-    bits += count;
-    loss += 0.69314718055994530942 * static_cast<double>(horizontal_sum<T>(above));
+    products.add(q, count);
+    loss += kLog2 * static_cast<double>(horizontal_sum<T>(above));
     sum_g += static_cast<double>(horizontal_sum<T>(g));
-  }
-
-  __attribute__((noinline)) void fold() {
-    loss += log_product(product, kLanes);
-    for (double& x : product) x = 0;
-    bits = 0;
   }
 };
 
-// Two vectors of logits (units of log 2), or one, to loss and slopes g = d loss / d logit.
+// One vector of logits (units of log 2) or pairs of them to loss and slopes g = d loss / d logit.
 template <typename T, Pass kPass, bool kBounded, int kVectors>
 CRRCD_INLINE void logit_slopes(const typename Simd<T>::V (&logit)[kVectors],
                                typename Simd<T>::V& q, typename Simd<T>::V& above,
@@ -144,7 +131,7 @@ CRRCD_INLINE void logit_slopes(const typename Simd<T>::V (&logit)[kVectors],
     for (int i = 0; i < kVectors; ++i) g[i] = logit[i];
     exp2_of(g);
   } else if constexpr (kBounded) {
-    softplus_bounded<T>(logit, q, g);
+    softplus_bounded<T, true>(logit, q, g);
   } else {
     softplus<T>(logit, q, above, g);
   }
@@ -531,7 +518,7 @@ __attribute__((noinline)) void shared_anchors(const DifferenceParams<T>& p,
   constexpr int kGroups = kAnchors / kTogether;
   const int64_t ld_t = tile_stride(p);
   const int step_bits = kTogether * (kBounded ? p.logit_bits : 1);
-  const int64_t most = DifferenceSums<T>::kBits / step_bits * kLanes;
+  const int64_t most = LogProduct<T>::kBits / step_bits * kLanes;
   const T* inverse_rows = s.inverse + a * ld_t;
   const T* half_rows = s.half_norm + a * ld_t;
   const T* drop_rows = s.drop + a * ld_t;
@@ -560,7 +547,7 @@ __attribute__((noinline)) void shared_anchors(const DifferenceParams<T>& p,
     for (int64_t begin = 0; begin < width; begin += most) {
       const int64_t end = begin + most < width ? begin + most : width;
       const int more = static_cast<int>((end - begin) / kLanes) * step_bits;
-      if (bits + more > DifferenceSums<T>::kBits) flush();
+      if (bits + more > LogProduct<T>::kBits) flush();
       bits += more;
       for (int64_t n = begin; n < end; n += kLanes) {
         const V half_distance = load(distance_row + n) * T(0.5);
@@ -916,7 +903,7 @@ __attribute__((noinline)) void own_entries(const DifferenceParams<T>& p,
   const Bucket& bucket = tile.bucket;
   using V = typename Simd<T>::V;
   const int step_bits = kBounded ? p.logit_bits : 1;
-  const int64_t most = DifferenceSums<T>::kBits / step_bits * Simd<T>::kLanes;
+  const int64_t most = LogProduct<T>::kBits / step_bits * Simd<T>::kLanes;
   ExactQueue<T> queue;
   V q{}, above{}, sum_g{};
   int bits = 0;
@@ -930,7 +917,7 @@ __attribute__((noinline)) void own_entries(const DifferenceParams<T>& p,
       for (int64_t begin = 0; begin < p.Ap; begin += most) {
         const int64_t end = begin + most < p.Ap ? begin + most : p.Ap;
         const int more = static_cast<int>((end - begin) / Simd<T>::kLanes) * step_bits;
-        if (bits + more > DifferenceSums<T>::kBits) {
+        if (bits + more > LogProduct<T>::kBits) {
           sums.add(q, bits, above, sum_g);
           q = above = sum_g = V{};
           bits = 0;
@@ -1133,8 +1120,7 @@ void difference_part(const DifferenceParams<T>& p, int64_t part, std::byte* memo
     own_pass<T, kPass, kWant>(p, s, part, memory, sums);
   else
     shared_pass<T, kPass, kWant>(p, s, part, sums);
-  sums.fold();
-  p.scalars[part * 2] += sums.loss;
+  p.scalars[part * 2] += sums.loss + sums.products.log();
   p.scalars[part * 2 + 1] += sums.sum_g;
 }
 

@@ -21,7 +21,6 @@ namespace crrcd {
 namespace {
 
 constexpr const char* kOp = "difference_nce";
-constexpr double kLog2 = 0.69314718055994530942;
 constexpr double kLeftOut = -1e30;
 
 template <typename T>

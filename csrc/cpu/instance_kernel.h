@@ -10,7 +10,6 @@ constexpr int64_t kKeyTile = 128;      // rows of a tile of shared negatives
 constexpr int64_t kQueryBlock = 256;   // queries that meet a tile at a time
 constexpr int64_t kChunk = 64;         // entries of one query that are worked off together
 constexpr int64_t kFilterWords = 64;   // of 64 bits, one a hash
-constexpr int64_t kStepsToFlush = 64;  // (1 + q) at most doubles a step, so that q stays finite
 
 template <typename T>
 struct InstanceScratch {
@@ -70,14 +69,14 @@ size_t carve(const InstanceParams<T>& p, std::byte* base, InstanceScratch<T>& s)
 template <typename T>
 struct NceSums {
   using V = typename Simd<T>::V;
-  V above{}, q{}, g{}, slope{};  // q = product of (1 + exp(-|logit|)) - 1
+  V above{}, q{}, g{}, slope{};  // above and q as in softplus
   int64_t steps = 0;
+  LogProduct<T> products;
   double loss = 0, d_scale = 0, d_offset = 0;
 
   CRRCD_INLINE void flush() {
-    T lanes[Simd<T>::kLanes];
-    store(lanes, q);
-    loss += horizontal_sum<T>(above) + log_product(lanes, Simd<T>::kLanes);
+    products.add(q, kMostlyBoundedBits);
+    loss += kLog2 * static_cast<double>(horizontal_sum<T>(above));
     d_scale += horizontal_sum<T>(slope);
     d_offset -= horizontal_sum<T>(g);
     above = q = g = slope = V{};
@@ -85,28 +84,45 @@ struct NceSums {
   }
 };
 
-// Adds the softplus of logits and returns its derivative; keep is read only when kMasked.
-template <typename T, bool kMasked>
-CRRCD_INLINE typename Simd<T>::V nce_step(const InstanceParams<T>& p, typename Simd<T>::V z,
-                                          typename Simd<T>::V keep, NceSums<T>& s) {
+// Vectors of products z: adds the softplus of their logits to the sums and makes z its derivatives,
+// times scale. Where keep is 0, which is read only when kMasked, nothing is added and z becomes 0.
+template <typename T, bool kMasked, int kVectors>
+CRRCD_INLINE void nce_steps(const InstanceParams<T>& p, typename Simd<T>::V (&z)[kVectors],
+                            const typename Simd<T>::V (&keep)[kVectors], NceSums<T>& s) {
   using V = typename Simd<T>::V;
-  const V logit = z * p.scale - p.offset;
-  V e = exp_nonpositive(logit > 0 ? -logit : logit);
-  const V r = reciprocal(T(1) + e);
-  V g = logit > 0 ? r : e * r;
-  V above = logit > 0 ? logit : V{};
-  if (kMasked) {
-    e = keep > 0 ? e : V{};
-    g = keep > 0 ? g : V{};
-    above = keep > 0 ? above : V{};
-    z = keep > 0 ? z : V{};
+  V logit[kVectors], g[kVectors];
+  for (int i = 0; i < kVectors; ++i) {
+    logit[i] = z[i] * p.scale_log2 - p.offset_log2;
+    if (kMasked) {
+      logit[i] = keep[i] > 0 ? logit[i] : splat(T(-1e30));
+      z[i] = keep[i] > 0 ? z[i] : V{};
+    }
   }
-  s.above += above;
-  s.q = s.q * e + (s.q + e);
-  s.g += g;
-  s.slope += g * z;
-  if (++s.steps == kStepsToFlush) s.flush();
-  return g;
+  if (s.steps + kVectors > kMostlyBoundedSteps) s.flush();
+  s.steps += kVectors;
+  softplus_mostly_bounded<T>(logit, s.q, s.above, g);
+  const T slope = p.scale * p.gradient_scale;
+  for (int i = 0; i < kVectors; ++i) {
+    s.g += g[i];
+    s.slope += g[i] * z[i];
+    z[i] = g[i] * slope;
+  }
+}
+
+// nce_steps of n vectors in memory, z of which are `step` numbers apart and keep `keep_step`.
+template <typename T, bool kMasked>
+CRRCD_INLINE void nce_column(const InstanceParams<T>& p, int64_t n, T* z, int64_t step,
+                             const T* keep, int64_t keep_step, NceSums<T>& s) {
+  using V = typename Simd<T>::V;
+  for_vectors(n, [&]<int kVectors>(int64_t first) {
+    V x[kVectors], kept[kVectors];
+    for (int i = 0; i < kVectors; ++i) {
+      x[i] = load(z + (first + i) * step);
+      kept[i] = kMasked ? load(keep + (first + i) * keep_step) : V{};
+    }
+    nce_steps<T, kMasked>(p, x, kept, s);
+    for (int i = 0; i < kVectors; ++i) store(z + (first + i) * step, x[i]);
+  });
 }
 
 template <typename T>
@@ -168,23 +184,45 @@ bool fill_keep(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t 
 template <typename T, bool kMasked>
 void shared_nce(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t m, int64_t b0,
                 int64_t width, int64_t ld, NceSums<T>& sums) {
-  using V = typename Simd<T>::V;
-  const T slope = p.scale * p.gradient_scale;
   for (int64_t b = 0; b < width; b += Simd<T>::kLanes) {
-    const V live = load(s.live + b0 + b);
     const bool padded = b0 + b + Simd<T>::kLanes > p.B;
-    for (int64_t n = 0; n < m; ++n) {
-      T* z = s.z + n * ld + b;
-      V g;
-      if (kMasked || padded) {
-        const V keep = kMasked ? load(s.keep + n * ld + b) * live : live;
-        g = nce_step<T, true>(p, load(z), keep, sums);
-      } else {
-        g = nce_step<T, false>(p, load(z), live, sums);
-      }
-      store(z, g * slope);
-    }
+    if (kMasked && padded)
+      for (int64_t n = 0; n < m; ++n)
+        store(s.keep + n * ld + b, load(s.keep + n * ld + b) * load(s.live + b0 + b));
+    if (kMasked)
+      nce_column<T, true>(p, m, s.z + b, ld, s.keep + b, ld, sums);
+    else if (padded)
+      nce_column<T, true>(p, m, s.z + b, ld, s.live + b0 + b, 0, sums);
+    else
+      nce_column<T, false>(p, m, s.z + b, ld, nullptr, 0, sums);
   }
+}
+
+// n vectors of products z, `step` numbers apart, to e = 2^(scale z - offset - top), their sum and that
+// of e z. Where keep is 0, which is read only when kMasked, e is 0.
+template <typename T, bool kMasked>
+CRRCD_INLINE void sum_exp(const InstanceParams<T>& p, int64_t n, T* z, int64_t step, const T* keep,
+                          typename Simd<T>::V top, typename Simd<T>::V& sum,
+                          typename Simd<T>::V& slope) {
+  using V = typename Simd<T>::V;
+  for_vectors(n, [&]<int kVectors>(int64_t first) {
+    V x[kVectors], e[kVectors];
+    for (int i = 0; i < kVectors; ++i) {
+      x[i] = load(z + (first + i) * step);
+      e[i] = x[i] * p.scale_log2 - p.offset_log2 - top;
+    }
+    exp2_of(e);
+    for (int i = 0; i < kVectors; ++i) {
+      if (kMasked) {
+        const V kept = load(keep + (first + i) * step);
+        e[i] = kept > 0 ? e[i] : V{};
+        x[i] = kept > 0 ? x[i] : V{};
+      }
+      sum += e[i];
+      slope += e[i] * x[i];
+      store(z + (first + i) * step, e[i]);
+    }
+  });
 }
 
 // Running maximum and sums; leaves e = 2^(logit - maximum) in s.z.
@@ -206,18 +244,7 @@ void shared_log_sum_exp(const InstanceParams<T>& p, const InstanceScratch<T>& s,
       top = logit > top ? logit : top;
     }
     V sum{}, slope{};
-    for (int64_t n = 0; n < m; ++n) {
-      V z = load(s.z + n * ld + b);
-      V e = exp2_of(z * scale - offset - top);
-      if (kMasked) {
-        const V keep = load(s.keep + n * ld + b);
-        e = keep > 0 ? e : V{};
-        z = keep > 0 ? z : V{};
-      }
-      sum += e;
-      slope += e * z;
-      store(s.z + n * ld + b, e);
-    }
+    sum_exp<T, kMasked>(p, m, s.z + b, ld, s.keep + b, top, sum, slope);
     store(running_max, top);
     store(tile_factor + b, exp2_of(before - top));
     store(tile_sum + b, sum);
@@ -233,21 +260,30 @@ void shared_log_sum_exp(const InstanceParams<T>& p, const InstanceScratch<T>& s,
   }
 }
 
-// Gradients of the logits, the normaliser known.
+// n vectors of products z, `step` numbers apart, to gradients of the logits, the normaliser (in units
+// of log 2) known. Where keep is 0, which is read only when kMasked, they are 0.
+template <typename T, bool kMasked>
+CRRCD_INLINE void softmax(const InstanceParams<T>& p, int64_t n, T* z, int64_t step, const T* keep,
+                          typename Simd<T>::V normalizer) {
+  using V = typename Simd<T>::V;
+  const T slope = p.scale * p.gradient_scale;
+  for_vectors(n, [&]<int kVectors>(int64_t first) {
+    V g[kVectors];
+    for (int i = 0; i < kVectors; ++i)
+      g[i] = load(z + (first + i) * step) * p.scale_log2 - p.offset_log2 - normalizer;
+    exp2_of(g);
+    for (int i = 0; i < kVectors; ++i) {
+      if (kMasked) g[i] = load(keep + (first + i) * step) > 0 ? g[i] : V{};
+      store(z + (first + i) * step, g[i] * slope);
+    }
+  });
+}
+
 template <typename T, bool kMasked>
 void shared_softmax(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t m, int64_t b0,
                     int64_t width, int64_t ld) {
-  using V = typename Simd<T>::V;
-  const T slope = p.scale * p.gradient_scale;
-  for (int64_t b = 0; b < width; b += Simd<T>::kLanes) {
-    const V normalizer = load(p.log_normalizer + b0 + b);
-    for (int64_t n = 0; n < m; ++n) {
-      T* z = s.z + n * ld + b;
-      V g = exp_nonpositive(load(z) * p.scale - p.offset - normalizer);
-      if (kMasked) g = load(s.keep + n * ld + b) > 0 ? g : V{};
-      store(z, g * slope);
-    }
-  }
+  for (int64_t b = 0; b < width; b += Simd<T>::kLanes)
+    softmax<T, kMasked>(p, m, s.z + b, ld, s.keep + b, load(p.log_normalizer + b0 + b));
 }
 
 template <typename T, Pass kPass, bool kMasked>
@@ -393,14 +429,6 @@ __attribute__((noinline)) void add_outer_panel(int64_t n, const int64_t* row, in
     }
 }
 
-template <typename T, bool kMasked>
-void own_nce(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t begin, int64_t end,
-             NceSums<T>& sums) {
-  const T slope = p.scale * p.gradient_scale;
-  for (int64_t i = begin; i < end; i += Simd<T>::kLanes)
-    store(s.z + i, nce_step<T, kMasked>(p, load(s.z + i), load(s.keep + i), sums) * slope);
-}
-
 template <typename T>
 void own_log_sum_exp(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t b, int64_t n,
                      int64_t part) {
@@ -427,28 +455,9 @@ void own_log_sum_exp(const InstanceParams<T>& p, const InstanceScratch<T>& s, in
     *running_max = top;
   }
   V sum{}, slope{};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const V keep = load(s.keep + i);
-    V z = load(s.z + i);
-    V e = exp2_of(z * scale - offset - top);
-    e = keep > 0 ? e : V{};
-    z = keep > 0 ? z : V{};
-    sum += e;
-    slope += e * z;
-    store(s.z + i, e);
-  }
+  sum_exp<T, true>(p, (n + kLanes - 1) / kLanes, s.z, kLanes, s.keep, splat(top), sum, slope);
   p.running_sum[at] += horizontal_sum<T>(sum);
   p.running_slope[at] += horizontal_sum<T>(slope);
-}
-
-template <typename T>
-void own_softmax(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t b, int64_t n) {
-  using V = typename Simd<T>::V;
-  const T slope = p.scale * p.gradient_scale, normalizer = p.log_normalizer[b];
-  for (int64_t i = 0; i < n; i += Simd<T>::kLanes) {
-    const V g = exp_nonpositive(load(s.z + i) * p.scale - p.offset - normalizer);
-    store(s.z + i, load(s.keep + i) > 0 ? g * slope : V{});
-  }
 }
 
 template <typename T, Pass kPass>
@@ -484,12 +493,14 @@ void process_chunk(const InstanceParams<T>& p, const InstanceScratch<T>& s, cons
       }
   for (int64_t i = n; i % kLanes != 0; ++i) s.keep[i] = s.z[i] = 0;
   if (kPass == Pass::kNce) {
-    const int64_t whole = masked ? 0 : n / kLanes * kLanes;  // the last vector may have padding
-    own_nce<T, false>(p, s, 0, whole, sums);
-    own_nce<T, true>(p, s, whole, n, sums);
+    const int64_t whole = masked ? 0 : n / kLanes;  // the last vector may have padding
+    nce_column<T, false>(p, whole, s.z, kLanes, nullptr, 0, sums);
+    nce_column<T, true>(p, (n + kLanes - 1) / kLanes - whole, s.z + whole * kLanes, kLanes,
+                        s.keep + whole * kLanes, kLanes, sums);
   }
   if (kPass == Pass::kLogSumExp) own_log_sum_exp(p, s, b, n, part);
-  if (kPass == Pass::kSoftmax) own_softmax(p, s, b, n);
+  if (kPass == Pass::kSoftmax)
+    softmax<T, true>(p, (n + kLanes - 1) / kLanes, s.z, kLanes, s.keep, splat(p.log_normalizer[b]));
 
   if (p.need_query && kPass != Pass::kSoftmax) {
     T* d_query = p.d_query + (part * p.B + b) * p.ldD;

@@ -16,7 +16,6 @@ namespace crrcd {
 namespace {
 
 constexpr const char* kOp = "instance_nce";
-constexpr double kLog2 = 0.69314718055994530942;
 
 // Entries that are sorted at a time: the lists take up to four times as many bytes.
 constexpr int64_t kEntriesAtOnce = int64_t(1) << 22;
@@ -79,7 +78,7 @@ class InstanceNce {
         d_query = sum_parts(d_query_parts.mul_(
             (share * (static_cast<double>(p.scale) * p.gradient_scale)).unsqueeze(-1).to(dtype)));
       if (x.needs(kInstanceBank)) {
-        const at::Tensor row = padded(normalizer, dtype, 1, p.ldB);
+        const at::Tensor row = padded(normalizer / kLog2, dtype, 1, p.ldB);
         p.log_normalizer = pointer<T>(row);
         sweep(Pass::kSoftmax);
       }

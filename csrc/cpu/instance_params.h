@@ -48,7 +48,7 @@ struct InstanceParams {
   const T* query = nullptr;    // [B, ldD]
   const T* query_t = nullptr;  // [D, ldB], shared
   T scale = 1, offset = 0;
-  // InfoNCE's sums are of powers of two, which are cheaper than those of e
+  // logits in units of log 2: powers of two are cheaper than those of e
   T scale_log2 = 1, offset_log2 = 0;
   T gradient_scale = 1;  // 1 / B: every gradient is that of the mean
 
@@ -58,7 +58,7 @@ struct InstanceParams {
   const int64_t* query_label = nullptr;  // [B]
   const int64_t* key_label = nullptr;    // [N]
 
-  const T* log_normalizer = nullptr;  // [ldB], kSoftmax
+  const T* log_normalizer = nullptr;  // [ldB], in units of log 2 (kSoftmax)
 
   // sums; one slice a part, added up by the host in a fixed order
   double* scalars = nullptr;        // [parts, 3]: loss, d_scale, d_offset (kNce)

@@ -282,84 +282,93 @@ T load_tile(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t t, int64_t 
   return horizontal_sum<T>(poison);
 }
 
-// Loss and logit gradients of one tile from z = <q_b, w> and 1/|w|.
+// Loss and logit gradients of one tile from z = <q_b, w> and 1/|w|. Logits are in units of log 2.
 template <typename T, Pass kPass, bool kMasked>
 void tile_logits(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t a, int64_t m,
                  const T* keep, T* d_logit, T* running_max, T* running_sum, double* scalars) {
   using V = typename Simd<T>::V;
   constexpr int kLanes = Simd<T>::kLanes;
   constexpr int64_t kBlock = 16;  // two short sums round less than one long one
-  constexpr int64_t kFlush = 64;  // (1 + q) at most doubles a row, so q stays finite
   const T* pair = p.pair + a * p.ldB;
   const T* log_normalizer = kPass == Pass::kSoftmax ? p.log_normalizer + a * p.ldB : nullptr;
   double loss = 0, d_scale = 0, d_offset = 0;
+  LogProduct<T> products;
   for (int64_t b = 0; b < p.Bp; b += kLanes) {
     const V weight = load(pair + b);
-    if (kPass == Pass::kLogSumExp) {
+    const auto logit_of = [&](int64_t n) {
+      V logit = load(s.z + n * p.ldB + b) * (p.scale_log2 * s.inverse[n]) - p.offset_log2;
+      if (kMasked) logit = load(keep + n * p.ldB + b) > 0 ? logit : splat(T(-1e30));
+      return logit;
+    };
+    if constexpr (kPass == Pass::kLogSumExp) {
       V top = load(running_max + b), old_top = top;
       for (int64_t n = 0; n < m; ++n) {
-        V logit = load(s.z + n * p.ldB + b) * (p.scale * s.inverse[n]) - p.offset;
-        if (kMasked) logit = load(keep + n * p.ldB + b) > 0 ? logit : splat(T(-1e30));
+        const V logit = logit_of(n);
         store(s.z + n * p.ldB + b, logit);
         top = logit > top ? logit : top;
       }
-      V sum = load(running_sum + b) * exp_nonpositive(old_top - top);
-      for (int64_t n = 0; n < m; ++n) {
-        V e = exp_nonpositive(load(s.z + n * p.ldB + b) - top);
-        if (kMasked) e *= load(keep + n * p.ldB + b);
-        sum += e;
-      }
+      V sum = load(running_sum + b) * exp2_of(old_top - top);
+      for_vectors(m, [&]<int kVectors>(int64_t first) {
+        V e[kVectors];
+        for (int i = 0; i < kVectors; ++i) e[i] = load(s.z + (first + i) * p.ldB + b) - top;
+        exp2_of(e);
+        for (int i = 0; i < kVectors; ++i) {
+          if (kMasked) e[i] *= load(keep + (first + i) * p.ldB + b);
+          sum += e[i];
+        }
+      });
       store(running_max + b, top);
       store(running_sum + b, sum);
       continue;
     }
-    V sum_positive{}, sum_g{}, sum_g_cosine{}, sum_ds{}, block_ds{}, q{};
-    for (int64_t n = 0; n < m; ++n) {
-      const T inverse = s.inverse[n];
-      const T slope = p.scale * inverse;
-      const V z = load(s.z + n * p.ldB + b);
-      const V logit = z * slope - p.offset;
-      V g;
-      if (kPass == Pass::kNce) {
-        V e = exp_nonpositive(logit > 0 ? -logit : logit);
-        const V r = reciprocal(T(1) + e);
-        g = logit > 0 ? r : e * r;
-        V above = logit > 0 ? logit : V{};
-        if (kMasked) {
-          const V keep_row = load(keep + n * p.ldB + b);
-          e *= keep_row;
-          above *= keep_row;
-          g *= keep_row;
-        }
-        sum_positive += above;
-        q = q * e + (q + e);
+    V above{}, sum_g{}, sum_g_cosine{}, sum_ds{}, block_ds{}, q{};
+    int steps = 0;
+    const auto flush = [&] {
+      products.add(weight > 0 ? q : V{}, kMostlyBoundedBits);
+      q = V{};
+      steps = 0;
+    };
+    const auto rows = [&]<int kVectors>(int64_t first) {
+      V logit[kVectors], g[kVectors];
+      for (int i = 0; i < kVectors; ++i) logit[i] = logit_of(first + i);
+      if constexpr (kPass == Pass::kNce) {
+        softplus_mostly_bounded<T>(logit, q, above, g);
       } else {
-        g = exp_nonpositive(logit - load(log_normalizer + b));
-        if (kMasked) g = load(keep + n * p.ldB + b) > 0 ? g : V{};  // g may be no number
+        const V normalizer = load(log_normalizer + b);
+        for (int i = 0; i < kVectors; ++i) g[i] = logit[i] - normalizer;
+        exp2_of(g);
+        if (kMasked)  // g may be no number
+          for (int i = 0; i < kVectors; ++i)
+            g[i] = load(keep + (first + i) * p.ldB + b) > 0 ? g[i] : V{};
       }
-      const V ds = g * (weight * (slope * p.gradient_scale));
-      store(s.ds + n * p.ldB + b, ds);
-      T* ds_z = s.ds_z + n * kLanes;
-      store(ds_z, b == 0 ? ds * z : load(ds_z) + ds * z);
-      block_ds += ds;
-      if (n % kBlock == kBlock - 1 || n + 1 == m) {
-        sum_ds += block_ds;
-        block_ds = V{};
+      for (int i = 0; i < kVectors; ++i) {
+        const int64_t n = first + i;
+        const T inverse = s.inverse[n];
+        const V z = load(s.z + n * p.ldB + b);
+        const V ds = g[i] * (weight * (p.scale * inverse * p.gradient_scale));
+        store(s.ds + n * p.ldB + b, ds);
+        T* ds_z = s.ds_z + n * kLanes;
+        store(ds_z, b == 0 ? ds * z : load(ds_z) + ds * z);
+        block_ds += ds;
+        sum_g += g[i];
+        sum_g_cosine += g[i] * (z * inverse);
       }
-      sum_g += g;
-      sum_g_cosine += g * (z * inverse);
-      if (kPass == Pass::kNce && ((n + 1) % kFlush == 0 || n + 1 == m)) {
-        T lanes[kLanes];
-        store(lanes, weight > 0 ? q : V{});
-        loss += log_product(lanes, kLanes);
-        q = V{};
-      }
+    };
+    for (int64_t n = 0; n < m; n += kBlock) {
+      const int64_t count = m - n < kBlock ? m - n : kBlock;
+      if (steps + count > kMostlyBoundedSteps) flush();
+      steps += static_cast<int>(count);
+      for_vectors(count, [&]<int kVectors>(int64_t i) { rows.template operator()<kVectors>(n + i); });
+      sum_ds += block_ds;
+      block_ds = V{};
     }
+    if (kPass == Pass::kNce) flush();
     if (d_logit) store(d_logit + b, load(d_logit + b) + sum_ds);
-    loss += horizontal_sum<T>(sum_positive * weight);
+    loss += kLog2 * static_cast<double>(horizontal_sum<T>(above * weight));
     d_scale += horizontal_sum<T>(sum_g_cosine * weight);
     d_offset -= horizontal_sum<T>(sum_g * weight);
   }
+  if (kPass == Pass::kNce) loss += products.log();
   if (kPass == Pass::kLogSumExp) return;
   double coefficients = 0;
   for (int64_t n = 0; n < m; ++n) {

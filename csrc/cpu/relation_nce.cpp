@@ -51,14 +51,15 @@ class RelationNce {
     positive = x.positive.to(dtype).contiguous();
     weight = x.weight.to(dtype).contiguous();
     bias = x.bias.defined() ? x.bias.to(dtype).contiguous() : at::Tensor();
-    p.scale = static_cast<T>(x.scale.item<double>());
-    p.offset = static_cast<T>(x.offset.item<double>());
+    const auto scale = x.scale.item<double>(), offset = x.offset.item<double>();
+    p.scale = static_cast<T>(scale);
+    p.scale_log2 = static_cast<T>(scale / kLog2), p.offset_log2 = static_cast<T>(offset / kLog2);
     pair = pair_mask(x.A, x.B, x.anchor_id, x.query_id, x.self_pairs, at::kCPU).to(dtype);
     const double pairs = pair.sum(at::kDouble).item<double>();
     p.gradient_scale = static_cast<T>(pairs > 0 ? 1 / pairs : 0);
     positive_logit = (query * positive).sum(-1);
     const at::Tensor cosine = positive_logit;
-    positive_logit = positive_logit * p.scale - p.offset;
+    positive_logit = positive_logit * p.scale - static_cast<T>(offset);
 
     set_up();
     double loss = 0;
@@ -210,7 +211,7 @@ class RelationNce {
     p.scalars = mutable_pointer<double>(found);
     dispatch();
     p = all;
-    const at::Tensor tops = top.narrow(2, 0, x.B).to(at::kDouble);
+    const at::Tensor tops = top.narrow(2, 0, x.B).to(at::kDouble) * kLog2;
     const at::Tensor sums = sum.narrow(2, 0, x.B).to(at::kDouble);
     const at::Tensor own = positive_logit.to(at::kDouble);
     const at::Tensor most = at::maximum(std::get<0>(tops.max(0)), own);
@@ -227,7 +228,7 @@ class RelationNce {
     scalars = at::zeros({parts, 4}, at::TensorOptions().dtype(at::kDouble));
     p.scalars = mutable_pointer<double>(scalars);
     if (pass == Pass::kSoftmax) {
-      log_normalizer_padded = padded(log_normalizer, dtype, x.A, p.ldB);
+      log_normalizer_padded = padded(log_normalizer / kLog2, dtype, x.A, p.ldB);
       p.log_normalizer = pointer<T>(log_normalizer_padded);
     }
     d_qw_t = zeros({p.key_parts, x.A, p.Hp, p.ldB}, !direct && (p.need_query || p.need_weight));

@@ -20,6 +20,9 @@ enum class Form : int {
 // the norm is recomputed from w itself.
 constexpr double kCancellation = 0.05;
 
+// The natural logarithm of 2.
+constexpr double kLog2 = 0.69314718055994530942;
+
 // Matrices are row major; a leading dimension ("ld") is an odd number of cache lines so that
 // columns of a block spread over all cache sets, and what lies between the true and the padded size
 // is zero.
@@ -45,7 +48,9 @@ struct NceParams {
 
   const T* anchor = nullptr;  // [A, ldH]
   const T* pair = nullptr;    // [A, ldB], 1 for a pair that counts, 0 otherwise
-  T scale = 1, offset = 0;
+  T scale = 1;
+  // of logits in units of log 2: powers of two are cheaper than those of e
+  T scale_log2 = 1, offset_log2 = 0;
   T gradient_scale = 1;  // 1 / number of pairs: every gradient is that of the mean
 
   // Gram and triangular form
@@ -77,7 +82,7 @@ struct NceParams {
   const int64_t* query_label = nullptr;  // [B]
   const int64_t* key_label = nullptr;    // [N]
 
-  // InfoNCE: read in the second sweep, written (per key part) in the first
+  // InfoNCE, in units of log 2: read in the second sweep, written (per key part) in the first
   const T* log_normalizer = nullptr;  // [A, ldB]
   T* running_max = nullptr;           // [key_parts, A, ldB]
   T* running_sum = nullptr;           // [key_parts, A, ldB]

@@ -143,28 +143,6 @@ CRRCD_INLINE V reciprocal(V x) {
   return alone[0];
 }
 
-// exp(x) for x <= 0, to about one unit in the last place; 0 where the result is not a normal
-// number. The sum with `rounder` has the integer in its lowest bits, which are shifted to where the
-// exponent is.
-CRRCD_INLINE Simd<float>::V exp_nonpositive(Simd<float>::V x) {
-  using V = Simd<float>::V;
-  using U = Simd<float>::U;
-  const V rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  V t = x * 1.44269504088896341f + rounder;
-  V n = t - rounder;
-  V r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  V p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const V result = p * (V)(((U)t << 23) + 0x3f800000u);
-  return x < -87.0f ? V{} : result;
-}
-
 // exp(r) for |r| <= log(2) / 2.
 CRRCD_INLINE Simd<double>::V exp_near_zero(Simd<double>::V r) {
   Simd<double>::V p = splat(1.0 / 6227020800.0);
@@ -180,19 +158,6 @@ CRRCD_INLINE Simd<double>::V exp_near_zero(Simd<double>::V r) {
   p = p * r + 1.0 / 6.0;
   p = p * r + 0.5;
   return p * (r * r) + r + 1.0;
-}
-
-CRRCD_INLINE Simd<double>::V exp_nonpositive(Simd<double>::V x) {
-  using V = Simd<double>::V;
-  using U = Simd<double>::U;
-  const V rounder = splat(6755399441055744.0);
-  V t = x * 1.4426950408889634074 + rounder;
-  V n = t - rounder;
-  V r = x - n * 6.93147180369123816490e-01;
-  r = r - n * 1.90821492927058770002e-10;
-  const V p = exp_near_zero(r);
-  const V result = p * (V)(((U)t << 52) + 0x3ff0000000000000u);
-  return x < -708.0 ? V{} : result;
 }
 
 #if CRRCD_VECTOR_BYTES == 64 && defined(__x86_64__)
@@ -259,7 +224,7 @@ CRRCD_INLINE void exp2_of(Simd<double>::V (&x)[kVectors]) {
   for (V& y : x) {
     const V t = y + rounder;
     const V n = t - rounder;
-    const V p = exp_near_zero((y - n) * 0.69314718055994530942);
+    const V p = exp_near_zero((y - n) * kLog2);
     const V result = p * (V)(((U)t << 52) + 0x3ff0000000000000u);
     y = y < -1022.0 ? V{} : result;
   }
