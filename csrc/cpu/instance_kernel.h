@@ -343,9 +343,9 @@ void shared_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_
 template <typename T>
 struct Chunk {
   int64_t b = 0, n = 0;
-  int64_t row[kChunk];
-  const T* tile = nullptr;  // rows of the bank from tile_first on, converted already; or null
-  int64_t tile_first = 0;
+  int64_t row[kChunk];         // of the bank; not where row_at is known and nothing else is asked for
+  const T* row_at[kChunk];     // where they lie, in T
+  bool located = false;        // row_at is known
 };
 
 // Columns of a row are walked in panels of 8, 4, 2 or 1 vectors, which stay in registers.
@@ -466,34 +466,27 @@ void process_chunk(const InstanceParams<T>& p, const InstanceScratch<T>& s, cons
   constexpr int kLanes = Simd<T>::kLanes;
   const int64_t n = chunk.n, b = chunk.b;
   const T* query = p.query + b * p.ldD;
-  const T* row[kChunk];
-  if (in_place(p) || chunk.tile) {
-    const T* tile = chunk.tile ? chunk.tile : static_cast<const T*>(p.bank.data);
-    const int64_t first = chunk.tile ? chunk.tile_first : 0;
-    const int64_t ld = chunk.tile ? p.ldD : p.bank.row_stride;
-    for (int64_t i = 0; i < n; ++i) row[i] = tile + (chunk.row[i] - first) * ld;
-  } else {
-    for (int64_t i = 0; i < n; ++i) {
+  const T* located[kChunk];
+  const T* const* row = chunk.located ? chunk.row_at : located;
+  for (int64_t i = 0; !chunk.located && i < n; ++i) {
+    located[i] = s.rows + i * p.ldD;
+    if (in_place(p))
+      located[i] = static_cast<const T*>(p.bank.data) + chunk.row[i] * p.bank.row_stride;
+    else
       load_row<T>(p.bank, chunk.row[i], p.D, p.Dp, s.rows + i * p.ldD);
-      row[i] = s.rows + i * p.ldD;
-    }
   }
 #define CRRCD_DOT(NV) dot_panel<T, NV>(p, chunk, next, row, at, query, s.partial, s.z)
   CRRCD_PANELS(CRRCD_DOT)
 #undef CRRCD_DOT
   for (int64_t i = 0; p.Dp == 0 && i < n; ++i) s.z[i] = 0;
 
-  bool masked = false;
-  for (int64_t i = 0; i < n; ++i) s.keep[i] = 1;
-  if (has_masks(p))
-    for (int64_t i = 0; i < n; ++i)
-      if (dropped(p, b, chunk.row[i])) {
-        s.keep[i] = 0;
-        masked = true;
-      }
+  const bool masked = has_masks(p);
+  const int64_t padded = n / kLanes * kLanes;  // from here on the last vector may have padding
+  for (int64_t i = masked || kPass != Pass::kNce ? 0 : padded; i < n; ++i)
+    s.keep[i] = masked && dropped(p, b, chunk.row[i]) ? 0 : 1;
   for (int64_t i = n; i % kLanes != 0; ++i) s.keep[i] = s.z[i] = 0;
   if (kPass == Pass::kNce) {
-    const int64_t whole = masked ? 0 : n / kLanes;  // the last vector may have padding
+    const int64_t whole = masked ? 0 : n / kLanes;
     nce_column<T, false>(p, whole, s.z, kLanes, nullptr, 0, sums);
     nce_column<T, true>(p, (n + kLanes - 1) / kLanes - whole, s.z + whole * kLanes, kLanes,
                         s.keep + whole * kLanes, kLanes, sums);
@@ -558,12 +551,16 @@ void bucketed_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int6
     const int64_t begin = at, first = tile * rows;
     const int64_t end = p.tile_begin[tile + 1] < stop ? p.tile_begin[tile + 1] : stop;
     const int64_t left = p.N - first;
-    chunk.tile = nullptr;
-    if (!in_place(p) && end - begin >= rows) {
+    const T* tile_at = nullptr;  // where the tile's rows lie in T, if they do
+    if (in_place(p)) {
+      tile_at = static_cast<const T*>(p.bank.data) + first * p.bank.row_stride;
+    } else if (end - begin >= rows) {
       for (int64_t n = 0; n < rows && n < left; ++n)
         load_row<T>(p.bank, first + n, p.D, p.Dp, s.rows + n * p.ldD);
-      chunk.tile = s.rows, chunk.tile_first = first;
+      tile_at = s.rows;
     }
+    const int64_t ld = in_place(p) ? p.bank.row_stride : p.ldD;
+    chunk.located = tile_at != nullptr;
     // the rows of the next tile come in step with the entries of this one
     int64_t fetched = 0;
     const int64_t ahead = end == stop ? 0 : left - rows < rows ? left - rows : rows;
@@ -574,8 +571,16 @@ void bucketed_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int6
         // what is left of a run is cut into halves rather than into a chunk and a bit
         const int64_t run = run_end - at;
         const int64_t n = run <= kChunk ? run : run < 2 * kChunk ? (run + 1) / 2 : kChunk;
-        for (int64_t i = 0; i < n; ++i)
-          chunk.row[i] = first + (p.rows ? p.rows[at + i] : p.entries[at + i] & mask);
+        const auto for_rows = [&](const auto& see) {
+          if (p.rows)
+            for (int64_t i = 0; i < n; ++i) see(i, int64_t(p.rows[at + i]));
+          else
+            for (int64_t i = 0; i < n; ++i) see(i, int64_t(p.entries[at + i] & mask));
+        };
+        if (chunk.located)
+          for_rows([&](int64_t i, int64_t row) { chunk.row_at[i] = tile_at + row * ld; });
+        if (!chunk.located || has_masks(p) || p.d_bank)
+          for_rows([&](int64_t i, int64_t row) { chunk.row[i] = first + row; });
         chunk.n = n;
         at += n;
         const auto due = static_cast<int64_t>(pace * static_cast<double>(at - begin));
