@@ -622,7 +622,7 @@ void instance_pass(const InstanceParams<T>& p, int64_t part) {
   }
   if (kPass != Pass::kNce) return;
   sums.flush();
-  p.scalars[part * 3] += sums.loss;
+  p.scalars[part * 3] += sums.loss + sums.products.log();
   p.scalars[part * 3 + 1] += sums.d_scale;
   p.scalars[part * 3 + 2] += sums.d_offset;
 }
