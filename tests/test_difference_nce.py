@@ -803,6 +803,21 @@ class TestInstructionSets:
                 got, true, plain = results
                 assert_close(got, true, 1e-9 if dtype == torch.float64 else 1e-3, plain)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("most", [-1.0, 1.0, 2.9, 5.0, 8.0, 14.0, 19.9, 20.1, 30.0])
+    def test_products_of_many_factors(self, isa, dtype, most):
+        # exp(logit) may be up to exp(most); the loss is the logarithm of products of 1 + exp(logit)
+        _C.set_isa(isa)
+        for index, scale in itertools.product(("shared", "own"), (4.0, -4.0)):
+            for sizes in ((9, 6, 700, 10, 710), (35, 3, 250, 8, 260)):
+                case = make_difference(*sizes, scale=scale, offset=4.0 - most, index=index)
+                case["query"] = case["query"] + 4 * case["bank"].mean(0)  # cosines are mostly large
+                case = cast(case, dtype)
+                got, true = (f(case, wanted=("query", "scale", "offset")) for f in (_cpu, truth))
+                assert_close(
+                    got, true, CLOSE[dtype], _plain(case, wanted=("query", "scale", "offset"))
+                )
+
 
 def _cpu(case, **options):
     return run(case, "cpu", **options)

@@ -686,6 +686,21 @@ def test_extremes_of_every_instruction_set(isa, dtype, how):
             assert_close(got, true, tolerance, run(case, "reference", **runs))
 
 
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("logit", [-1.0, 0.69, 0.7, 3.0, 60.0])
+@all_orders
+def test_products_of_many_factors(isa, dtype, logit, how):
+    # the loss is the logarithm of products of 1 + exp(logit): here of thousands alike
+    _C.set_isa(isa)
+    case, runs = prepared(how, 19, 3000, 5, 400, scale=1e-3, offset=-logit)
+    case = cast(case, dtype)
+    got, true = run(case, "cpu", **runs), truth(case, **runs)
+    assert_close(
+        got, true, 1e-11 if dtype == torch.float64 else 2e-5, run(case, "reference", **runs)
+    )
+
+
 @each_order(BACKENDS)
 def test_inputs_stay_as_they_are(backend, how):
     case, runs = prepared(how, ids=True, labels=True)

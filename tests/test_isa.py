@@ -125,6 +125,19 @@ def test_extremes(isa, dtype):
 
 
 @each
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("logit", [-1.0, 0.69, 0.7, 3.0, 60.0])
+def test_products_of_many_factors(isa, dtype, logit):
+    # the loss is the logarithm of products of 1 + exp(logit): here of thousands alike
+    _C.set_isa(isa)
+    for ids in (False, True):
+        case = make(2, 19, 700, 20, 18, 13, 400, scale=1e-3, offset=-logit, ids=ids)
+        case = cast(case, dtype)
+        got, true = run(case, "cpu"), truth(case)
+        assert_close(got, true, 1e-11 if dtype == torch.float64 else 2e-5, run(case, "reference"))
+
+
+@each
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_relation(isa, dtype):
     _C.set_isa(isa)
