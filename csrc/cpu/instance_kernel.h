@@ -378,22 +378,33 @@ __attribute__((noinline)) void dot_panel(const InstanceParams<T>& p, const Chunk
   const bool last = at + kVectors * kLanes == p.Dp;
   V query[kVectors];
   for (int j = 0; j < kVectors; ++j) query[j] = load(q + at + j * kLanes);
-  const auto products = [&](int64_t i) {
-    if (next && at == 0 && i < next->n) prefetch_row(p.bank, next->row[i], p.D);
-    const T* m = row[i] + at;
-    V sum = at ? load(partial + i * kLanes) : V{};
-    for (int j = 0; j < kVectors; ++j) sum += query[j] * load(m + j * kLanes);
-    return sum;
+  // rows i .. i + kRows, side by side: each of their sums waits for itself alone
+  const auto products = [&]<int kRows>(int64_t i, V (&sum)[kRows]) {
+    const T* m[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      if (next && at == 0 && i + r < next->n) prefetch_row(p.bank, next->row[i + r], p.D);
+      m[r] = row[i + r] + at;
+      sum[r] = at ? load(partial + (i + r) * kLanes) : V{};
+    }
+    for (int j = 0; j < kVectors; ++j)
+      for (int r = 0; r < kRows; ++r) sum[r] += query[j] * load(m[r] + j * kLanes);
   };
   int64_t i = 0;
-  for (; last && i + 4 <= chunk.n; i += 4)
-    sums_of_four<T>(products(i), products(i + 1), products(i + 2), products(i + 3), z + i);
-  for (; i < chunk.n; ++i) {
-    const V sum = products(i);
+  for (; i + 4 <= chunk.n; i += 4) {
+    V sum[4];
+    products(i, sum);
     if (last)
-      z[i] = horizontal_sum<T>(sum);
+      sums_of_four<T>(sum[0], sum[1], sum[2], sum[3], z + i);
     else
-      store(partial + i * kLanes, sum);
+      for (int r = 0; r < 4; ++r) store(partial + (i + r) * kLanes, sum[r]);
+  }
+  for (; i < chunk.n; ++i) {
+    V sum[1];
+    products(i, sum);
+    if (last)
+      z[i] = horizontal_sum<T>(sum[0]);
+    else
+      store(partial + i * kLanes, sum[0]);
   }
 }
 
