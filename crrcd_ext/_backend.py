@@ -124,11 +124,16 @@ def current_backend() -> str:
 
 
 def resolve(
-    operator: str, backend: str | None, device: torch.device, dtype: torch.dtype | None = None
+    operator: str,
+    backend: str | None,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    too_small: tuple[str, ...] = (),
 ) -> str:
     """The backend that ``operator`` runs with for tensors on ``device``, computing in ``dtype``.
 
-    One that was named alone has to be able to; others are passed over.
+    One that was named alone has to be able to; others are passed over, those among them whose tiles
+    turned out to be ``too_small`` for the widths of the call.
     """
     name = backend or _chosen
     if name is not None:
@@ -141,9 +146,10 @@ def resolve(
     if name == "auto":
         if device.type == "cpu" and missing is not None:
             _warn_once()
-        return _first(operator, AUTO.get(device.type, {}).get(operator, ()), device.type, dtype)
+        names = AUTO.get(device.type, {}).get(operator, ())
+        return _first(operator, names, device.type, dtype, too_small)
     if "," in name:
-        return _first(operator, tuple(name.split(",")), device.type, dtype)
+        return _first(operator, tuple(name.split(",")), device.type, dtype, too_small)
     if name == "reference":
         return name
     kernels = COMPILED[name]
@@ -163,7 +169,21 @@ def resolve(
     return name
 
 
-def _first(operator: str, names: tuple[str, ...], device: str, dtype: torch.dtype | None) -> str:
+def does_not_fit(error: Exception) -> bool:
+    """Whether kernels say that tiles of the call's widths exceed what a GPU has on its chip.
+
+    They say so before they change anything.
+    """
+    return "fit this GPU's shared memory" in str(error) or type(error).__name__ == "OutOfResources"
+
+
+def _first(
+    operator: str,
+    names: tuple[str, ...],
+    device: str,
+    dtype: torch.dtype | None,
+    too_small: tuple[str, ...],
+) -> str:
     """The first of ``names`` that can run there."""
     passed_over = ""
     for name in names:
@@ -173,6 +193,9 @@ def _first(operator: str, names: tuple[str, ...], device: str, dtype: torch.dtyp
             continue
         if dtype in COMPILED[name].lacks:
             passed_over += f" ({name} does not compute in {_short(dtype)})"
+            continue
+        if name in too_small:
+            passed_over += f" (tiles of these widths do not fit the GPU with {name})"
             continue
         _log_once(operator, device, name, passed_over)
         return name

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crrcd_ext import autograd, reference
-from crrcd_ext._backend import COMPILED, resolve
+from crrcd_ext._backend import COMPILED, does_not_fit, resolve
 from crrcd_ext._check import (
     check_counterpart,
     check_floats,
@@ -76,12 +76,15 @@ def relation(
     check_shape(name, "bias", bias, "R", sizes)
 
     dtype = _compute_dtype(anchor.device, anchor, sample, weight, bias)
-    chosen = resolve(name, backend, anchor.device, dtype)
-    anchor, sample, weight, bias = _cast(dtype, anchor, sample, weight, bias)
-    with _without_autocast(anchor.device):
+    operands = _cast(dtype, anchor, sample, weight, bias)
+
+    def run(chosen: str) -> Tensor:
         if chosen == "reference":
-            return reference.relation(anchor, sample, weight, bias)
-        return autograd.relation(anchor, sample, weight, bias, _library(chosen))
+            return reference.relation(*operands)
+        return autograd.relation(*operands, _library(chosen))
+
+    with _without_autocast(anchor.device):
+        return _resolved(name, backend, anchor.device, dtype, run)
 
 
 def relation_nce(
@@ -176,19 +179,22 @@ def relation_nce(
 
     operands = (query, positive, anchor, weight, bias, key_weight)
     dtype = _compute_dtype(query.device, *operands, bank if bank.requires_grad else None)
-    chosen = resolve(name, backend, query.device, dtype)
     query, positive, anchor, weight, bias, key_weight = _cast(dtype, *operands)
     masks = (anchor_id, *masks)
     options = (bool(self_pairs), objective)
-    if chosen == "reference":
-        inputs = (weight, bias, scale, offset, index, key_weight, *masks, *options)
-        before = (query, positive, anchor)
-        return _run_reference(name, reference.relation_nce, before, bank, inputs, index, update)
-    scalars = (_as_scalar(scale, query), _as_scalar(offset, query))
-    inputs = (query, positive, anchor, bank, weight, bias, *scalars, index, key_weight)
-    with _without_autocast(query.device):
+
+    def run(chosen: str) -> Tensor:
+        if chosen == "reference":
+            inputs = (weight, bias, scale, offset, index, key_weight, *masks, *options)
+            before = (query, positive, anchor)
+            return _run_reference(name, reference.relation_nce, before, bank, inputs, index, update)
+        scalars = (_as_scalar(scale, query), _as_scalar(offset, query))
+        inputs = (query, positive, anchor, bank, weight, bias, *scalars, index, key_weight)
         inputs = (*inputs, *masks, *options)
-        return autograd.loss(autograd.RELATION_NCE, inputs, bank, update, _library(chosen))
+        with _without_autocast(query.device):
+            return autograd.loss(autograd.RELATION_NCE, inputs, bank, update, _library(chosen))
+
+    return _resolved(name, backend, query.device, dtype, run)
 
 
 def difference_nce(
@@ -267,15 +273,20 @@ def difference_nce(
 
     operands = (query, positive, anchor)
     dtype = _compute_dtype(query.device, *operands, bank if bank.requires_grad else None)
-    chosen = resolve(name, backend, query.device, dtype)
     operands = _cast(dtype, *operands)
     rest = (index, anchor_id, *masks, bool(self_pairs), float(eps), objective)
-    if chosen == "reference":
-        run, inputs = reference.difference_nce, (scale, offset, *rest)
-        return _run_reference(name, run, operands, bank, inputs, index, update)
-    inputs = (*operands, bank, _as_scalar(scale, query), _as_scalar(offset, query), *rest)
-    with _without_autocast(query.device):
-        return autograd.loss(autograd.DIFFERENCE_NCE, inputs, bank, update, _library(chosen))
+
+    def run(chosen: str) -> Tensor:
+        if chosen == "reference":
+            inputs = (scale, offset, *rest)
+            return _run_reference(
+                name, reference.difference_nce, operands, bank, inputs, index, update
+            )
+        inputs = (*operands, bank, _as_scalar(scale, query), _as_scalar(offset, query), *rest)
+        with _without_autocast(query.device):
+            return autograd.loss(autograd.DIFFERENCE_NCE, inputs, bank, update, _library(chosen))
+
+    return _resolved(name, backend, query.device, dtype, run)
 
 
 def instance_nce(
@@ -341,15 +352,20 @@ def instance_nce(
 
     operands = (query, positive)
     dtype = _compute_dtype(query.device, *operands, bank if bank.requires_grad else None)
-    chosen = resolve(name, backend, query.device, dtype)
     operands = _cast(dtype, *operands)
     rest = (index, *masks, objective)
-    if chosen == "reference":
-        run, inputs = reference.instance_nce, (scale, offset, *rest)
-        return _run_reference(name, run, operands, bank, inputs, index, update)
-    inputs = (*operands, bank, _as_scalar(scale, query), _as_scalar(offset, query), *rest)
-    with _without_autocast(query.device):
-        return autograd.loss(autograd.INSTANCE_NCE, inputs, bank, update, _library(chosen))
+
+    def run(chosen: str) -> Tensor:
+        if chosen == "reference":
+            inputs = (scale, offset, *rest)
+            return _run_reference(
+                name, reference.instance_nce, operands, bank, inputs, index, update
+            )
+        inputs = (*operands, bank, _as_scalar(scale, query), _as_scalar(offset, query), *rest)
+        with _without_autocast(query.device):
+            return autograd.loss(autograd.INSTANCE_NCE, inputs, bank, update, _library(chosen))
+
+    return _resolved(name, backend, query.device, dtype, run)
 
 
 @torch.no_grad()
@@ -388,6 +404,33 @@ def bank_update_(
             reference.bank_update_(bank, *update)
         else:
             autograd.bank_update_(bank, *update, _library(chosen))
+
+
+def _resolved(
+    operator: str,
+    backend: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    run: Callable[[str], Tensor],
+) -> Tensor:
+    """``run`` with the backend that is chosen, then the next while widths do not fit one's GPU.
+
+    A graph that is traced has no next: there the first one's error stands.
+    """
+    chosen = resolve(operator, backend, device, dtype)
+    if chosen == "reference" or torch.compiler.is_compiling():
+        return run(chosen)
+    too_small: tuple[str, ...] = ()
+    while True:
+        try:
+            return run(chosen)
+        except Exception as error:
+            if not does_not_fit(error):
+                raise
+            too_small += (chosen,)
+            chosen = resolve(operator, backend, device, dtype, too_small)
+            if chosen in too_small:  # it was named alone
+                raise
 
 
 def _library(backend: str) -> str:

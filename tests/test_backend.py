@@ -187,6 +187,42 @@ def test_a_dtype_that_a_backend_lacks_is_left_to_the_next(monkeypatch, caplog):
     assert chosen == "triton"
 
 
+class OutOfResources(Exception):
+    """Named as Triton's."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfResources("out of resource: shared memory"),
+        ValueError("... fit this GPU's shared memory"),
+    ],
+)
+def test_widths_that_do_not_fit_are_left_to_the_next(monkeypatch, caplog, error):
+    def too_wide(*_):
+        raise error
+
+    monkeypatch.setattr(_backend, "_logged", set())
+    monkeypatch.setattr(_backend, "_why_not", lambda name: None)
+    monkeypatch.setattr(functional.autograd, "relation", too_wide)
+    tensors = [torch.ones(n, 5) for n in (2, 3, 4)]
+    for _ in range(2):
+        assert functional.relation(*tensors, backend="cpu,reference").shape == (2, 3, 4)
+    said = "relation on cpu: backend reference (tiles of these widths do not fit the GPU with cpu)"
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [said]
+    with pytest.raises(type(error), match="shared memory"):
+        functional.relation(*tensors, backend="cpu")
+
+
+def test_other_errors_of_kernels_are_raised(monkeypatch):
+    def broken(*_):
+        raise ValueError("another")
+
+    monkeypatch.setattr(functional.autograd, "relation", broken)
+    with pytest.raises(ValueError, match="another"):
+        functional.relation(*(torch.ones(n, 5) for n in (2, 3, 4)), backend="cpu,reference")
+
+
 @pytest.mark.parametrize(
     "release, gpu, interpreted, expected",
     [

@@ -373,6 +373,13 @@ def test_relation_nce_wider_than_shared_memory_is_refused():
     message = "relation_nce: anchor: expected widths whose tiles fit this GPU's shared memory"
     with emulated_gpu(shared_kilobytes=48), pytest.raises(ValueError, match=message):
         functional.relation_nce(**case, backend="simt")
+    # with others to choose from the next one takes it; the bank is updated once
+    case["update"] = (torch.tensor([3, 1]), torch.randn(2, 5, dtype=torch.float64), 0.5)
+    left, plain = copied(case), copied(case)
+    with emulated_gpu(shared_kilobytes=48):
+        got = functional.relation_nce(**left, backend="simt,reference")
+    assert torch.equal(got, functional.relation_nce(**plain, backend="reference"))
+    assert torch.equal(left["bank"], plain["bank"]) and not torch.equal(left["bank"], case["bank"])
 
 
 @each_schedule
