@@ -30,8 +30,11 @@ class Launch:
     grid: tuple[int, ...]
     arguments: tuple  # tensors, numbers, None
     constants: dict
-    warps: int
-    stages: int
+    options: dict
+
+    @property
+    def warps(self) -> int:
+        return self.options["num_warps"]
 
     @property
     def name(self) -> str:
@@ -67,7 +70,7 @@ def recording(arch: str) -> Iterator[list[Launch]]:
 
     def run(kernel, grid, chosen, *arguments, **constants) -> None:
         if 0 not in grid:
-            launches.append(Launch(kernel, grid, arguments, constants, chosen.warps, chosen.stages))
+            launches.append(Launch(kernel, grid, arguments, constants, launch.options(chosen)))
 
     hip = None if arch.startswith("sm_") else "ahead of time"
     with (
@@ -139,9 +142,8 @@ def compiled(launch: Launch, arch: str) -> Compiled:
         target = GPUTarget("cuda", int(arch[3:]), 32)
     else:
         target = GPUTarget("hip", arch, 64)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
     try:
-        result = triton.compile(source(launch), target=target, options=options)
+        result = triton.compile(source(launch), target=target, options=launch.options)
     except Exception as error:
         raise RuntimeError(f"{arch}: {launch.name}: {launch.constants}: {error}") from error
     binary = "cubin" if arch.startswith("sm_") else "hsaco"

@@ -98,7 +98,7 @@ def rows(arch: str, wanted: str = "", kernels: str = "") -> Iterator[Row]:
         if not re.search(wanted, str(call)):
             continue
         for launch in ahead_of_time.record(arch, call.run):
-            key = ahead_of_time.source(launch).hash(), launch.warps, launch.stages
+            key = ahead_of_time.source(launch).hash(), *launch.options.items()
             if key in seen or not re.search(kernels, launch.name):
                 continue
             seen.add(key)

@@ -15,8 +15,9 @@ log = logging.getLogger("crrcd_ext")
 
 
 class Config(NamedTuple):
-    """Keys that a program takes at a time, warps, stages of the pipeline, and the largest blocks
-    of queries, of features or hidden units, and of anchors."""
+    """Keys that a program takes at a time, warps, stages of the pipeline, the largest blocks of
+    queries, of features or hidden units, and of anchors, and how many registers NVIDIA's ptxas may
+    give a thread (None: what it thinks best)."""
 
     keys: int
     warps: int
@@ -24,6 +25,7 @@ class Config(NamedTuple):
     queries: int = 64
     features: int = 128
     anchors: int = 1
+    registers: int | None = None
 
 
 INTERPRETER = Config(keys=32, warps=4, stages=1)
@@ -39,14 +41,14 @@ DEFAULTS: dict[str, dict[str, Config]] = {
         "bfloat16": Config(128, 8, 1),
         "sm_80 bfloat16": Config(64, 4, 1),
         "tf32": Config(32, 8, 1),
-        "float32": Config(32, 8, 1, queries=16, features=32),
+        "float32": Config(32, 8, 1, queries=16, features=32, registers=255),
         "float64": Config(16, 4, 1, queries=16, features=32),
     },
     "live_logits": {  # of keys that want gradients
         "bfloat16": Config(128, 8, 1),
         "sm_90 bfloat16": Config(64, 8, 1),
         "tf32": Config(32, 8, 1),
-        "float32": Config(32, 8, 1, queries=16, features=32),
+        "float32": Config(32, 8, 1, queries=16, features=32, registers=255),
         "float64": Config(16, 4, 1, queries=16, features=32),
     },
     "norms": {
@@ -56,7 +58,7 @@ DEFAULTS: dict[str, dict[str, Config]] = {
     "keys": {
         "bfloat16": Config(64, 8, 1),
         "tf32": Config(32, 8, 1),
-        "float32": Config(32, 8, 1, queries=32, features=64),
+        "float32": Config(16, 8, 1, features=32, registers=255),
         "float64": Config(16, 4, 1, queries=16, features=32),
     },
     "gram_keys": {  # in the Gram form
@@ -75,7 +77,7 @@ DEFAULTS: dict[str, dict[str, Config]] = {
         "float64": Config(4, 1, 1),
     },
     "weight": {
-        "float32": Config(32, 8, 1, queries=32, features=64),
+        "float32": Config(32, 8, 1, queries=32, features=32, registers=255),
         "float64": Config(16, 4, 1, queries=16, features=32),
     },
     "relation": {
@@ -105,8 +107,9 @@ DEFAULTS: dict[str, dict[str, Config]] = {
     },
 }
 """By kernel and type, which may follow an architecture; a type without a row has bfloat16's. Those
-of bfloat16 spill no register at widths of 128 on sm_80, sm_90 and sm_100 by Triton 3.8; those of
-float32, whose products are unrolled, spill many."""
+of bfloat16 spill no register at widths of 128 on sm_80, sm_90 and sm_100 by Triton 3.8. Those of
+float32, whose products become long straight code, spill some; ptxas would settle for 32 registers
+there and spill thousands."""
 
 
 class Place(NamedTuple):

@@ -90,6 +90,14 @@ def blocks(size: int, of: int) -> int:
     return max(1, -(-size // of))
 
 
+def options(chosen: Config) -> dict:
+    """How Triton is to compile a kernel."""
+    found = {"num_warps": chosen.warps, "num_stages": chosen.stages}
+    if chosen.registers and torch.version.hip is None and not INTERPRETED:
+        found["maxnreg"] = chosen.registers
+    return found
+
+
 LAUNCHED: list | None = None
 """The compiled kernels of launches, while something listens."""
 
@@ -102,7 +110,7 @@ def run(kernel, grid: tuple, chosen: Config, *arguments, **constants) -> None:
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return run(kernel, grid, chosen, *arguments, **constants)
-    made = kernel[grid](*arguments, **constants, num_warps=chosen.warps, num_stages=chosen.stages)
+    made = kernel[grid](*arguments, **constants, **options(chosen))
     if LAUNCHED is not None:
         LAUNCHED.append(made)
     return None
