@@ -818,6 +818,21 @@ class TestInstructionSets:
                     got, true, CLOSE[dtype], _plain(case, wanted=("query", "scale", "offset"))
                 )
 
+    @pytest.mark.parametrize("name", ["query", "bank", "anchor"])
+    @pytest.mark.parametrize("ratio", [1e4, 1e7, 1e9])
+    def test_rows_of_another_size(self, isa, name, ratio):
+        # cosines that are rounded far beyond 1 must not overflow what cosines of 1 would not
+        _C.set_isa(isa)
+        for index in ("shared", "own"):
+            case = make_difference(8, 16, 640, 16, 700, scale=14.3, offset=4.0, index=index)
+            case[name] = case[name].clone()
+            case[name][::5] *= ratio
+            case = cast(case, torch.float32)
+            got = run(case, "cpu", wanted=("query", "scale", "offset"))
+            assert all(x.isfinite().all() for x in got.values())
+            if ratio == 1e4:
+                assert_close({"loss": got["loss"]}, {"loss": truth(case)["loss"]}, 1e-3)
+
 
 def _cpu(case, **options):
     return run(case, "cpu", **options)

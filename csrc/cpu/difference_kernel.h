@@ -113,8 +113,8 @@ struct DifferenceSums {
   double loss = 0;
   double sum_g = 0;
 
-  // q: a vector of products minus 1, of which 1 + q <= 2^count; above: what was left out of them, in
-  // units of log 2.
+  // q: a vector of products minus 1, of which 1 + q <= 2^count; above: what was left out of them,
+  // in units of log 2.
   CRRCD_INLINE void add(V q, int count, V above, V g) {
     products.add(q, count);
     loss += kLog2 * static_cast<double>(horizontal_sum<T>(above));
@@ -124,9 +124,8 @@ struct DifferenceSums {
 
 // One vector of logits (units of log 2) or pairs of them to loss and slopes g = d loss / d logit.
 template <typename T, Pass kPass, bool kBounded, int kVectors>
-CRRCD_INLINE void logit_slopes(const typename Simd<T>::V (&logit)[kVectors],
-                               typename Simd<T>::V& q, typename Simd<T>::V& above,
-                               typename Simd<T>::V (&g)[kVectors]) {
+CRRCD_INLINE void logit_slopes(const typename Simd<T>::V (&logit)[kVectors], typename Simd<T>::V& q,
+                               typename Simd<T>::V& above, typename Simd<T>::V (&g)[kVectors]) {
   if constexpr (kPass == Pass::kSoftmax) {  // the normaliser is in the offset
     for (int i = 0; i < kVectors; ++i) g[i] = logit[i];
     exp2_of(g);
@@ -417,14 +416,20 @@ bool has_room(int64_t count, const T* square) {
   return room;
 }
 
+struct Norms {
+  bool exact = false;    // whether there are any that need exact differences
+  bool bounded = false;  // whether p.logit_bits holds for the logits of the others
+};
+
 // From squared distances in s.inverse, or products: 1/|w| and |w|/2, 0 for those that need exact
-// differences, whose bits are set in s.exact. Returns whether there are any.
+// differences, whose bits are set in s.exact.
 template <typename T, Compare kCompare>
-bool inverse_norms(const DifferenceScratch<T>& s, int64_t rows, int64_t columns, int64_t ld,
-                   const T* row_square, const T* column_square) {
+Norms inverse_norms(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64_t rows,
+                    int64_t columns, int64_t ld, const T* row_square, const T* column_square) {
   using V = typename Simd<T>::V;
   constexpr int kLanes = Simd<T>::kLanes;
   uint32_t any = 0;
+  V most_inverse{}, most_half{};
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < columns; j += kLanes) {
       const int64_t at = i * ld + j;
@@ -433,13 +438,26 @@ bool inverse_norms(const DifferenceScratch<T>& s, int64_t rows, int64_t columns,
           kCompare == Compare::kProduct ? sum - T(2) * load(s.inverse + at) : load(s.inverse + at);
       const V near = sum * T(kNearDifference) + T(2 * kZeroNormSquared) - square;
       const V inverse = near > 0 ? V{} : inverse_root<T>(square);
+      const V half = square * T(0.5) * inverse;
       store(s.inverse + at, inverse);
-      store(s.half_norm + at, square * T(0.5) * inverse);
+      store(s.half_norm + at, half);
+      most_inverse = inverse > most_inverse ? inverse : most_inverse;
+      most_half = half > most_half ? half : most_half;
       const uint32_t bits = positive_bits(near);
       s.exact[at / kLanes] = bits;
       any |= bits;
     }
-  return any != 0;
+  // cosines are rounded to about epsilon |u| / |w| and epsilon |w| / |u|, whichever is more
+  T inverses[kLanes], halves[kLanes];
+  store(inverses, most_inverse);
+  store(halves, most_half);
+  T ratio = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    ratio = inverses[i] * p.most_u > ratio ? inverses[i] * p.most_u : ratio;
+    ratio = 2 * halves[i] * p.most_inverse > ratio ? 2 * halves[i] * p.most_inverse : ratio;
+  }
+  constexpr T kMostRatio = T(1e-3) / std::numeric_limits<T>::epsilon();
+  return {any != 0, p.logit_bits > 0 && ratio < kMostRatio};
 }
 
 template <typename T>
@@ -624,10 +642,10 @@ __attribute__((noinline)) void shared_log_sum_exp(const DifferenceParams<T>& p,
     }
 }
 
-// Keys first .. first + m: rows, distances, products, masks. Returns whether anything is left out.
+// Keys first .. first + m: rows, distances, norms, masks. Returns whether anything is left out.
 template <typename T>
 bool load_shared_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64_t first,
-                      int64_t m, int64_t width, bool& exact) {
+                      int64_t m, int64_t width, Norms& norms) {
   const int64_t ld_t = tile_stride(p);
   for (int64_t n = 0; n < m; ++n) see_row(p, s, p.bank, first + n, n);
   for (int64_t n = m; n < width; ++n) {
@@ -639,7 +657,9 @@ bool load_shared_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& 
                                  ld_t);
   compare<T, Compare::kDistance>(p.A, width, p.D, p.anchor_seen, p.ldD, s.rows_t, ld_t, s.inverse,
                                  ld_t);
-  exact = inverse_norms<T, Compare::kDistance>(s, p.A, width, ld_t, p.anchor_square, s.row_square);
+  norms =
+      inverse_norms<T, Compare::kDistance>(p, s, p.A, width, ld_t, p.anchor_square, s.row_square);
+  const bool exact = norms.exact;
 
   bool masked = false;
   const auto prepare = [&] {
@@ -702,7 +722,7 @@ void shared_exact(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, i
 
 template <typename T, Pass kPass, Want kWant, bool kMasked>
 void shared_sweep(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64_t width,
-                  DifferenceSums<T>& sums) {
+                  bool bounded, DifferenceSums<T>& sums) {
   if constexpr (kPass == Pass::kLogSumExp) {
     shared_log_sum_exp<T, kMasked>(p, s, width);
   } else {
@@ -714,7 +734,7 @@ void shared_sweep(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, i
         shared_anchors<T, kPass, kWant, kMasked, kBounded, 1>(p, s, a, width, sums);
     };
     constexpr bool kMayBeBounded = kPass == Pass::kNce;
-    if (kMayBeBounded && p.logit_bits > 0)
+    if (kMayBeBounded && bounded)
       sweep.template operator()<kMayBeBounded>();
     else
       sweep.template operator()<false>();
@@ -743,17 +763,17 @@ void shared_pass(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, in
   for (int64_t tile = tiles * part / p.parts; tile < tiles * (part + 1) / p.parts; ++tile) {
     const int64_t first = tile * p.tile, m = p.K - first < p.tile ? p.K - first : p.tile;
     const int64_t width = (m + kLanes - 1) / kLanes * kLanes;
-    bool exact = false;
-    const bool masked = load_shared_tile(p, s, first, m, width, exact);
+    Norms norms;
+    const bool masked = load_shared_tile(p, s, first, m, width, norms);
     if (kWant == Want::kKeys)
       for (int64_t a = 0; a < p.A; ++a) {
         clear(width, s.y + a * ld_t);
         clear(width, s.f + a * ld_t);
       }
     if (masked)
-      shared_sweep<T, kPass, kWant, true>(p, s, width, sums);
+      shared_sweep<T, kPass, kWant, true>(p, s, width, norms.bounded, sums);
     else
-      shared_sweep<T, kPass, kWant, false>(p, s, width, sums);
+      shared_sweep<T, kPass, kWant, false>(p, s, width, norms.bounded, sums);
     if (kWant != Want::kLoss && p.need_query)
       dense_gemm<T>(p.B, p.Dp, m, s.weight, ld_t, s.rows, p.ldD, s.d_query, p.ldD, false);
     if (kWant == Want::kKeys) {
@@ -762,7 +782,8 @@ void shared_pass(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, in
       for (int64_t a = 0; a < p.A; ++a) s.sum_f[a] += sum_of(width, s.f + a * ld_t);
       if (s.d_rows) shared_rows(p, s, m);
     }
-    if (exact || p.near_begin) shared_exact<T, kPass, kWant>(p, s, first, m, masked, exact, sums);
+    if (norms.exact || p.near_begin)
+      shared_exact<T, kPass, kWant>(p, s, first, m, masked, norms.exact, sums);
     if (s.d_rows)
       for (int64_t n = 0; n < m; ++n)
         for (int64_t d = 0; d < p.D; ++d) p.d_rows[(first + n) * p.D + d] = s.d_rows[n * p.ldD + d];
@@ -961,12 +982,12 @@ void own_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, const
     compare<T, kCompare>(
         blocks * kCompareRows, p.Ap, p.D, s.rows, p.ldD, p.anchor_seen_t, p.ldA, s.inverse, p.ldA,
         Ahead{&p.bank, tile.next, tile.next_rows, p.D, (tile.next_rows + steps - 1) / steps});
-    return inverse_norms<T, kCompare>(s, rows, p.Ap, p.ldA, s.row_square, p.anchor_square);
+    return inverse_norms<T, kCompare>(p, s, rows, p.Ap, p.ldA, s.row_square, p.anchor_square);
   };
   const bool products =
       !p.need_bank && has_room(rows, s.row_square) && has_room(p.A, p.anchor_square);
-  const bool exact = products ? norms.template operator()<Compare::kProduct>()
-                              : norms.template operator()<Compare::kDistance>();
+  const auto [exact, bounded] = products ? norms.template operator()<Compare::kProduct>()
+                                         : norms.template operator()<Compare::kDistance>();
   bool masked = false;
   const auto prepare = [&] {
     if (!masked)
@@ -994,7 +1015,7 @@ void own_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, const
     }
   constexpr bool kMayBeBounded = kPass == Pass::kNce;
   const auto entries = [&]<bool kMasked>() {
-    if (kMayBeBounded && p.logit_bits > 0)
+    if (kMayBeBounded && bounded)
       own_entries<T, kPass, kWant, kMasked, kMayBeBounded>(p, s, tile, exact, sums);
     else
       own_entries<T, kPass, kWant, kMasked, false>(p, s, tile, exact, sums);

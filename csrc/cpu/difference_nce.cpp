@@ -263,7 +263,10 @@ class DifferenceNce {
     for_pairs([&](int64_t at) {
       slopes[at] = p.inverse[at] * static_cast<T>(scale / kLog2);
       weights[at] = counts[at] ? slopes[at] * p.slope_weight : T(0);
+      p.most_u = std::max(p.most_u, p.half_square[at]);
+      p.most_inverse = std::max(p.most_inverse, p.inverse[at]);
     });
+    p.most_u = std::sqrt(2 * p.most_u);
     p.slope = slopes;
     p.weight = weights;
     p.logit_bits = logit_bits(scale, offset);

@@ -63,10 +63,11 @@ struct DifferenceParams {
   T* cosine = nullptr;            // <u, v> / (|u| |v|)
   uint8_t* near = nullptr;        // 1 where |u| is so small that sums would cancel
 
-  const T* slope = nullptr;        // scale / (|u| log 2)
-  // 1 + 2^logit <= 2^logit_bits for every logit, none of which is below -120 unless its pair does not
-  // count; 0: not known
+  const T* slope = nullptr;  // scale / (|u| log 2)
+  // 1 + 2^logit <= 2^logit_bits for every logit, none of which is below -120 unless its pair does
+  // not count; 0: not known
   int logit_bits = 0;
+  T most_u = 0, most_inverse = 0;  // the largest |u| and 1 / |u|
   T slope_weight = 0;              // weight of a pair that counts / slope
   const T* weight = nullptr;       // scale / (|u| pairs), 0 for a pair that does not count
   const T* offset = nullptr;       // added to a logit; -1e30 for a pair that does not count

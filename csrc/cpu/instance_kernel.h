@@ -6,10 +6,10 @@
 // the bank is read once from memory and once more from the cache. InfoNCE goes over the negatives
 // once with a running maximum: what was summed is scaled down when a larger logit comes.
 
-constexpr int64_t kKeyTile = 128;      // rows of a tile of shared negatives
-constexpr int64_t kQueryBlock = 256;   // queries that meet a tile at a time
-constexpr int64_t kChunk = 64;         // entries of one query that are worked off together
-constexpr int64_t kFilterWords = 64;   // of 64 bits, one a hash
+constexpr int64_t kKeyTile = 128;     // rows of a tile of shared negatives
+constexpr int64_t kQueryBlock = 256;  // queries that meet a tile at a time
+constexpr int64_t kChunk = 64;        // entries of one query that are worked off together
+constexpr int64_t kFilterWords = 64;  // of 64 bits, one a hash
 
 template <typename T>
 struct InstanceScratch {
@@ -198,8 +198,8 @@ void shared_nce(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t
   }
 }
 
-// n vectors of products z, `step` numbers apart, to e = 2^(scale z - offset - top), their sum and that
-// of e z. Where keep is 0, which is read only when kMasked, e is 0.
+// n vectors of products z, `step` numbers apart, to e = 2^(scale z - offset - top), their sum and
+// that of e z. Where keep is 0, which is read only when kMasked, e is 0.
 template <typename T, bool kMasked>
 CRRCD_INLINE void sum_exp(const InstanceParams<T>& p, int64_t n, T* z, int64_t step, const T* keep,
                           typename Simd<T>::V top, typename Simd<T>::V& sum,
@@ -260,8 +260,8 @@ void shared_log_sum_exp(const InstanceParams<T>& p, const InstanceScratch<T>& s,
   }
 }
 
-// n vectors of products z, `step` numbers apart, to gradients of the logits, the normaliser (in units
-// of log 2) known. Where keep is 0, which is read only when kMasked, they are 0.
+// n vectors of products z, `step` numbers apart, to gradients of the logits, the normaliser (in
+// units of log 2) known. Where keep is 0, which is read only when kMasked, they are 0.
 template <typename T, bool kMasked>
 CRRCD_INLINE void softmax(const InstanceParams<T>& p, int64_t n, T* z, int64_t step, const T* keep,
                           typename Simd<T>::V normalizer) {
@@ -343,9 +343,9 @@ void shared_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_
 template <typename T>
 struct Chunk {
   int64_t b = 0, n = 0;
-  int64_t row[kChunk];         // of the bank; not where row_at is known and nothing else is asked for
-  const T* row_at[kChunk];     // where they lie, in T
-  bool located = false;        // row_at is known
+  int64_t row[kChunk];      // of the bank; not where row_at is known and nothing else is asked for
+  const T* row_at[kChunk];  // where they lie, in T
+  bool located = false;     // row_at is known
 };
 
 // Columns of a row are walked in panels of 8, 4, 2 or 1 vectors, which stay in registers.
@@ -379,7 +379,7 @@ __attribute__((noinline)) void dot_panel(const InstanceParams<T>& p, const Chunk
   V query[kVectors];
   for (int j = 0; j < kVectors; ++j) query[j] = load(q + at + j * kLanes);
   // rows i .. i + kRows, side by side: each of their sums waits for itself alone
-  const auto products = [&]<int kRows>(int64_t i, V (&sum)[kRows]) {
+  const auto products = [&]<int kRows>(int64_t i, V(&sum)[kRows]) {
     const T* m[kRows];
     for (int r = 0; r < kRows; ++r) {
       if (next && at == 0 && i + r < next->n) prefetch_row(p.bank, next->row[i + r], p.D);

@@ -17,8 +17,9 @@ inline int64_t leading_dimension(int64_t n, int64_t element_size) {
   return (round_up(n, line) / line | 1) * line;
 }
 
-// For logits scale * cosine - offset in units of log 2: the least n with 1 + 2^logit <= 2^n for all of
-// them, or 0 where n > 30 or a logit may be below -120. Cosines round to what is a little above 1.
+// For logits scale * cosine - offset in units of log 2: the least n with 1 + 2^logit <= 2^n for all
+// of them, or 0 where n > 30 or a logit may be below -120. Cosines round to what is a little
+// above 1.
 inline int logit_bits(double scale, double offset) {
   const double reach = 1.01 * std::abs(scale) / kLog2, middle = -offset / kLog2;
   if (!(middle + reach <= 29 && middle - reach >= -120)) return 0;

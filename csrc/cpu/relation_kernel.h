@@ -358,7 +358,8 @@ void tile_logits(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t a, int
       const int64_t count = m - n < kBlock ? m - n : kBlock;
       if (steps + count > kMostlyBoundedSteps) flush();
       steps += static_cast<int>(count);
-      for_vectors(count, [&]<int kVectors>(int64_t i) { rows.template operator()<kVectors>(n + i); });
+      for_vectors(count,
+                  [&]<int kVectors>(int64_t i) { rows.template operator()<kVectors>(n + i); });
       sum_ds += block_ds;
       block_ds = V{};
     }

@@ -161,14 +161,12 @@ CRRCD_INLINE Simd<double>::V exp_near_zero(Simd<double>::V r) {
 }
 
 #if CRRCD_VECTOR_BYTES == 64 && defined(__x86_64__)
-alignas(64) constexpr float kPowersOfTwo[32] = {  // 2^(i / 32)
-    1.0f, 1.02189715f, 1.04427378f, 1.0671404f,
-    1.09050773f, 1.11438674f, 1.13878863f, 1.16372486f,
-    1.18920712f, 1.21524736f, 1.24185781f, 1.26905096f,
-    1.29683955f, 1.32523664f, 1.35425555f, 1.38390988f,
-    1.41421356f, 1.44518081f, 1.47682615f, 1.50916443f,
-    1.54221083f, 1.57598085f, 1.61049033f, 1.64575548f,
-    1.68179283f, 1.7186193f, 1.75625216f, 1.79470908f,
+alignas(64) constexpr float kPowersOfTwo[32] = {
+    // 2^(i / 32)
+    1.0f,        1.02189715f, 1.04427378f, 1.0671404f,  1.09050773f, 1.11438674f, 1.13878863f,
+    1.16372486f, 1.18920712f, 1.21524736f, 1.24185781f, 1.26905096f, 1.29683955f, 1.32523664f,
+    1.35425555f, 1.38390988f, 1.41421356f, 1.44518081f, 1.47682615f, 1.50916443f, 1.54221083f,
+    1.57598085f, 1.61049033f, 1.64575548f, 1.68179283f, 1.7186193f,  1.75625216f, 1.79470908f,
     1.83400809f, 1.87416763f, 1.91520656f, 1.95714412f};
 #endif
 
@@ -181,7 +179,8 @@ CRRCD_INLINE void exp2_of(Simd<float>::V (&x)[kVectors]) {
   using V = Simd<float>::V;
   V t[kVectors], n[kVectors], r[kVectors], p[kVectors];
 #if CRRCD_VECTOR_BYTES == 64 && defined(__x86_64__)
-  // 2^x = 2^floor(n) 2^(i / 32) 2^r with n the multiple of 1/32 next to x, i in the lowest bits of t
+  // 2^x = 2^floor(n) 2^(i / 32) 2^r with n the multiple of 1/32 next to x, i in the lowest bits of
+  // t
   const V rounder = splat(393216.0f);  // 1.5 * 2^18: adding it rounds to a multiple of 1/32
   const __m512 powers[2] = {_mm512_load_ps(kPowersOfTwo), _mm512_load_ps(kPowersOfTwo + 16)};
   for (int i = 0; i < kVectors; ++i) t[i] = x[i] + rounder;

@@ -64,11 +64,11 @@ CRRCD_INLINE void softplus(const typename Simd<T>::V (&x)[kVectors], typename Si
 }
 
 // The same of one vector or pairs of them, of x < 30; with kNormal none is between -120 and -1e6.
-// With e = 2^x the loss is log(1 + e) whatever the sign, and two vectors share a division. Each vector
-// multiplies 1 + q by up to 1 + 2^x.
+// With e = 2^x the loss is log(1 + e) whatever the sign, and two vectors share a division. Each
+// vector multiplies 1 + q by up to 1 + 2^x.
 template <typename T, bool kNormal, int kVectors>
-CRRCD_INLINE void softplus_bounded(const typename Simd<T>::V (&x)[kVectors],
-                                   typename Simd<T>::V& q, typename Simd<T>::V (&g)[kVectors]) {
+CRRCD_INLINE void softplus_bounded(const typename Simd<T>::V (&x)[kVectors], typename Simd<T>::V& q,
+                                   typename Simd<T>::V (&g)[kVectors]) {
   using V = typename Simd<T>::V;
   constexpr int kPairs = kVectors / 2;
   static_assert(kVectors == 1 || kVectors == 2 * kPairs);
