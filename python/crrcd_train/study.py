@@ -6,13 +6,11 @@ are skipped, interrupted ones go on from their checkpoints: calling a study agai
 
 from __future__ import annotations
 
+import functools
 import json
-import multiprocessing
-import queue
 import shutil
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -20,9 +18,9 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, data, interrupt, methods, runs
-from .config import CONTRASTIVE, Config, flatten, terms, to_dict, with_values
-from .errors import Interrupted, UserError, writable_folder
+from . import checkpoint, data, interrupt, methods, pool, runs
+from .config import CONTRASTIVE, Config, Data, flatten, terms, to_dict, with_values
+from .errors import Interrupted, writable_folder
 from .loop import Watcher
 from .progress import Bar, say
 
@@ -115,7 +113,14 @@ def _complete(config: Config, output: Path, todo: list[Job], pending: list[Job])
         say(_line("teacher", result))
     if pending:
         _prepare_tables(pending, images)
-        _run_all(pending, config)
+        pool.run(
+            pending,
+            _work,
+            workers=config.study.workers,
+            progress=config.run.progress,
+            done=lambda job, result: say(_line(job.title, result)),
+            remedy="with --set study.workers=1",
+        )
 
 
 def _record(config: Config, output: Path, todo: list[Job], command: str, seconds: float) -> None:
@@ -166,111 +171,15 @@ def _prepare_tables(pending: list[Job], images: data.Images) -> None:
         runs.prepare_teacher_table(job.config, images, say)
 
 
-def _run_all(pending: list[Job], config: Config) -> None:
-    from tqdm import tqdm
-
-    context = multiprocessing.get_context("spawn")
-    messages, stop = context.Queue(), context.Event()
-    workers = min(config.study.workers, len(pending))
-    bar = tqdm(
-        total=None,
-        desc=f"{len(pending)} runs",
-        unit="step",
-        disable=None if config.run.progress else True,
-        dynamic_ncols=True,
-    )
-    totals: dict[str, int] = {}
-    with (
-        ProcessPoolExecutor(workers, context, _start_worker, (config, messages, stop)) as pool,
-        bar,
-    ):
-        futures: dict[Future, Job] = {pool.submit(_work, job): job for job in pending}
-        left = set(futures)
-        failure: BaseException | None = None
-        finished = 0
-        while left:
-            done, left = wait(left, timeout=0.2, return_when=FIRST_COMPLETED)
-            _drain(messages, bar, totals, len(pending))
-            for future in done:
-                if future.cancelled():
-                    continue
-                error = future.exception()
-                if error is None:
-                    finished += 1
-                    bar.set_description(f"{finished} of {len(pending)} runs", refresh=False)
-                    say(_line(futures[future].title, future.result()))
-                elif failure is None:
-                    failure = error
-            if (failure is not None or interrupt.requested()) and not stop.is_set():
-                stop.set()
-                for future in left:
-                    future.cancel()
-    if isinstance(failure, BrokenProcessPool):
-        raise UserError(
-            "a worker process died (out of memory?); run the same command again to go on, "
-            "with --set study.workers=1 if it happens again"
-        )
-    if failure is not None:
-        raise failure
-    if interrupt.requested():
-        raise Interrupted(f"stopped with {finished} of {len(pending)} runs finished")
+@functools.lru_cache(maxsize=1)
+def _images(key: str) -> data.Images:
+    """A worker reads a data set once; `key` is its settings as JSON."""
+    return data.load(Data(**json.loads(key)), lambda text: None)
 
 
-def _drain(messages: Any, bar: Any, totals: dict[str, int], count: int) -> None:
-    while True:
-        try:
-            kind, title, value = messages.get_nowait()
-        except queue.Empty:
-            break
-        if kind == "say":
-            say(value)
-        elif kind == "start":
-            totals[title] = value
-            # Runs that have not begun are expected to be as long as those that have.
-            bar.total = round(sum(totals.values()) / len(totals) * count)
-        else:
-            bar.update(value)
-    bar.refresh()
-
-
-class _Report(Watcher):
-    """Sends steps to the parent, a few times a second."""
-
-    def __init__(self, messages: Any, title: str) -> None:
-        self.messages, self.title = messages, title
-        self.count, self.sent = 0, time.monotonic()
-
-    def start(self, label: str, total: int, done: int) -> None:
-        self.messages.put(("start", self.title, total - done))
-
-    def step(self, count: int) -> None:
-        self.count += count
-        if time.monotonic() - self.sent > 0.3:
-            self.close()
-
-    def close(self) -> None:
-        self.messages.put(("step", self.title, self.count))
-        self.count, self.sent = 0, time.monotonic()
-
-
-_worker: dict[str, Any] = {}
-
-
-def _start_worker(config: Config, messages: Any, stop: Any) -> None:
-    interrupt.follow_parent(stop)
-    torch.set_num_threads(1)
-    _worker.update(messages=messages, images=None, config=config)
-
-
-def _work(job: Job) -> dict[str, Any]:
-    if _worker["images"] is None:
-        _worker["images"] = data.load(job.config.data, lambda text: None)
-    watcher = _Report(_worker["messages"], job.title)
+def _work(job: Job, watcher: Watcher, say: Callable[[str], None]) -> dict[str, Any]:
+    # The student's size is another one from job to job and changes nothing in the images.
+    key = json.dumps({**vars(job.config.data), "student_size": 1}, sort_keys=True)
     return runs.train_student(
-        job.config,
-        _worker["images"],
-        job.output,
-        resume=True,
-        watcher=watcher,
-        say=lambda text: _worker["messages"].put(("say", job.title, text)),
+        job.config, _images(key), job.output, resume=True, watcher=watcher, say=say
     )
