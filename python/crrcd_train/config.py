@@ -170,8 +170,37 @@ class Study:
     size_overrides: dict[str, dict[str, Any]] = field(default_factory=dict)  # by size, dotted keys
 
 
+class Settings:
+    """The root of a tree of dataclasses that a TOML file fills."""
+
+    def check(self) -> None:
+        """Ranges and names that types alone do not express.
+
+        Raises:
+            UserError: names the key, what was expected and what it is.
+        """
+        for key, value in flatten(to_dict(self)).items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
+                raise UserError(f"config key {key}: expected 0 or more, got {value!r}")
+            if key.endswith(".negatives") and isinstance(value, str) and value != "all":
+                raise UserError(f'config key {key}: expected a number or "all", got {value!r}')
+
+    def more_than_zero(self, keys: typing.Iterable[str]) -> None:
+        flat = flatten(to_dict(self))
+        for key in keys:
+            if not flat[key] > 0:
+                raise UserError(f"config key {key}: expected more than 0, got {flat[key]!r}")
+
+    def one_of(self, key: str, value: str, values: typing.Sequence[str]) -> None:
+        if value not in values:
+            raise UserError(_unknown_value(key, value, values))
+
+
+AnySettings = typing.TypeVar("AnySettings", bound=Settings)
+
+
 @dataclass
-class Config:
+class Config(Settings):
     data: Data = field(default_factory=Data)
     teacher: Teacher = field(default_factory=Teacher)
     student: Student = field(default_factory=Student)
@@ -182,6 +211,19 @@ class Config:
     crcd: CRCD = field(default_factory=CRCD)
     run: Run = field(default_factory=Run)
     study: Study = field(default_factory=Study)
+
+    def check(self) -> None:
+        self.more_than_zero(_POSITIVE)
+        super().check()
+        self.one_of("run.method", self.run.method, METHODS)
+        for name, variant in self.study.variants.items():
+            self.one_of(f"study.variants.{name}.method", variant.method, METHODS)
+        for name in self.study.methods:
+            self.one_of("study.methods", name, [*METHODS, *self.study.variants])
+        if not (self.study.methods and self.study.seeds and self.study.sizes):
+            raise UserError(
+                "config key study: methods, seeds and sizes each need one entry or more"
+            )
 
 
 CONTRASTIVE = {"crrcd": "CRRCDLoss", "crd": "CRDLoss", "crcd": "CRCDLoss"}
@@ -224,7 +266,11 @@ _POSITIVE = {
 }
 
 
-def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load(
+    path: str | Path | None,
+    overrides: list[str] | tuple[str, ...] = (),
+    kind: type[AnySettings] = Config,
+) -> AnySettings:
     """Reads a TOML file (None: the defaults), applies `key.path=value` overrides and checks all.
 
     Raises:
@@ -238,21 +284,21 @@ def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -
             raise UserError(f"config file {path}: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"config file {path}: not valid TOML: {error}") from None
-    return override(_build(Config, table, ""), overrides)
+    return override(from_dict(table, kind), overrides)
 
 
-def override(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
+def override(config: AnySettings, overrides: list[str] | tuple[str, ...] = ()) -> AnySettings:
     """Applies `key.path=value` texts to `config` and checks all of it."""
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--set {text}: expected key=value, for example --set optim.lr=0.1")
         assign(config, key.strip(), _parse_value(value.strip()))
-    check(config)
+    config.check()
     return config
 
 
-def assign(config: Config, key: str, value: Any) -> None:
+def assign(config: Settings, key: str, value: Any) -> None:
     """Sets one dotted key, with the same checks as a file's."""
     *parents, leaf = key.split(".")
     node: Any = config
@@ -275,21 +321,21 @@ def assign(config: Config, key: str, value: Any) -> None:
     setattr(node, leaf, _convert(_hints(type(node))[leaf], value, key))
 
 
-def with_values(config: Config, values: dict[str, Any]) -> Config:
+def with_values(config: AnySettings, values: dict[str, Any]) -> AnySettings:
     """A checked copy of `config` with dotted keys replaced."""
-    copy = from_dict(to_dict(config))
+    copy = from_dict(to_dict(config), type(config))
     for key, value in values.items():
         assign(copy, key, value)
-    check(copy)
+    copy.check()
     return copy
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    return dataclasses.asdict(config)
+def to_dict(config: Settings) -> dict[str, Any]:
+    return dataclasses.asdict(typing.cast(Any, config))
 
 
-def from_dict(table: dict[str, Any]) -> Config:
-    return _build(Config, table, "")
+def from_dict(table: dict[str, Any], kind: type[AnySettings] = Config) -> AnySettings:
+    return _build(kind, table, "")
 
 
 def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -311,36 +357,6 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
-
-
-def check(config: Config) -> None:
-    """Ranges and names that types alone do not express."""
-    flat = flatten(to_dict(config))
-    for key in _POSITIVE:
-        if not flat[key] > 0:
-            raise UserError(f"config key {key}: expected more than 0, got {flat[key]!r}")
-    for key, value in flat.items():
-        if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
-            raise UserError(f"config key {key}: expected 0 or more, got {value!r}")
-    if config.run.method not in METHODS:
-        raise UserError(_unknown_value("run.method", config.run.method, METHODS))
-    for name in CONTRASTIVE:
-        negatives = flat[f"{name}.negatives"]
-        if isinstance(negatives, str) and negatives != "all":
-            raise UserError(
-                f'config key {name}.negatives: expected a number or "all", got {negatives!r}'
-            )
-    for name, variant in config.study.variants.items():
-        if variant.method not in METHODS:
-            raise UserError(
-                _unknown_value(f"study.variants.{name}.method", variant.method, METHODS)
-            )
-    known = [*METHODS, *config.study.variants]
-    for name in config.study.methods:
-        if name not in known:
-            raise UserError(_unknown_value("study.methods", name, known))
-    if not (config.study.methods and config.study.seeds and config.study.sizes):
-        raise UserError("config key study: methods, seeds and sizes each need one entry or more")
 
 
 def _build(kind: type, table: dict[str, Any], prefix: str) -> Any:

@@ -39,6 +39,8 @@ def run(
     progress: bool,
     done: Callable[[AnyJob, dict[str, Any]], None],
     remedy: str,
+    name: str = "runs",
+    unit: str = "step",
 ) -> None:
     """Calls `work` on every job in at most `workers` processes.
 
@@ -48,6 +50,7 @@ def run(
     Args:
         done: called here, with the result, as soon as a job has finished.
         remedy: what to try when a worker dies for lack of memory.
+        name, unit: what the bar calls the jobs and their steps.
 
     Raises:
         Interrupted: asked to stop.
@@ -59,8 +62,8 @@ def run(
     messages, stop = context.Queue(), context.Event()
     bar = tqdm(
         total=None,
-        desc=f"{len(jobs)} runs",
-        unit="step",
+        desc=f"0 of {len(jobs)} {name}",
+        unit=unit,
         disable=None if progress else True,
         dynamic_ncols=True,
     )
@@ -83,7 +86,7 @@ def run(
                 error = future.exception()
                 if error is None:
                     finished += 1
-                    bar.set_description(f"{finished} of {len(jobs)} runs", refresh=False)
+                    bar.set_description(f"{finished} of {len(jobs)} {name}", refresh=False)
                     done(futures[future], future.result())
                 elif failure is None:
                     failure = error

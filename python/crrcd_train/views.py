@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,18 +21,28 @@ from .config import Data
 from .data import Normalizer, resize
 
 
+class Shifts(Protocol):
+    """Settings that say which variants there are."""
+
+    flip: bool
+    shift: int
+    shift_step: int
+
+
 @dataclass
 class Variants:
     """All augmentations: offsets int64 [V, 2] in pixels (down, right), flips bool [V].
 
-    Variant 0 is the image as it is.
+    Variant 0 is the image as it is. Pixels that move in from outside are zero, or with
+    `padding` = "replicate" those of the edge.
     """
 
     offsets: Tensor
     flips: Tensor
+    padding: Literal["constant", "replicate"] = "constant"
 
     @classmethod
-    def of(cls, data: Data) -> Variants:
+    def of(cls, data: Shifts, padding: Literal["constant", "replicate"] = "constant") -> Variants:
         steps = data.shift // data.shift_step
         positions = [i * data.shift_step for i in range(-steps, steps + 1)]
         rows = [
@@ -42,7 +53,7 @@ class Variants:
         ]
         rows.sort(key=lambda row: (row[2], abs(row[0]) + abs(row[1])))
         table = torch.tensor(rows, dtype=torch.int64)
-        return cls(table[:, :2], table[:, 2].bool())
+        return cls(table[:, :2], table[:, 2].bool(), padding)
 
     def __len__(self) -> int:
         return len(self.flips)
@@ -51,10 +62,10 @@ class Variants:
         return torch.randint(len(self), (count,), generator=generator)
 
     def apply(self, images: Tensor, variants: Tensor) -> Tensor:
-        """Image b of [B, C, H, W] in its variant b; pixels that move in from outside are zero."""
+        """Image b of [B, C, H, W] in its variant b."""
         reach = int(self.offsets.abs().max())
         height, width = images.shape[-2:]
-        padded = F.pad(images, (reach,) * 4)
+        padded = F.pad(images, (reach,) * 4, mode=self.padding)
         offsets = self.offsets[variants]
         down = torch.arange(height) + reach - offsets[:, :1]
         right = torch.arange(width) + reach - offsets[:, 1:]
