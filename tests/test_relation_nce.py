@@ -553,6 +553,32 @@ def test_logits_of_ten_thousand_in_bfloat16(backend, objective):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("offset", [-80.0, -100.0, -1000.0])
+def test_softmax_of_logits_far_above_zero(backend, dtype, offset):
+    # Five queries fill no vector: the lanes behind them have logits too.
+    case = make(3, 5, 60, 20, 18, 13, 50, objective="infonce", scale=1.0, offset=offset)
+    low = cast(case, dtype)
+    got, true = run(low, backend), truth(low)
+    assert_close(got, true, 1e-9 if dtype == torch.float64 else 1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [1e2, 1e3, 1e4])
+def test_softmax_with_one_winner(backend, scale):
+    # The only negative has all of the softmax: its share must be 1 to the last place.
+    case = make(3, 16, 1, 20, 18, 13, 50, objective="infonce", scale=scale, self_pairs=True)
+    case["positive"] = -case["query"]
+    low = cast(case, torch.float32)
+    got, true = run(low, backend), truth(low)
+    # CUDA subtracts the normaliser in the logit's own multiplication, which rounds otherwise than
+    # the pass that found it: its share is off by the rounding of one logit.
+    allowed = scale * torch.finfo(torch.float32).eps if backend in EMULATED else 1e-6
+    for key in ("query", "anchor", "weight"):
+        assert distance(got[key], true[key]) < max(allowed, 1e-6), key
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_tiny_terms_are_not_lost(backend, dtype):
     # With a large offset every term of the sum is exp(-large): their sum is the loss's gradient.
     case = make(4, 5, 3000, 12, 14, 6, 100, scale=2.0, offset=25.0)

@@ -67,7 +67,7 @@ class RelationNce {
     if (x.infonce) {
       log_normalizer = sweep_log_sum_exp();
       loss = ((log_normalizer - positive_logit) * pair).sum(at::kDouble).item<double>();
-      d_logit_positive = ((positive_logit - log_normalizer).exp() - 1) * pair;
+      d_logit_positive = (((positive_logit - log_normalizer).exp() - 1) * pair).to(dtype);
       if (x.need & ~kNeedPositive) sweep(Pass::kSoftmax);
     } else {
       sweep(Pass::kNce);
@@ -199,7 +199,9 @@ class RelationNce {
     return wanted ? at::zeros(shape, at::TensorOptions().dtype(dtype)) : at::Tensor();
   }
 
-  // log of the sum of exponentials over the positive and the kept negatives, [A, B].
+  // log of the sum of exponentials over the positive and the kept negatives, [A, B], in double:
+  // rounded before it is brought to the logits' unit, it would no longer be the largest logit where
+  // that one decides.
   at::Tensor sweep_log_sum_exp() {
     NceParams<T> all = p;
     at::Tensor top = at::full({p.key_parts, x.A, p.ldB}, -1e30, at::TensorOptions().dtype(dtype));
@@ -219,7 +221,7 @@ class RelationNce {
     for (int64_t i = 0; i < p.key_parts; ++i)
       total = total + sums.select(0, i) * (tops.select(0, i) - most).exp();
     const at::Tensor finite = found.select(1, 0).sum();  // NaN if a key was not finite
-    return (most + total.log() + finite).to(dtype);
+    return most + total.log() + finite;
   }
 
   void sweep(Pass pass) {
@@ -229,6 +231,8 @@ class RelationNce {
     p.scalars = mutable_pointer<double>(scalars);
     if (pass == Pass::kSoftmax) {
       log_normalizer_padded = padded(log_normalizer / kLog2, dtype, x.A, p.ldB);
+      // Queries that are not there get no share of anything, whatever the offset.
+      log_normalizer_padded.narrow(-1, x.B, p.ldB - x.B).fill_(1e30);
       p.log_normalizer = pointer<T>(log_normalizer_padded);
     }
     d_qw_t = zeros({p.key_parts, x.A, p.Hp, p.ldB}, !direct && (p.need_query || p.need_weight));

@@ -31,35 +31,26 @@ class Retrieval:
     roc: list[float]
 
 
-def by_class(scores: Tensor, gallery_labels: Tensor, classes: int) -> Tensor:
-    """Scores [P, G] of gallery entries as scores [P, classes]: the best entry of each class.
+def evaluate(scores: Tensor, labels: Tensor, gallery_labels: Tensor) -> Retrieval:
+    """Identification and verification from scores [P, G] of probes and gallery entries.
 
-    A class without an entry gets -inf.
-    """
-    table = scores.new_full((len(scores), classes), -torch.inf)
-    return table.scatter_reduce(1, gallery_labels.expand_as(scores), scores, "amax")
-
-
-def evaluate(scores: Tensor, labels: Tensor) -> Retrieval:
-    """Identification and verification from scores [P, classes] of probes with labels int64 [P].
-
-    Every (probe, class) is a pair: genuine where the class is the probe's own.
+    Every (probe, entry) is a pair: genuine where labels int64 [P] and gallery_labels int64 [G]
+    agree.
 
     Raises:
-        ValueError: scores that are not finite, or no impostor pair.
+        ValueError: scores that are not finite, or no pair of a kind.
     """
     from sklearn.metrics import roc_auc_score, roc_curve
 
     if not torch.isfinite(scores).all():
         raise ValueError("retrieval: scores are not finite")
-    if scores.shape[1] < 2:
-        raise ValueError("retrieval: one class leaves no impostor pair")
-    rank1 = 100.0 * float((scores.argmax(1) == labels).double().mean())
-    genuine = torch.nn.functional.one_hot(labels, scores.shape[1]).bool()
+    genuine = labels[:, None] == gallery_labels
+    if genuine.all() or not genuine.any():
+        raise ValueError("retrieval: genuine and impostor pairs are needed")
     truth, values = genuine.flatten().numpy(), scores.double().flatten().numpy()
     far, tar, _ = roc_curve(truth, values, drop_intermediate=False)
     return Retrieval(
-        rank1,
+        recall_at_1(scores, labels, gallery_labels),
         100.0 * _at(far, tar, FAR),
         100.0 * float(roc_auc_score(truth, values)),
         [100.0 * _at(far, tar, rate) for rate in FAR_GRID],

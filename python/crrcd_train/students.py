@@ -233,6 +233,28 @@ def space(vectors: Tensor, center: Tensor) -> Tensor:
     return F.normalize(vectors.float() - center)
 
 
+def state(student: Student, settings: Students, method: str) -> dict[str, Any]:
+    """Everything that `restore` needs, of tensors, numbers and texts."""
+    first = next(student.network.parameters())
+    return {
+        "network": vars(settings.student),
+        "pixels": vars(settings.pixels),
+        "method": method,
+        "channels": first.shape[1],
+        "size": student.size,
+        "weights": student.state_dict(),
+    }
+
+
+def restore(stored: dict[str, Any]) -> Student:
+    """The student of a `state`, in evaluation mode."""
+    network = Network(**stored["network"])
+    center = torch.zeros_like(stored["weights"]["center"])
+    student = Student(network, stored["channels"], stored["size"], center, 0.0, 1.0)
+    student.load_state_dict(stored["weights"])
+    return student.eval()
+
+
 @dataclass
 class Trained:
     student: Student
