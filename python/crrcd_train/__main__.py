@@ -1,4 +1,4 @@
-"""The command line: crrcd-train teacher | distill | evaluate | report | study."""
+"""The command line: crrcd-train faces | teacher | distill | evaluate | report | study."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from . import config as settings
 from .errors import Interrupted, UserError
 
 EPILOG = """examples:
+  crrcd-train faces --output runs/faces
   crrcd-train study python/studies/demo.toml --output runs/demo
   crrcd-train teacher --output runs/teacher
   crrcd-train distill --method kd --set teacher.checkpoint=runs/teacher --output runs/kd
@@ -29,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
     texts = {
+        "faces": "small faces against a gallery of large ones, then the report",
         "teacher": "train the teacher on full-resolution images",
         "distill": "train one student with run.method",
         "study": "run a whole grid of methods, seeds and sizes, then the report",
@@ -49,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
             "--resume",
             action="store_true",
             help="go on from the checkpoint in the output folder"
-            + (" (a study always does)" if name == "study" else ""),
+            + (" (always done here)" if name in ("study", "faces") else ""),
         )
         command.add_argument(
             "--fresh", action="store_true", help="discard what the output folder holds of this run"
@@ -88,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"crrcd-train: error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        hint = "" if options.command == "study" else " with --resume"
+        hint = "" if options.command in ("study", "faces") else " with --resume"
         print(f"\ncrrcd-train: {stop}; run the same command again{hint} to go on", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
@@ -99,6 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _train(options: argparse.Namespace, command: str) -> int:
     if options.file and options.config:
         raise UserError("the config file was given twice: once bare, once with --config")
+    if options.command == "faces":
+        return _faces(options, command)
     method = getattr(options, "method", None)
     overrides = [*options.set, *([f"run.method={method}"] if method else [])]
     config = settings.load(options.config or options.file, overrides)
@@ -145,6 +149,20 @@ def _train(options: argparse.Namespace, command: str) -> int:
     return 0
 
 
+def _faces(options: argparse.Namespace, command: str) -> int:
+    from . import faces, faces_report
+    from .progress import say
+
+    config = settings.load(options.config or options.file, options.set, faces.FacesConfig)
+    output = Path(options.output)
+    started = time.monotonic()
+    faces.run(config, output, fresh=options.fresh, command=command)
+    made = faces_report.make(output, say=say)
+    print(f"\n{made.table}\nreport: {made.html}")
+    print(f"time of this call: {_duration(time.monotonic() - started)}")
+    return 0
+
+
 def _read_back(options: argparse.Namespace) -> int:
     if bool(options.folder) == bool(options.output):
         raise UserError(f"{options.command}: name the folder to read, once")
@@ -154,9 +172,10 @@ def _read_back(options: argparse.Namespace) -> int:
     from .progress import say
 
     if options.command == "report":
-        from . import report
+        from . import faces, faces_report, report
 
-        made = report.make(folder, options.set, say=say)
+        maker = faces_report if (folder / faces.SUMMARY).exists() else report
+        made = maker.make(folder, options.set, say=say)
         print(f"\n{made.table}\nreport: {made.html}")
         return 0
     from . import checkpoint, data, evaluate, methods, runs

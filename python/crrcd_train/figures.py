@@ -12,8 +12,6 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from .config import CONTRASTIVE
-
 # Okabe and Ito's palette: told apart with any colour vision.
 COLOURS = (
     *("#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
@@ -33,24 +31,52 @@ plt.rcParams.update(
 )
 
 
+# A method has its colour in every study; variants share those that are left.
+_OWN = {
+    "ce": 0,
+    "crrcd-difference": 1,
+    "crrcd": 2,
+    "crcd": 3,
+    "crd": 4,
+    "kd": 5,
+    "cosine": 5,
+    "cosine+rkd": 6,
+    "teacher": 7,
+    "ridge": 8,
+    "kd+crrcd": 9,
+    "crrcd-shuffled": 10,
+}
+
+
 def colours(labels: list[str]) -> dict[str, str]:
-    return {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+    taken = {_OWN[label] for label in labels if label in _OWN}
+    left = [i for i in range(len(COLOURS)) if i not in taken] or list(range(len(COLOURS)))
+    others = [label for label in labels if label not in _OWN]
+    return {label: COLOURS[_OWN[label]] for label in labels if label in _OWN} | {
+        label: COLOURS[left[i % len(left)]] for i, label in enumerate(others)
+    }
 
 
-def accuracy(scores: dict[int, dict[str, list[float]]], labels: list[str], part: str) -> Figure:
-    """Accuracy by method: every seed a dot, the mean a bar, the sample deviation a whisker.
+def by_method(
+    panels: dict[str, dict[str, list[float]]], labels: list[str], unit: str, title: str
+) -> Figure:
+    """A number by method: every run a dot, the mean a bar, the sample deviation a whisker.
 
     Args:
-        scores: percent by size, then by label, one number for each seed.
+        panels: numbers by panel's title, then by label, one for each run.
+        unit: what the numbers are.
     """
-    sizes = sorted(scores)
     shade = colours(labels)
     figure, axes = plt.subplots(
-        1, len(sizes), figsize=(4.6 * len(sizes) + 1.2, 0.5 * len(labels) + 1.6), squeeze=False
+        1,
+        len(panels),
+        figsize=(4.6 * len(panels) + 1.2, 0.5 * len(labels) + 1.6),
+        squeeze=False,
+        sharey=True,
     )
-    for axis, size in zip(axes[0], sizes, strict=True):
+    for axis, (name, scores) in zip(axes[0], panels.items(), strict=True):
         for row, label in enumerate(labels):
-            values = np.array(scores[size].get(label, []))
+            values = np.array(scores.get(label, []))
             if not len(values):
                 continue
             axis.scatter(values, np.full(len(values), row), s=22, color=shade[label], alpha=0.6)
@@ -63,11 +89,92 @@ def accuracy(scores: dict[int, dict[str, list[float]]], labels: list[str], part:
             )
         axis.set_yticks(range(len(labels)), labels)
         axis.set_ylim(len(labels) - 0.4, -0.8)
-        axis.set_xlabel(f"{part} accuracy, %")
-        axis.set_title(f"{size} x {size} pixels")
+        axis.set_xlabel(unit)
+        axis.set_title(name)
         axis.margins(x=0.1)
-    figure.suptitle("Accuracy by method: seeds, mean and standard deviation")
+    figure.suptitle(title)
     figure.tight_layout()
+    return figure
+
+
+def roc(
+    panels: dict[str, dict[str, np.ndarray]], rates: np.ndarray, labels: list[str], title: str
+) -> Figure:
+    """True accept rates [splits, R] at false ones [R]: the mean in a band of one deviation."""
+    shade = colours(labels)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.4 * len(panels) + 1.8, 4.6), squeeze=False, sharey=True
+    )
+    for axis, (name, curves) in zip(axes[0], panels.items(), strict=True):
+        for label in labels:
+            if label not in curves:
+                continue
+            mean, spread = curves[label].mean(0), curves[label].std(0)
+            axis.plot(100 * rates, mean, color=shade[label], lw=1.5, label=label)
+            axis.fill_between(
+                100 * rates, mean - spread, mean + spread, color=shade[label], alpha=0.1, lw=0
+            )
+        axis.axvline(1.0, color="black", lw=0.8, ls=":")
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_ylim(0, 102)
+        axis.set_xlabel("false accept rate, %")
+        axis.set_title(name)
+    axes[0][0].set_ylabel("true accept rate, %")
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="center right")
+    figure.suptitle(title)
+    room = 1.8 / figure.get_figwidth()
+    figure.tight_layout(rect=(0, 0, 1 - room, 1))
+    return figure
+
+
+def hits(
+    probes: list[np.ndarray],
+    columns: list[tuple[str, list[list[tuple[np.ndarray, str, bool, float]]]]],
+    title: str,
+) -> Figure:
+    """A row for each probe: the probe, then every method's best gallery entries.
+
+    Args:
+        probes: grey or colour images.
+        columns: a method's name, and for each probe its entries: image, name, whether it is the
+            right person, score. Right ones have a solid frame, wrong ones a broken one.
+    """
+    widths = [1, *(len(entries[0]) for _, entries in columns)]
+    figure, axes = plt.subplots(
+        len(probes),
+        sum(widths),
+        figsize=(1.25 * sum(widths) + 0.2, 1.62 * len(probes) + 0.7),
+        squeeze=False,
+    )
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.grid(False)
+        for side in axis.spines.values():
+            side.set_visible(False)
+    for row, probe in enumerate(probes):
+        axes[row][0].imshow(probe, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        at = 1
+        for _, entries in columns:
+            for image, name, right, value in entries[row]:
+                axis = axes[row][at]
+                axis.imshow(image, cmap="gray", vmin=0, vmax=255)
+                for side in axis.spines.values():
+                    side.set_visible(True)
+                    side.set_color("#009E73" if right else "#D55E00")
+                    side.set_linewidth(2.5)
+                    side.set_linestyle("-" if right else (0, (3, 2)))
+                axis.set_xlabel(f"{name}  {value:.2f}", fontsize=8, labelpad=2)
+                at += 1
+    at = 1
+    axes[0][0].set_title("probe", fontsize=9)
+    for name, entries in columns:
+        axes[0][at].set_title(name, fontsize=9, loc="left")
+        at += len(entries[0])
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout(rect=(0, 0, 1, 0.99), h_pad=0.3, w_pad=0.2)
     return figure
 
 
@@ -127,24 +234,31 @@ DIAGNOSTICS = (
 )
 
 
-def diagnostics(histories: Histories, labels: list[str]) -> Figure:
-    """What tells a collapse: the loss against its no-information value, variance, rank, cosines."""
-    size = sorted(histories)[0]
+def diagnostics(
+    runs: dict[str, list[list[dict[str, float]]]], labels: list[str], title: str, by: str = "epoch"
+) -> Figure:
+    """What tells a collapse: the loss against its no-information value, variance, rank, cosines.
+
+    Args:
+        runs: rows of metrics of each run, by label.
+        by: the column along the axis.
+    """
     shade = colours(labels)
     figure, axes = plt.subplots(2, 2, figsize=(12.5, 7), sharex=True)
     for axis, (key, text) in zip(axes.flat, DIAGNOSTICS, strict=True):
         for label in labels:
-            runs = histories[size].get(label, [])
-            name = next((n for n in CONTRASTIVE if _series(runs, f"{n}_{key}") is not None), None)
-            if name is None:  # a method without a loss of crrcd_ext
+            mine = runs.get(label, [])
+            name = _loss_of(mine)
+            drawn = _series(mine, f"{name}_{key}", by) if name else None
+            if drawn is None:  # no loss of crrcd_ext, or one without relations
                 continue
-            epochs, values = _series(runs, f"{name}_{key}")
+            along, values = drawn
             if key == "loss":
-                values = values / _series(runs, f"{name}_no_information_loss")[1]
-            axis.plot(epochs, values.mean(0), "o-", ms=3, lw=1.3, label=label, color=shade[label])
+                values = values / _series(mine, f"{name}_no_information_loss", by)[1]
+            axis.plot(along, values.mean(0), "o-", ms=3, lw=1.3, label=label, color=shade[label])
             if key == "positive_cosine":
-                negative = _series(runs, f"{name}_negative_cosine")
-                axis.plot(epochs, negative[1].mean(0), "s--", ms=3, lw=1.3, color=shade[label])
+                negative = _series(mine, f"{name}_negative_cosine", by)
+                axis.plot(along, negative[1].mean(0), "s--", ms=3, lw=1.3, color=shade[label])
         axis.set_title(text, fontsize=10)
     axes[0][0].axhline(1.0, color="black", lw=0.8, ls=":")
     axes[0][0].set_ylim(bottom=0)
@@ -154,13 +268,26 @@ def diagnostics(histories: Histories, labels: list[str]) -> Figure:
     handles, names = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="center right")
     for axis in axes[1]:
-        axis.set_xlabel("epoch")
-    figure.suptitle(f"Collapse diagnostics at {size} x {size}: dotted lines mark a collapse")
-    figure.tight_layout(rect=(0, 0, 0.88, 1))
+        axis.set_xlabel(by)
+    figure.suptitle(f"{title}: dotted lines mark a collapse")
+    figure.tight_layout(rect=(0, 0, 0.86, 1))
     return figure
 
 
-def embeddings(panels: list[tuple[str, np.ndarray]], labels: np.ndarray, classes: list[str]) -> Any:
+def _loss_of(runs: list[list[dict[str, float]]]) -> str:
+    """The prefix of the diagnostics' columns, empty where there are none."""
+    tail = "_no_information_loss"
+    for run in runs:
+        for row in run:
+            for key in row:
+                if key.endswith(tail):
+                    return key.removesuffix(tail)
+    return ""
+
+
+def embeddings(
+    panels: list[tuple[str, np.ndarray]], labels: np.ndarray, classes: list[str], title: str
+) -> Figure:
     """t-SNE maps [N, 2] side by side, coloured by class int [N]."""
     figure, axes = plt.subplots(1, len(panels), figsize=(5.0 * len(panels), 5.6), squeeze=False)
     palette = plt.get_cmap("tab10" if len(classes) <= 10 else "nipy_spectral")
@@ -175,32 +302,36 @@ def embeddings(panels: list[tuple[str, np.ndarray]], labels: np.ndarray, classes
     if len(classes) <= 20:
         handles, names = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, names, loc="lower center", ncols=5, markerscale=3, fontsize=9)
-    figure.suptitle("t-SNE of student features, test images")
+    figure.suptitle(title)
     figure.tight_layout(rect=(0, 0.09, 1, 1))
     return figure
 
 
-def cosines(panels: list[tuple[str, np.ndarray, np.ndarray]]) -> Figure:
-    """Histograms of cosine similarity: pairs of the same class and of different classes."""
+def cosines(
+    panels: list[tuple[str, np.ndarray, np.ndarray]], noun: str = "class", of: str = "features"
+) -> Figure:
+    """Histograms of cosine similarity: pairs of the same class and of different ones."""
     figure, axes = plt.subplots(
         1, len(panels), figsize=(5.0 * len(panels), 3.8), squeeze=False, sharex=True, sharey=True
     )
     bins = np.linspace(-1, 1, 81)
     for axis, (title, same, different) in zip(axes[0], panels, strict=True):
-        axis.hist(same, bins, density=True, alpha=0.6, color="#0072B2", label="same class")
+        axis.hist(same, bins, density=True, alpha=0.6, color="#0072B2", label=f"same {noun}")
         axis.hist(different, bins, density=True, alpha=0.6, color="#D55E00", label="different")
         gap = same.mean() - different.mean()
         axis.set_title(f"{title}\nmean {same.mean():.2f} and {different.mean():.2f}, gap {gap:.2f}")
-        axis.set_xlabel("cosine similarity of centred features")
+        axis.set_xlabel(f"cosine similarity of centred {of}")
     axes[0][0].set_ylabel("density of pairs")
     axes[0][0].legend(loc="upper left", fontsize=9)
     figure.tight_layout()
     return figure
 
 
-def _series(runs: list[list[dict]], key: str) -> tuple[np.ndarray, np.ndarray] | None:
+def _series(
+    runs: list[list[dict]], key: str, by: str = "epoch"
+) -> tuple[np.ndarray, np.ndarray] | None:
     """Epochs [E] and values [runs, E] of a metric, where every run recorded it."""
-    tables = [{row["epoch"]: row[key] for row in run if key in row} for run in runs]
+    tables = [{row[by]: row[key] for row in run if key in row} for run in runs]
     epochs = sorted(set.intersection(*map(set, tables))) if tables else []
     if not epochs:
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import html
 import io
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import config as settings
-from . import runs
+from . import page, runs
 from .errors import UserError, writable_folder
 from .loop import METRICS
 from .study import SUMMARY, TEACHER
@@ -68,9 +67,8 @@ def make(
     (output / "table.md").write_text(text + "\n", encoding="utf-8")
     say("report: drawing")
     pictures = _draw(study, output, records, labels, config, part, say)
-    page = _page(study, record, records, text, pictures, part, teacher)
     path = output / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(_page(study, record, records, text, pictures, part, teacher), encoding="utf-8")
     return Made(text, path, [picture for picture, _ in pictures])
 
 
@@ -159,9 +157,16 @@ def _draw(
     for r in records:
         scores.setdefault(r.size, {}).setdefault(r.label, []).append(r.result[part])
         histories.setdefault(r.size, {}).setdefault(r.label, []).append(r.history)
+    panels_by_size = {f"{size} x {size} pixels": scores[size] for size in sorted(scores)}
+    smallest = min(scores)
     drawn = {
         "accuracy": (
-            figures.accuracy(scores, labels, part),
+            figures.by_method(
+                panels_by_size,
+                labels,
+                f"{part} accuracy, %",
+                "Accuracy by method: seeds, mean and standard deviation",
+            ),
             f"Accuracy on the {part} images. Dots are seeds, each with its own labelled images.",
         ),
         "curves": (
@@ -171,7 +176,9 @@ def _draw(
     }
     if any(f"{n}_loss" in row for n in settings.CONTRASTIVE for r in records for row in r.history):
         drawn["diagnostics"] = (
-            figures.diagnostics(histories, labels),
+            figures.diagnostics(
+                histories[smallest], labels, f"Collapse diagnostics at {smallest} x {smallest}"
+            ),
             "Relations that collapse put the loss at its no-information value and the variance "
             "near zero.",
         )
@@ -225,7 +232,9 @@ def _feature_figures(
     count = len(labels)
     return {
         "tsne": (
-            figures.embeddings(maps, labels.numpy(), images.classes),
+            figures.embeddings(
+                maps, labels.numpy(), images.classes, "t-SNE of student features, test images"
+            ),
             f"Features before the classifier of {count} {part} images, centred and normalised.",
         ),
         "cosines": (
@@ -233,20 +242,6 @@ def _feature_figures(
             f"All pairs of {count} {part} images: further apart is easier to tell apart.",
         ),
     }
-
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em;
-       color: #1a1a1a; background: #fff }
-h1, h2 { line-height: 1.2 } h2 { margin-top: 2em; border-bottom: 1px solid #ddd }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 15px }
-th, td { padding: .3em .8em; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap }
-th { background: #f4f4f4; white-space: normal; vertical-align: bottom }
-figure { margin: 1.5em 0 } img { max-width: 100% }
-figcaption, .note { color: #555; font-size: 14px }
-pre { background: #f4f4f4; padding: 1em; overflow-x: auto; font-size: 13px; line-height: 1.35 }
-.wide { overflow-x: auto }
-"""
 
 
 def _page(
@@ -278,31 +273,16 @@ def _page(
     body = io.StringIO()
     body.write(f"<h1>{html.escape(study.resolve().name)}: distillation to low resolution</h1>")
     body.write("".join(f"<p>{html.escape(fact)}</p>" for fact in facts))
-    body.write(f"<h2>Accuracy</h2><div class='wide'>{_html_table(text)}</div>")
+    body.write(f"<h2>Accuracy</h2><div class='wide'>{page.table(text)}</div>")
     body.write(
         "<p class='note'>± is the standard deviation over seeds. Gains are paired by seed, with "
         "the standard error of their mean; of few seeds it is a rough guide. Settings are chosen "
         "on the validation images.</p>"
     )
     for path, caption in pictures:
-        encoded = base64.b64encode(path.read_bytes()).decode()
-        title = _TITLES[path.stem]
-        body.write(
-            f"<h2>{title}</h2><figure><img alt='{title}' src='data:image/png;base64,{encoded}'>"
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        )
-    body.write(f"<h2>Configuration</h2><p><code>{html.escape(record['command'])}</code></p>")
-    flat = settings.flatten(config)
-    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in flat.items())
-    body.write(f"<pre>{html.escape(lines)}</pre><h2>Versions</h2>")
-    versions = "\n".join(f"{key}: {value}" for key, value in record["versions"].items())
-    body.write(f"<pre>{html.escape(versions)}</pre>")
-    return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{html.escape(study.resolve().name)}</title><style>{_STYLE}</style></head>"
-        f"<body>{body.getvalue()}</body></html>\n"
-    )
+        body.write(page.figure(path, _TITLES[path.stem], caption))
+    body.write(page.provenance(record["command"], config, record["versions"]))
+    return page.document(study.resolve().name, body.getvalue())
 
 
 _TITLES = {
@@ -312,13 +292,3 @@ _TITLES = {
     "tsne": "Features, mapped to the plane",
     "cosines": "Similarity of same-class and different-class pairs",
 }
-
-
-def _html_table(text: str) -> str:
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    head, body = rows[0], rows[2:]
-    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    lines = [f"<tr>{cells}</tr>"]
-    for row in body:
-        lines.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
-    return f"<table>{''.join(lines)}</table>"

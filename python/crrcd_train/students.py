@@ -44,7 +44,7 @@ class StudentOptim:
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
-    batch_size: int = 64
+    batch_size: int = 32
     steps: int = 300
     warm_up: float = 0.25  # share of the steps until the largest rate
 
@@ -70,7 +70,7 @@ class Students(Settings):
     """Settings of a student and of every objective; the root of others' settings."""
 
     pixels: Pixels = field(default_factory=Pixels)
-    student: Network = field(default_factory=lambda: Network(width=32))
+    student: Network = field(default_factory=lambda: Network(width=24))
     optim: StudentOptim = field(default_factory=StudentOptim)
     cosine: Cosine = field(default_factory=Cosine)
     rkd: RKD = field(default_factory=RKD)
