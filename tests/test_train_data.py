@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -265,6 +267,102 @@ def test_files_that_stay_other_than_published(
     monkeypatch.setattr(fetch, "_call", lambda command, seconds, folder=None: None)
     with pytest.raises(UserError, match=r"data set CIFAR10 in .*corrupted.*; delete it"):
         data.load(Data(name="cifar10", root=str(tmp_path)), lambda text: None)
+
+
+WNIDS = ["n02", "n01", "n03"]
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path: Path) -> Path:
+    """The archive's layout with three classes of two images, one of them grey, and three to test.
+
+    Every image has one colour: 40 more for each class, 10 more for each image of it.
+    """
+    root = tmp_path / "tiny-imagenet-200"
+    for label, wnid in enumerate(WNIDS):
+        folder = root / "train" / wnid / "images"
+        folder.mkdir(parents=True)
+        (folder.parent / f"{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t0\t62\t62\n")
+        for i in range(2):
+            level = 40 * label + 10 * i
+            image = Image.new("L" if i else "RGB", (64, 64), level if i else (level,) * 3)
+            image.save(folder / f"{wnid}_{i}.JPEG")
+    (root / "val" / "images").mkdir(parents=True)
+    annotations = ""
+    for i, label in enumerate([1, 2, 0]):
+        image = Image.new("RGB", (64, 64), (40 * label + 5,) * 3)
+        image.save(root / "val" / "images" / f"val_{i}.JPEG")
+        annotations += f"val_{i}.JPEG\t{WNIDS[label]}\t0\t32\t44\t62\n"
+    (root / "val" / "val_annotations.txt").write_text(annotations)
+    (root / "wnids.txt").write_text("\n".join(WNIDS) + "\n")
+    (root / "words.txt").write_text("n00\tentity\nn01\tcat, true cat\nn02\tdog\n")
+    return root
+
+
+def test_tiny_imagenet(tiny_imagenet: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    images = data.load(Data(name="tiny-imagenet", root=str(tiny_imagenet.parent)), said.append)
+    assert images.train.shape == (6, 3, 64, 64) and images.train.dtype == torch.uint8
+    assert images.train_labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert images.train[:, 1, 5, 7].tolist() == [0, 10, 40, 50, 80, 90]
+    assert images.test_labels.tolist() == [1, 2, 0]
+    assert images.test[:, 2, 60, 3].tolist() == [45, 85, 5]
+    assert images.classes == ["dog", "cat, true cat", "n03"]
+    folders = [tiny_imagenet / part for part in ("train", "val")]
+    assert said == [f"reading {n} images from {f}" for n, f in zip((6, 3), folders, strict=True)]
+    assert "image/s" not in capfd.readouterr().err  # no terminal looks on
+    inside = data.load(Data(name="tiny-imagenet", root=str(tiny_imagenet)), lambda text: None)
+    assert torch.equal(inside.train, images.train)
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "text"),
+    [
+        ("wnids.txt", None, r"no file .*wnids.txt; .*tiny-imagenet-200.zip"),
+        ("words.txt", None, r"no file .*words.txt; .*tiny-imagenet-200.zip"),
+        ("val/val_annotations.txt", None, r"no file .*val_annotations.txt; "),
+        ("words.txt", b"\xff", r"words.txt is damaged \(.*utf-8"),
+        ("val/val_annotations.txt", b"", r"val_annotations.txt is damaged \(it is empty"),
+        (
+            "val/val_annotations.txt",
+            b"val_0.JPEG\n",
+            r"expected file, tab, class, got 'val_0.JPEG'",
+        ),
+        ("val/val_annotations.txt", b"val_0.JPEG\tn09\n", r"val_0.JPEG is of class n09, unknown"),
+        ("val/images/val_1.JPEG", None, r"data file .*val_1.JPEG is missing"),
+        ("val/images/val_1.JPEG", b"no image", r"data file .*val_1.JPEG is damaged"),
+        ("wnids.txt", b"n01\nn02\nn03\nn04\n", r"no file .*train/n04/images/\*.JPEG"),
+    ],
+)
+def test_tiny_imagenet_with_damage(
+    tiny_imagenet: Path, path: str, content: bytes | None, text: str
+) -> None:
+    if content is None:
+        (tiny_imagenet / path).unlink()
+    else:
+        (tiny_imagenet / path).write_bytes(content)
+    with pytest.raises(UserError, match=text) as caught:
+        data.load(Data(name="tiny-imagenet", root=str(tiny_imagenet)), lambda text: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_half_an_image_is_named(tiny_imagenet: Path) -> None:
+    path = tiny_imagenet / "train" / "n03" / "images" / "n03_1.JPEG"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"n03_1.JPEG is damaged \(image file is truncated"):
+        data.load(Data(name="tiny-imagenet", root=str(tiny_imagenet)), lambda text: None)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_reading_shows_progress_on_a_terminal(
+    tiny_imagenet: Path, progress: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.StringIO()
+    shown.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", shown)
+    options = Data(name="tiny-imagenet", root=str(tiny_imagenet))
+    data.load(options, lambda text: None, progress)
+    assert ("6/6" in shown.getvalue()) == progress
 
 
 def test_image_folder(tmp_path: Path) -> None:
