@@ -93,9 +93,12 @@ def test_copies_with_values_leave_the_original() -> None:
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_shipped_studies_are_valid(path: Path, tmp_path: Path) -> None:
-    from crrcd_train import study
+    from crrcd_train import data, models, study
 
     read = config.load(path)
+    assert read.data.name in data.NAMES
+    for network in (read.teacher, read.student):
+        models.build(network.model, 1, 2, network.width, network.stem_stride)
     jobs = study.jobs(read, tmp_path)
     assert {job.size for job in jobs} == set(read.study.sizes)
     assert {job.label for job in jobs} == set(read.study.methods)

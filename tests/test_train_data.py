@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import os
+import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ import pytest
 import torch
 from helpers import idx_files
 from PIL import Image
+from torchvision.datasets import cifar, stl10, svhn
 
 from crrcd_train import data, fetch, models, views
 from crrcd_train.config import Data
@@ -177,6 +181,188 @@ def test_other_data_sets_say_when_out_of_reach(
     monkeypatch.setattr(fetch, "_call", fail)
     with pytest.raises(UserError, match=r"CIFAR10 could not be downloaded to .*: no network"):
         data.load(Data(name="cifar10", root=str(tmp_path / "c")), lambda text: None)
+
+
+@pytest.fixture
+def any_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision asks whether a file is there, not whether it is the published one."""
+    for module in (cifar, stl10, svhn):
+        monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: os.path.isfile(path))
+
+
+def _cifar(root: Path, name: str) -> tuple[np.ndarray, list[int]]:
+    """Pickles of CIFAR-10 or CIFAR-100: pixels of all parts [N, 3, 32, 32], test last; labels."""
+    random = np.random.default_rng(0)
+    if name == "cifar10":
+        folder, parts = root / "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)]
+        test, meta, labels_key, names_key = "test_batch", "batches.meta", "labels", "label_names"
+    else:
+        folder, parts = root / "cifar-100-python", ["train"]
+        test, meta, labels_key, names_key = "test", "meta", "fine_labels", "fine_label_names"
+    folder.mkdir(parents=True)
+    classes = int(name.removeprefix("cifar"))
+    pixels, labels = [], []
+    for part in (*parts, test):
+        pixels.append(random.integers(0, 256, (4, 3072), dtype=np.uint8))
+        labels += random.integers(0, classes, 4).tolist()
+        content = {"data": pixels[-1], labels_key: labels[-4:], "coarse_labels": [0] * 4}
+        (folder / part).write_bytes(pickle.dumps(content, protocol=2))
+    names = [f"class {i}" for i in range(classes)]
+    (folder / meta).write_bytes(pickle.dumps({names_key: names}, protocol=2))
+    return np.concatenate(pixels).reshape(-1, 3, 32, 32), labels
+
+
+@pytest.mark.usefixtures("any_sums")
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar(tmp_path: Path, name: str) -> None:
+    pixels, labels = _cifar(tmp_path, name)
+    images = data.load(Data(name=name, root=str(tmp_path)))
+    assert torch.equal(torch.cat([images.train, images.test]), torch.from_numpy(pixels))
+    assert images.train_labels.tolist() + images.test_labels.tolist() == labels
+    assert len(images.test) == 4 and images.train_labels.dtype == torch.int64
+    assert images.classes == [f"class {i}" for i in range(int(name.removeprefix("cifar")))]
+    small = data.load(Data(name=name, root=str(tmp_path), image_size=16))
+    assert small.train.shape == (len(pixels) - 4, 3, 16, 16) and small.train.dtype == torch.uint8
+
+
+@pytest.mark.usefixtures("any_sums")
+def test_svhn(tmp_path: Path) -> None:
+    from scipy.io import savemat
+
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (6, 3, 32, 32), dtype=np.uint8)
+    digits = np.array([1, 9, 10, 2, 10, 3], dtype=np.uint8)  # 10 is the digit 0
+    for part, rows in (("train", slice(4)), ("test", slice(4, 6))):
+        content = {"X": pixels[rows].transpose(2, 3, 1, 0), "y": digits[rows, None]}
+        savemat(tmp_path / f"{part}_32x32.mat", content)
+    images = data.load(Data(name="svhn", root=str(tmp_path)))
+    assert torch.equal(torch.cat([images.train, images.test]), torch.from_numpy(pixels))
+    assert images.train_labels.tolist() == [1, 9, 0, 2] and images.test_labels.tolist() == [0, 3]
+    assert images.classes == [str(i) for i in range(10)]
+
+
+@pytest.mark.usefixtures("any_sums")
+def test_stl10(tmp_path: Path) -> None:
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 3, 96, 96), dtype=np.uint8)
+    columns_first = pixels.transpose(0, 1, 3, 2)
+    for part, rows in (("train", slice(3)), ("test", slice(3, 5)), ("unlabeled", slice(5, 7))):
+        (folder / f"{part}_X.bin").write_bytes(columns_first[rows].tobytes())
+    (folder / "train_y.bin").write_bytes(bytes([1, 10, 4]))
+    (folder / "test_y.bin").write_bytes(bytes([2, 1]))
+    names = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
+    (folder / "class_names.txt").write_text("\n".join(names) + "\n")
+    images = data.load(Data(name="stl10", root=str(tmp_path)))
+    assert torch.equal(torch.cat([images.train, images.test]), torch.from_numpy(pixels[:5]))
+    assert images.train_labels.tolist() == [0, 9, 3] and images.test_labels.tolist() == [1, 0]
+    assert images.train_labels.dtype == torch.int64
+    assert images.classes == names
+
+
+def test_files_that_stay_other_than_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _cifar(tmp_path, "cifar10")
+    monkeypatch.setattr(fetch, "_call", lambda command, seconds, folder=None: None)
+    with pytest.raises(UserError, match=r"data set CIFAR10 in .*corrupted.*; delete it"):
+        data.load(Data(name="cifar10", root=str(tmp_path)), lambda text: None)
+
+
+WNIDS = ["n02", "n01", "n03"]
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path: Path) -> Path:
+    """The archive's layout with three classes of two images, one of them grey, and three to test.
+
+    Every image has one colour: 40 more for each class, 10 more for each image of it.
+    """
+    root = tmp_path / "tiny-imagenet-200"
+    for label, wnid in enumerate(WNIDS):
+        folder = root / "train" / wnid / "images"
+        folder.mkdir(parents=True)
+        (folder.parent / f"{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t0\t62\t62\n")
+        for i in range(2):
+            level = 40 * label + 10 * i
+            image = Image.new("L" if i else "RGB", (64, 64), level if i else (level,) * 3)
+            image.save(folder / f"{wnid}_{i}.JPEG")
+    (root / "val" / "images").mkdir(parents=True)
+    annotations = ""
+    for i, label in enumerate([1, 2, 0]):
+        image = Image.new("RGB", (64, 64), (40 * label + 5,) * 3)
+        image.save(root / "val" / "images" / f"val_{i}.JPEG")
+        annotations += f"val_{i}.JPEG\t{WNIDS[label]}\t0\t32\t44\t62\n"
+    (root / "val" / "val_annotations.txt").write_text(annotations)
+    (root / "wnids.txt").write_text("\n".join(WNIDS) + "\n")
+    (root / "words.txt").write_text("n00\tentity\nn01\tcat, true cat\nn02\tdog\n")
+    return root
+
+
+def test_tiny_imagenet(tiny_imagenet: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    images = data.load(Data(name="tiny-imagenet", root=str(tiny_imagenet.parent)), said.append)
+    assert images.train.shape == (6, 3, 64, 64) and images.train.dtype == torch.uint8
+    assert images.train_labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert images.train[:, 1, 5, 7].tolist() == [0, 10, 40, 50, 80, 90]
+    assert images.test_labels.tolist() == [1, 2, 0]
+    assert images.test[:, 2, 60, 3].tolist() == [45, 85, 5]
+    assert images.classes == ["dog", "cat, true cat", "n03"]
+    folders = [tiny_imagenet / part for part in ("train", "val")]
+    assert said == [f"reading {n} images from {f}" for n, f in zip((6, 3), folders, strict=True)]
+    assert "image/s" not in capfd.readouterr().err  # no terminal looks on
+    inside = data.load(Data(name="tiny-imagenet", root=str(tiny_imagenet)), lambda text: None)
+    assert torch.equal(inside.train, images.train)
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "text"),
+    [
+        ("wnids.txt", None, r"no file .*wnids.txt; .*tiny-imagenet-200.zip"),
+        ("words.txt", None, r"no file .*words.txt; .*tiny-imagenet-200.zip"),
+        ("val/val_annotations.txt", None, r"no file .*val_annotations.txt; "),
+        ("words.txt", b"\xff", r"words.txt is damaged \(.*utf-8"),
+        ("val/val_annotations.txt", b"", r"val_annotations.txt is damaged \(it is empty"),
+        (
+            "val/val_annotations.txt",
+            b"val_0.JPEG\n",
+            r"expected file, tab, class, got 'val_0.JPEG'",
+        ),
+        ("val/val_annotations.txt", b"val_0.JPEG\tn09\n", r"val_0.JPEG is of class n09, unknown"),
+        ("val/images/val_1.JPEG", None, r"data file .*val_1.JPEG is missing"),
+        ("val/images/val_1.JPEG", b"no image", r"data file .*val_1.JPEG is damaged"),
+        ("wnids.txt", b"n01\nn02\nn03\nn04\n", r"no file .*train/n04/images/\*.JPEG"),
+    ],
+)
+def test_tiny_imagenet_with_damage(
+    tiny_imagenet: Path, path: str, content: bytes | None, text: str
+) -> None:
+    if content is None:
+        (tiny_imagenet / path).unlink()
+    else:
+        (tiny_imagenet / path).write_bytes(content)
+    with pytest.raises(UserError, match=text) as caught:
+        data.load(Data(name="tiny-imagenet", root=str(tiny_imagenet)), lambda text: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_half_an_image_is_named(tiny_imagenet: Path) -> None:
+    path = tiny_imagenet / "train" / "n03" / "images" / "n03_1.JPEG"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"n03_1.JPEG is damaged \(image file is truncated"):
+        data.load(Data(name="tiny-imagenet", root=str(tiny_imagenet)), lambda text: None)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_reading_shows_progress_on_a_terminal(
+    tiny_imagenet: Path, progress: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.StringIO()
+    shown.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", shown)
+    options = Data(name="tiny-imagenet", root=str(tiny_imagenet))
+    data.load(options, lambda text: None, progress)
+    assert ("6/6" in shown.getvalue()) == progress
 
 
 def test_image_folder(tmp_path: Path) -> None:

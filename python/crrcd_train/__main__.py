@@ -130,7 +130,7 @@ def _train(options: argparse.Namespace, command: str) -> int:
         runs.clear(output)
     if options.command == "distill" and methods.uses_teacher(config.run.method):
         runs.teacher_checkpoint(config)  # said before a data set is downloaded
-    images = data.load(config.data, say)
+    images = data.load(config.data, say, config.run.progress)
     train = runs.train_teacher if options.command == "teacher" else runs.train_student
     label = "teacher" if options.command == "teacher" else config.run.method
     with interrupt.on_signals():
@@ -183,7 +183,7 @@ def _read_back(options: argparse.Namespace) -> int:
     path = folder / checkpoint.FILE if folder.is_dir() else folder
     stored = settings.from_dict(checkpoint.load(path, say)["config"])
     config = settings.override(stored, options.set)
-    images = data.load(config.data, say)
+    images = data.load(config.data, say, config.run.progress)
     result = evaluate.evaluate(folder, images, config, methods.pick_device(config.run.device))
     if folder.is_dir():
         runs.write_json(folder / "evaluation.json", result)

@@ -29,8 +29,11 @@ WeightSchedule = Literal["constant", "ramp-up", "ramp-down"]
 
 @dataclass
 class Data:
-    name: str = "fashion-mnist"  # fashion-mnist, cifar10, cifar100, svhn, stl10 or folder
-    root: str = "data"  # downloads are kept here; for name = "folder" the image folder itself
+    # fashion-mnist, cifar10, cifar100, svhn, stl10, tiny-imagenet or folder
+    name: str = "fashion-mnist"
+    # Downloads are kept here; for "folder" the image folder itself, for "tiny-imagenet" its
+    # unpacked archive or the folder around that.
+    root: str = "data"
     source: str = "auto"  # fashion-mnist only: auto, torchvision, debian, or a folder of idx files
     system_folder: str = "/usr/share/datasets/fashion-mnist"  # where the Debian package installs
     download_seconds: int = 300  # a download that takes longer is given up

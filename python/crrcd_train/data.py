@@ -6,6 +6,7 @@ and cheap to share between the processes of a study.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from .config import Data
 from .errors import UserError
 
 SPLIT_SEED = 20240905  # the validation images are the same in every run of a data set
-NAMES = ("fashion-mnist", "cifar10", "cifar100", "svhn", "stl10", "folder")
+NAMES = ("fashion-mnist", "cifar10", "cifar100", "svhn", "stl10", "tiny-imagenet", "folder")
 
 
 @dataclass
@@ -42,15 +43,19 @@ class Split:
     student: Tensor
 
 
-def load(data: Data, say: fetch.Say = print) -> Images:
+def load(data: Data, say: fetch.Say = print, progress: bool = True) -> Images:
     """Fetches (when needed), checks and reads the data set `data.name`.
+
+    Args:
+        progress: a bar on the terminal while many image files are read.
 
     Raises:
         UserError: unknown name, missing or damaged files, no source within reach.
     """
     readers: dict[str, Callable[[Data, fetch.Say], Images]] = {
         "fashion-mnist": _fashion_mnist,
-        "folder": _folder,
+        "tiny-imagenet": functools.partial(_tiny_imagenet, progress=progress),
+        "folder": functools.partial(_folder, progress=progress),
         **dict.fromkeys(("cifar10", "cifar100", "svhn", "stl10"), _torchvision),
     }
     if data.name not in readers:
@@ -209,10 +214,89 @@ def _torchvision(data: Data, say: fetch.Say) -> Images:
     return Images(pixels[0], labels[0], pixels[1], labels[1], list(names))
 
 
-def _folder(data: Data, say: fetch.Say) -> Images:
-    """root/train/<class>/* and root/test/<class>/*; without these two, root/<class>/* cut 4 : 1."""
+def _tiny_imagenet(data: Data, say: fetch.Say, progress: bool) -> Images:
+    """The archive's own folders; test images are those of `val`, as those of `test` have no labels.
+
+    Le and Yang, "Tiny ImageNet Visual Recognition Challenge", 2015.
+    """
+    root = Path(data.root)
+    if not (root / "wnids.txt").exists():
+        root = root / "tiny-imagenet-200"
+    wnids = [fields[0] for fields in _rows(root / "wnids.txt")]
+    names = {fields[0]: fields[-1] for fields in _rows(root / "words.txt")}
+    number = {wnid: label for label, wnid in enumerate(wnids)}
+    annotations = root / "val" / "val_annotations.txt"
+    test_files, test_labels = [], []
+    for fields in _rows(annotations):
+        if len(fields) < 2:
+            raise UserError(f"{annotations}: expected file, tab, class, got {fields[0]!r}")
+        if fields[1] not in number:
+            raise UserError(
+                f"{annotations}: {fields[0]} is of class {fields[1]}, unknown to wnids.txt"
+            )
+        test_files.append(root / "val" / "images" / fields[0])
+        test_labels.append(number[fields[1]])
+    files, labels = [], []
+    for wnid in wnids:
+        folder = root / "train" / wnid / "images"
+        found = sorted(folder.glob("*.JPEG"))
+        if not found:
+            raise UserError(f"data.root: no file {folder}/*.JPEG")
+        files += found
+        labels += [number[wnid]] * len(found)
+    train, test = (
+        _read(paths, 64, root / part, say, progress)
+        for part, paths in (("train", files), ("val", test_files))
+    )
+    classes = [names.get(wnid, wnid) for wnid in wnids]
+    return Images(train, torch.tensor(labels), test, torch.tensor(test_labels), classes)
+
+
+def _rows(path: Path) -> list[list[str]]:
+    """The fields, separated by tabs, of every line of one of Tiny ImageNet's lists."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(
+            f"data.root: no file {path}; it is in the published archive tiny-imagenet-200.zip "
+            "(course CS231n, Stanford), which has to be unpacked there"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data file {path} is damaged ({error})") from None
+    if not lines:
+        raise UserError(f"data file {path} is damaged (it is empty)")
+    return [line.split("\t") for line in lines]
+
+
+def _read(files: list[Path], size: int, folder: Path, say: fetch.Say, progress: bool) -> Tensor:
+    """Bytes [N, 3, size, size]: shorter edges are brought to `size`, then the middle is cut out."""
     from PIL import Image
     from torchvision import transforms
+    from tqdm import tqdm
+
+    say(f"reading {len(files)} images from {folder}")
+    fit = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
+    pixels = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    bar = tqdm(
+        files,
+        desc=folder.name,
+        unit="image",
+        disable=None if progress else True,
+        dynamic_ncols=True,
+    )
+    for row, path in enumerate(bar):
+        try:
+            with Image.open(path) as image:
+                pixels[row] = transforms.functional.pil_to_tensor(fit(image.convert("RGB")))
+        except FileNotFoundError:
+            raise UserError(f"data file {path} is missing") from None
+        except OSError as error:
+            raise UserError(f"data file {path} is damaged ({error})") from None
+    return pixels
+
+
+def _folder(data: Data, say: fetch.Say, progress: bool) -> Images:
+    """root/train/<class>/* and root/test/<class>/*; without these two, root/<class>/* cut 4 : 1."""
     from torchvision.datasets import ImageFolder
 
     root = Path(data.root)
@@ -220,24 +304,14 @@ def _folder(data: Data, say: fetch.Say) -> Images:
         raise UserError(f"data.root: no folder {root}")
     if not data.image_size:
         raise UserError('data.image_size: give the teacher\'s image size for data.name = "folder"')
-    fit = transforms.Compose(
-        [transforms.Resize(data.image_size), transforms.CenterCrop(data.image_size)]
-    )
-
-    def read(path: str) -> Tensor:
-        try:
-            with Image.open(path) as image:
-                return transforms.functional.pil_to_tensor(fit(image.convert("RGB")))
-        except OSError as error:
-            raise UserError(f"data file {path} is damaged ({error})") from None
 
     def images(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
         try:
             found = ImageFolder(str(folder))
         except FileNotFoundError as error:
             raise UserError(f"data.root: {str(error).splitlines()[0]}") from None
-        say(f"reading {len(found.samples)} images from {folder}")
-        pixels = torch.stack([read(path) for path, _ in found.samples])
+        files = [Path(path) for path, _ in found.samples]
+        pixels = _read(files, data.image_size, folder, say, progress)
         return pixels, torch.tensor(found.targets), found.classes
 
     if (root / "train").is_dir() and (root / "test").is_dir():

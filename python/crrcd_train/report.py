@@ -207,7 +207,7 @@ def _feature_figures(
 
     from . import data, figures, methods
 
-    images = data.load(config.data, lambda text: None)
+    images = data.load(config.data, lambda text: None, config.run.progress)
     device = torch.device("cpu")
     maps, histograms = [], []
     for record in panels:

@@ -100,7 +100,7 @@ def _complete(config: Config, output: Path, todo: list[Job], pending: list[Job])
     needs_teacher = any(methods.uses_teacher(job.config.run.method) for job in todo)
     if needs_teacher and config.teacher.checkpoint:
         runs.teacher_checkpoint(config)  # said before a data set is downloaded
-    images = data.load(config.data, say)
+    images = data.load(config.data, say, config.run.progress)
     if needs_teacher and not config.teacher.checkpoint:
         result = runs.train_teacher(
             with_values(config, {"run.seed": 0}),
@@ -174,7 +174,7 @@ def _prepare_tables(pending: list[Job], images: data.Images) -> None:
 @functools.lru_cache(maxsize=1)
 def _images(key: str) -> data.Images:
     """A worker reads a data set once; `key` is its settings as JSON."""
-    return data.load(Data(**json.loads(key)), lambda text: None)
+    return data.load(Data(**json.loads(key)), lambda text: None, progress=False)
 
 
 def _work(job: Job, watcher: Watcher, say: Callable[[str], None]) -> dict[str, Any]:
