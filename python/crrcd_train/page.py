@@ -36,9 +36,10 @@ def document(title: str, body: str) -> str:
 def figure(path: Path, title: str, caption: str, heading: str = "h2") -> str:
     """A picture with its heading, inside the page."""
     encoded = base64.b64encode(path.read_bytes()).decode()
+    kind = "png" if path.suffix == ".png" else "jpeg"
     return (
         f"<{heading}>{html.escape(title)}</{heading}><figure>"
-        f"<img alt='{html.escape(title)}' src='data:image/png;base64,{encoded}'>"
+        f"<img alt='{html.escape(title)}' src='data:image/{kind};base64,{encoded}'>"
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
 
