@@ -1,4 +1,4 @@
-"""The command line: crrcd-train faces | teacher | distill | evaluate | report | study."""
+"""The command line, crrcd-train: studies, single runs, and students for one's own pictures."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from .errors import Interrupted, UserError
 EPILOG = """examples:
   crrcd-train faces --output runs/faces
   crrcd-train study python/studies/demo.toml --output runs/demo
+  crrcd-train embed photos --teacher mynet.py:embed --output runs/mine
+  crrcd-train match runs/mine small.png
   crrcd-train teacher --output runs/teacher
   crrcd-train distill --method kd --set teacher.checkpoint=runs/teacher --output runs/kd
   crrcd-train evaluate runs/kd
   crrcd-train report runs/demo
 """
+
+_GRIDS = ("study", "faces", "sweep")  # go on by themselves where they stopped
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,12 +35,15 @@ def parser() -> argparse.ArgumentParser:
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
     texts = {
         "faces": "small faces against a gallery of large ones, then the report",
+        "sweep": "negatives and temperature of the losses: 'faces' or 'classification'",
         "teacher": "train the teacher on full-resolution images",
         "distill": "train one student with run.method",
         "study": "run a whole grid of methods, seeds and sizes, then the report",
     }
     for name, text in texts.items():
         command = commands.add_parser(name, help=text, description=text)
+        if name == "sweep":
+            command.add_argument("task", choices=("faces", "classification"))
         command.add_argument("file", nargs="?", metavar="CONFIG", help="settings as a TOML file")
         command.add_argument("--config", metavar="FILE", help="the same, as an option")
         if name == "distill":
@@ -51,11 +58,31 @@ def parser() -> argparse.ArgumentParser:
             "--resume",
             action="store_true",
             help="go on from the checkpoint in the output folder"
-            + (" (always done here)" if name in ("study", "faces") else ""),
+            + (" (always done here)" if name in _GRIDS else ""),
         )
         command.add_argument(
             "--fresh", action="store_true", help="discard what the output folder holds of this run"
         )
+    text = "train a student for your pictures and your teacher"
+    command = commands.add_parser("embed", help=text, description=text)
+    command.add_argument("pictures", metavar="PICTURES", help="a folder, with or without classes")
+    command.add_argument(
+        "--teacher",
+        required=True,
+        metavar="MODULE:FUNCTION",
+        help="takes a list of PIL images, returns an array [N, D]; FILE.py:FUNCTION or dlib",
+    )
+    command.add_argument("--size", type=int, metavar="PIXELS", help="of the student's pictures (8)")
+    command.add_argument("--config", metavar="FILE", help="settings as a TOML file")
+    _add_set(command)
+    command.add_argument("--output", required=True, metavar="DIR", help="folder for results")
+    command.add_argument("--fresh", action="store_true", help="replace what the folder holds")
+    text = "find small pictures in the gallery of an 'embed' folder"
+    command = commands.add_parser("match", help=text, description=text)
+    command.add_argument("folder", metavar="DIR", help="what 'embed' wrote")
+    command.add_argument("pictures", nargs="+", metavar="PICTURE", help="image files")
+    command.add_argument("--gallery", metavar="FILE", help="another gallery of the same teacher")
+    command.add_argument("--count", type=int, default=3, metavar="K", help="hits to show (3)")
     for name, text in {
         "evaluate": "accuracy of a trained network on validation and test images",
         "report": "tables, figures and one HTML file from a study's folder",
@@ -85,12 +112,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command in ("evaluate", "report"):
             return _read_back(options)
-        return _train(options, shlex.join(["crrcd-train", *arguments]))
+        command = shlex.join(["crrcd-train", *arguments])
+        if options.command in _OTHERS:
+            return _OTHERS[options.command](options, command)
+        return _train(options, command)
     except UserError as error:
         print(f"crrcd-train: error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        hint = "" if options.command in ("study", "faces") else " with --resume"
+        hint = "" if options.command in _GRIDS else " with --resume"
         print(f"\ncrrcd-train: {stop}; run the same command again{hint} to go on", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
@@ -101,8 +131,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _train(options: argparse.Namespace, command: str) -> int:
     if options.file and options.config:
         raise UserError("the config file was given twice: once bare, once with --config")
-    if options.command == "faces":
-        return _faces(options, command)
     method = getattr(options, "method", None)
     overrides = [*options.set, *([f"run.method={method}"] if method else [])]
     config = settings.load(options.config or options.file, overrides)
@@ -161,6 +189,64 @@ def _faces(options: argparse.Namespace, command: str) -> int:
     print(f"\n{made.table}\nreport: {made.html}")
     print(f"time of this call: {_duration(time.monotonic() - started)}")
     return 0
+
+
+def _sweep(options: argparse.Namespace, command: str) -> int:
+    from . import sweep
+    from .progress import say
+
+    kind = sweep.KINDS[options.task]
+    config = settings.load(options.config or options.file, options.set, kind)
+    output = Path(options.output)
+    started = time.monotonic()
+    sweep.run(config, output, fresh=options.fresh, command=command)
+    made = sweep.report(config, output, say=say)
+    print(f"\n{made.table}\nreport: {made.html}")
+    print(f"time of this call: {_duration(time.monotonic() - started)}")
+    return 0
+
+
+def _embed(options: argparse.Namespace, command: str) -> int:
+    from . import embed, interrupt
+    from .progress import Bar, say
+
+    values = {
+        "embed.pictures": options.pictures,
+        "embed.teacher": options.teacher,
+        **({"embed.size": options.size} if options.size is not None else {}),
+    }
+    overrides = [*(f"{key}={value}" for key, value in values.items()), *options.set]
+    config = settings.load(options.config, overrides, embed.EmbedConfig)
+    output = Path(options.output)
+    with interrupt.on_signals():
+        result = embed.fit(
+            config,
+            output,
+            fresh=options.fresh,
+            command=command,
+            watcher=Bar("student", config.embed.progress),
+            say=say,
+        )
+    print(f"\n{embed.table(result)}\nreport: {embed.report(output, result)}")
+    print(f"student and gallery: {output}; time of this call: {_duration(result['seconds'])}")
+    return 0
+
+
+def _match(options: argparse.Namespace, command: str) -> int:
+    from . import embed, embedders
+
+    if options.count < 1:
+        raise UserError(f"match: --count: expected 1 or more, got {options.count}")
+    matcher = embed.Matcher(options.folder, options.gallery)
+    images = [embedders.open_image(Path(path)) for path in options.pictures]
+    for path, found in zip(options.pictures, matcher(images, options.count), strict=True):
+        print(path)
+        for match in found:
+            print(f"  {match.cosine:6.3f}  {match.name}")
+    return 0
+
+
+_OTHERS = {"faces": _faces, "sweep": _sweep, "embed": _embed, "match": _match}
 
 
 def _read_back(options: argparse.Namespace) -> int:

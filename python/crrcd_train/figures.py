@@ -225,6 +225,86 @@ def curves(histories: Histories, labels: list[str]) -> Figure:
     return figure
 
 
+def sweep(
+    axes_of: dict[str, dict[str, list[tuple[Any, list[float], list[float]]]]],
+    unit: str,
+    baseline: tuple[str, list[float]] | None,
+) -> Figure:
+    """Accuracy above, milliseconds a step below, over each swept number.
+
+    Args:
+        axes_of: by the number's name, then by method: its value (a number or "all"), the runs'
+            accuracies, the runs' milliseconds.
+        baseline: a method without the number, drawn as a level.
+    """
+    methods = list(dict.fromkeys(m for found in axes_of.values() for m in found))
+    shade = colours([*methods, *([baseline[0]] if baseline else [])])
+    figure, axes = plt.subplots(
+        2,
+        len(axes_of),
+        figsize=(5.4 * len(axes_of) + 1.6, 6.4),
+        squeeze=False,
+        sharex="col",
+        sharey="row",
+    )
+    for column, (name, found) in enumerate(axes_of.items()):
+        values = list(dict.fromkeys(point[0] for points in found.values() for point in points))
+        place = {value: at for at, value in enumerate(values)}
+        for row in range(2):
+            axis = axes[row][column]
+            for offset, (method, points) in enumerate(found.items()):
+                numbers = [np.array(point[1 + row]) for point in points]
+                axis.errorbar(
+                    [place[point[0]] + 0.06 * (offset - (len(found) - 1) / 2) for point in points],
+                    [v.mean() for v in numbers],
+                    [v.std(ddof=1) if len(v) > 1 else 0.0 for v in numbers],
+                    marker="o",
+                    ms=4,
+                    lw=1.3,
+                    capsize=3,
+                    color=shade[method],
+                    label=method,
+                )
+        if baseline:
+            level = float(np.mean(baseline[1]))
+            axes[0][column].axhline(
+                level, color=shade[baseline[0]], lw=1.2, ls="--", label=baseline[0]
+            )
+        axes[1][column].set_xticks(range(len(values)), [str(value) for value in values])
+        axes[1][column].set_xlabel(name)
+    axes[0][0].set_ylabel(unit)
+    axes[1][0].set_ylabel("time a step, ms")
+    axes[1][0].set_ylim(bottom=0)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="center right")
+    room = 1.9 / figure.get_figwidth()
+    figure.suptitle("One number at a time, the others as set")
+    figure.tight_layout(rect=(0, 0, 1 - room, 1))
+    return figure
+
+
+def course(histories: dict[str, list[dict[str, float]]], key: str, by: str) -> Figure:
+    """A number over the course of training, a line for each label."""
+    shade = colours(list(histories))
+    figure, axis = plt.subplots(figsize=(7.5, 4))
+    for label, rows in histories.items():
+        axis.plot(
+            [row[by] for row in rows],
+            [row[key] for row in rows],
+            "o-",
+            ms=3,
+            lw=1.3,
+            color=shade[label],
+            label=label,
+        )
+    axis.set_xlabel(by)
+    axis.set_ylabel(key)
+    axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+    axis.legend()
+    figure.tight_layout()
+    return figure
+
+
 # Columns of the metrics, behind the name of the loss.
 DIAGNOSTICS = (
     ("loss", "loss / no-information loss"),

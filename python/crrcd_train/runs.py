@@ -220,6 +220,7 @@ def _close(
         "seed": config.run.seed,
         "validation": history[-1]["validation"],
         "seconds": round(seconds, 1),
+        "steps": history[-1]["step"],
         "parameters": sum(p.numel() for p in task.model.parameters()),
         "threads": torch.get_num_threads(),
     }

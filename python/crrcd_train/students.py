@@ -137,17 +137,24 @@ def tables(method: str) -> list[str]:
     return [name for name in own if hasattr(Students(), name)]
 
 
+def as_bytes(image: Any, pixels: Pixels) -> Tensor:
+    """A PIL image as bytes [C, height, width]."""
+    from torchvision.transforms.functional import pil_to_tensor
+
+    return pil_to_tensor(image.convert("L" if pixels.grey else "RGB"))
+
+
 def on_canvas(image: Any, pixels: Pixels) -> Tensor:
     """A PIL image as bytes [C, canvas, canvas]."""
     from PIL import Image
-    from torchvision.transforms.functional import pil_to_tensor
 
-    image = image.convert("L" if pixels.grey else "RGB")
     if pixels.fit == "crop":
         edge = min(image.size)
         left, top = (image.width - edge) // 2, (image.height - edge) // 2
         image = image.crop((left, top, left + edge, top + edge))
-    return pil_to_tensor(image.resize((pixels.canvas, pixels.canvas), Image.Resampling.BICUBIC))
+    whole = image.convert("L" if pixels.grey else "RGB")
+    edge = pixels.canvas
+    return as_bytes(whole.resize((edge, edge), Image.Resampling.BICUBIC), pixels)
 
 
 class Views:
@@ -261,7 +268,8 @@ class Trained:
     criterion: nn.Module | None
     classifier: nn.Module | None
     history: list[dict[str, float]]
-    seconds: float
+    step_ms: float
+    """Mean time of a step, without the first ones."""
 
 
 LOGGED = 15
@@ -290,7 +298,6 @@ def train(
         UserError: settings that a loss refuses, or a loss that is not finite.
         Interrupted: stopped on request.
     """
-    started = time.monotonic()
     device = device or torch.device("cpu")
     watcher = watcher or Watcher()
     parts, optim, count = terms(method), settings.optim, len(views)
@@ -334,7 +341,10 @@ def train(
     every = max(1, optim.steps // LOGGED)
     history, total = [], torch.zeros((), device=device)
     watcher.start(method, optim.steps, 0)
+    warm, started = min(10, optim.steps - 1), time.monotonic()
     for step in range(1, optim.steps + 1):
+        if step == warm + 1:
+            started = time.monotonic()
         if interrupt.requested():
             raise Interrupted(f"{method}: stopped at step {step - 1} of {optim.steps}")
         rows = next(batches)
@@ -372,7 +382,8 @@ def train(
                     "the learning rate (--set optim.lr=...) or the loss weights"
                 )
     watcher.close()
-    return Trained(student.eval(), criterion, classifier, history, time.monotonic() - started)
+    step_ms = 1e3 * (time.monotonic() - started) / (optim.steps - warm)
+    return Trained(student.eval(), criterion, classifier, history, step_ms)
 
 
 def _criterion(
