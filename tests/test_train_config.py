@@ -9,7 +9,8 @@ import pytest
 from crrcd_train import config
 from crrcd_train.errors import UserError
 
-STUDIES = sorted((Path(__file__).parents[1] / "python" / "studies").glob("*.toml"))
+FILES = sorted((Path(__file__).parents[1] / "python" / "studies").glob("*.toml"))
+STUDIES = [path for path in FILES if path.stem != "faces"]
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,16 @@ def test_shipped_studies_are_valid(path: Path, tmp_path: Path) -> None:
     assert len({job.output for job in jobs}) == len(jobs)
     assert read.study.baseline in read.study.methods
     assert read.study.highlight in read.study.methods
+
+
+def test_the_shipped_study_of_faces_is_valid() -> None:
+    from crrcd_train import faces
+
+    (path,) = set(FILES) - set(STUDIES)
+    read = config.load(path, (), faces.FacesConfig)
+    assert set(read.faces.rivals) < set(read.faces.methods)
+    method, own = faces.resolve(read, "crd, tau 0.1")
+    assert (method, own.crd.temperature, read.crd.temperature) == ("crd", 0.1, 0.2)
 
 
 def test_settings_of_one_method_and_size(tmp_path: Path) -> None:

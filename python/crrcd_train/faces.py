@@ -51,7 +51,8 @@ class Faces:
     first_split: int = 0
     workers: int = 2  # splits at a time, each with one thread
     progress: bool = True
-    baseline: str = "crd"  # gains are counted from here
+    rivals: list[str] = field(default_factory=lambda: ["crd", "cosine"])  # gains are over these
+    baseline: str = "crd"
     highlight: str = "crrcd-difference"  # pictured beside the baseline
     variants: dict[str, Variant] = field(default_factory=dict)  # methods with settings of their own
 
@@ -69,6 +70,9 @@ class FacesConfig(students.Students):
         for name in ("methods", "per_person", "sizes"):
             if not getattr(faces, name):
                 raise UserError(f"config key faces.{name}: needs one entry or more")
+        for name in (*faces.rivals, faces.baseline, faces.highlight):
+            known = (*faces.methods, *FacesConfig().faces.methods)
+            self.one_of("faces.rivals, baseline, highlight", name, known)
         for label in faces.methods:
             method = faces.variants[label].method if label in faces.variants else label
             if "/" in label or label.startswith("."):

@@ -115,11 +115,7 @@ def tables(results: Results, config: faces.FacesConfig) -> tuple[str, str]:
             seconds = statistics.mean(r["seconds"] for r in last)
             row = [f"{size} x {size}", NAMES.get(method, method), *cells, ", ".join(aucs)]
             lines.append("| " + " | ".join([*row, f"{seconds:.1f}"]) + " |")
-    rivals = [
-        name
-        for name in dict.fromkeys((config.faces.baseline, "cosine"))
-        if name in config.faces.methods
-    ]
+    rivals = [name for name in config.faces.rivals if name in config.faces.methods]
     head = ["pixels", "difference", *(f"n = {n}: rank-1 / TAR, points" for n in numbers)]
     gains = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for size in sizes:
