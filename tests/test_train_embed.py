@@ -56,7 +56,7 @@ def test_a_student_comes_close_to_its_teacher(place, capsys):
     result = embed.runs.read_json(place / "out" / embed.RESULT)
     assert result["pictures"] == 40 and result["held_out"] == 8 and result["width"] == 6
     assert result["cosine"]["student"] > 0.3
-    assert result["cosine"]["teacher"] > 0.99  # what it looks at is left by four pixels a side
+    assert result["cosine"]["teacher"] > 0.95  # what it looks at is left by four pixels a side
     assert (place / "out" / "report.html").stat().st_size > 10_000
     again = arguments(place, "embed.size=4", "pixels.grey=true")
     assert main(again) == 2
