@@ -105,11 +105,11 @@ class UserFunction:
         self.name = name
         try:
             found = _import(module)
-            self.function = getattr(found, attribute)
         except (ImportError, OSError, SyntaxError) as error:
             raise UserError(f"teacher {name}: {module} cannot be imported ({error})") from None
-        except AttributeError:
-            raise UserError(f"teacher {name}: {module} has no {attribute}") from None
+        if not hasattr(found, attribute):
+            raise UserError(f"teacher {name}: {module} has no {attribute}")
+        self.function = getattr(found, attribute)
         if not callable(self.function):
             raise UserError(f"teacher {name}: {attribute} is a {type(self.function).__name__}")
         try:
@@ -125,7 +125,7 @@ class UserFunction:
             made = made.detach().float().cpu().numpy()
         try:
             array = np.asarray(made, dtype=np.float32)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"teacher {self.name}: expected an array [{len(images)}, D] of numbers, got rows "
                 f"of different widths or something else ({str(error).splitlines()[0]})"
@@ -192,10 +192,17 @@ class Pictures:
     through: int = 0
 
     def digest(self) -> str:
-        """Of the files' contents and of what is done to them."""
+        """Of the files' contents and of what is done to them.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
         found = hashlib.sha256(str(self.through).encode())
         for path in self.files:
-            found.update(hashlib.sha256(path.read_bytes()).digest())
+            try:
+                found.update(hashlib.sha256(path.read_bytes()).digest())
+            except OSError as error:
+                raise UserError(f"image {path} cannot be read ({error.strerror})") from None
         return found.hexdigest()
 
 
@@ -382,7 +389,8 @@ def open_image(path: Path) -> Any:
         with Image.open(path) as image:
             image.load()
             return image
-    except OSError as error:
+    # What Pillow raises depends on its format and on where the damage lies.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"image {path} is damaged or none ({error})") from None
 
 
@@ -390,6 +398,8 @@ def through(image: Any, size: int) -> Any:
     """`image` reduced to `size` x `size` pixels (areas) and scaled up again (bicubic)."""
     from PIL import Image
 
+    if image.mode in ("1", "P"):  # of which Pillow only picks pixels
+        image = image.convert("RGB")
     small = image.resize((size, size), Image.Resampling.BOX)
     return small.resize(image.size, Image.Resampling.BICUBIC)
 

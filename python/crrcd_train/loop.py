@@ -62,7 +62,9 @@ def schedule(optimizer: torch.optim.Optimizer, optim: Optim, steps: int) -> Any:
     rates = [group["lr"] for group in optimizer.param_groups]
     if optim.schedule == "onecycle":
         # A share outside (1, steps - 1) of the steps would divide by zero in a short run.
-        warm_up = min(max(optim.warm_up, 1.5 / steps), 1 - 1.5 / steps) if steps > 3 else 0.5
+        warm_up = 0.5 if steps > 1 else 0.75
+        if steps > 3:
+            warm_up = min(max(optim.warm_up, 1.5 / steps), 1 - 1.5 / steps)
         return lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=warm_up)
     if optim.schedule == "cosine":
         return lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -6,6 +6,7 @@ is compared with the teacher's embeddings of large ones. Nothing here knows what
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -295,7 +296,7 @@ def train(
         labels: int64 [N], only for the term "ce".
 
     Raises:
-        UserError: settings that a loss refuses, or a loss that is not finite.
+        UserError: settings that a loss refuses, vectors or a loss that are not finite.
         Interrupted: stopped on request.
     """
     device = device or torch.device("cpu")
@@ -303,6 +304,11 @@ def train(
     parts, optim, count = terms(method), settings.optim, len(views)
     center = vectors.mean(0)
     targets = space(vectors, center).to(device)
+    if not torch.isfinite(targets).all():
+        raise UserError(
+            f"{method}: the loss cannot be finite, the teacher's embeddings have a NaN or an "
+            "infinity"
+        )
     torch.manual_seed(seed)
     plain = views.plain(torch.arange(min(count, 4096)))
     student = Student(
@@ -360,7 +366,12 @@ def train(
             elif part == "ce":
                 loss = loss + F.cross_entropy(classifier(embedded), labels[rows])
             else:
-                loss = loss + table.weight * criterion(embedded, target, rows)
+                try:
+                    loss = loss + table.weight * criterion(embedded, target, rows)
+                except (ValueError, RuntimeError) as error:
+                    if not torch.isfinite(embedded).all():
+                        raise _diverged(method, float("nan"), step) from None
+                    raise UserError(f"config table {LOSSES[part][1]}: {error}") from None
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -373,17 +384,24 @@ def train(
                 "loss": float(total) / (step - (history or [{"step": 0}])[-1]["step"]),
             }
             if criterion is not None:
-                row.update({f"{name}_{k}": v for k, v in criterion.diagnostics().items()})
+                try:
+                    row.update({f"{name}_{k}": v for k, v in criterion.diagnostics().items()})
+                except torch.linalg.LinAlgError:  # relations are not finite after this step
+                    raise _diverged(method, float("nan"), step + 1) from None
             history.append(row)
             total.zero_()
-            if not torch.isfinite(torch.tensor(row["loss"])):
-                raise UserError(
-                    f"{method}: the loss became {row['loss']} before step {step}; lower "
-                    "the learning rate (--set optim.lr=...) or the loss weights"
-                )
+            if not math.isfinite(row["loss"]):
+                raise _diverged(method, row["loss"], step)
     watcher.close()
     step_ms = 1e3 * (time.monotonic() - started) / (optim.steps - warm)
     return Trained(student.eval(), criterion, classifier, history, step_ms)
+
+
+def _diverged(method: str, value: float, step: int) -> UserError:
+    return UserError(
+        f"{method}: the loss became {value} before step {step}; lower the learning rate "
+        "(--set optim.lr=...) or the loss weights"
+    )
 
 
 def _criterion(
