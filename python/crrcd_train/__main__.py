@@ -44,7 +44,10 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         if name == "sweep":
             command.add_argument("task", choices=("faces", "classification"))
-        command.add_argument("file", nargs="?", metavar="CONFIG", help="settings as a TOML file")
+        told = "settings as a TOML file"
+        if name == "study":
+            told += "; 'unseen': the study of held-out classes, its settings with --config"
+        command.add_argument("file", nargs="?", metavar="CONFIG", help=told)
         command.add_argument("--config", metavar="FILE", help="the same, as an option")
         if name == "distill":
             command.add_argument(
@@ -113,6 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command in ("evaluate", "report"):
             return _read_back(options)
         command = shlex.join(["crrcd-train", *arguments])
+        if options.command == "study" and options.file == "unseen":
+            return _unseen(options, command)
         if options.command in _OTHERS:
             return _OTHERS[options.command](options, command)
         return _train(options, command)
@@ -206,6 +211,20 @@ def _sweep(options: argparse.Namespace, command: str) -> int:
     return 0
 
 
+def _unseen(options: argparse.Namespace, command: str) -> int:
+    from . import unseen
+    from .progress import say
+
+    config = settings.load(options.config, options.set, unseen.UnseenConfig)
+    output = Path(options.output)
+    started = time.monotonic()
+    unseen.run(config, output, fresh=options.fresh, command=command)
+    made = unseen.report(output, say=say)
+    print(f"\n{made.table}\nreport: {made.html}")
+    print(f"time of this call: {_duration(time.monotonic() - started)}")
+    return 0
+
+
 def _embed(options: argparse.Namespace, command: str) -> int:
     from . import embed, interrupt
     from .progress import Bar, say
@@ -258,10 +277,13 @@ def _read_back(options: argparse.Namespace) -> int:
     from .progress import say
 
     if options.command == "report":
-        from . import faces, faces_report, report
+        from . import faces, faces_report, report, unseen
 
-        maker = faces_report if (folder / faces.SUMMARY).exists() else report
-        made = maker.make(folder, options.set, say=say)
+        if (folder / unseen.SUMMARY).exists():
+            made = unseen.report(folder, say=say)
+        else:
+            maker = faces_report if (folder / faces.SUMMARY).exists() else report
+            made = maker.make(folder, options.set, say=say)
         print(f"\n{made.table}\nreport: {made.html}")
         return 0
     from . import checkpoint, data, evaluate, methods, runs

@@ -307,7 +307,9 @@ def _work(job: Job, watcher: Watcher, say: Callable[[str], None]) -> dict[str, A
     watcher.start(job.title, steps, 0)
     for label in job.methods:
         started = time.monotonic()
-        result, kept = _evaluate(label, job, own, gallery, probes, views, images, _Steps(watcher))
+        result, kept = _evaluate(
+            label, job, own, gallery, probes, views, images, pool.Part(watcher)
+        )
         result["seconds"] = round(time.monotonic() - started, 2)
         result["settings"] = used_settings(config, label, identity)
         if job.split == config.faces.first_split:
@@ -317,16 +319,6 @@ def _work(job: Job, watcher: Watcher, say: Callable[[str], None]) -> dict[str, A
         runs.write_json(job.folder / f"{label}.json", result)
     watcher.close()
     return {}
-
-
-class _Steps(Watcher):
-    """Passes the steps of one method on to the bar of all."""
-
-    def __init__(self, bar: Watcher) -> None:
-        self.bar = bar
-
-    def step(self, count: int) -> None:
-        self.bar.step(count)
 
 
 def _evaluate(

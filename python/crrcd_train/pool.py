@@ -142,6 +142,16 @@ class _Report(Watcher):
         self.count, self.sent = 0, time.monotonic()
 
 
+class Part(Watcher):
+    """One of several things that a job trains: its steps go to the job's bar."""
+
+    def __init__(self, job: Watcher) -> None:
+        self.job = job
+
+    def step(self, count: int) -> None:
+        self.job.step(count)
+
+
 _messages: Any = None
 
 

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import interrupt
-from .config import CRCD, CRD, CRRCD, Optim, Settings
+from .config import CRCD, CRD, CRRCD, KD, Optim, Settings
 from .config import Student as Network
 from .data import resize
 from .errors import Interrupted, UserError
 from .loop import Watcher, schedule
+from .methods import kd_loss
 from .models import build
 from .views import Variants
 
@@ -76,6 +77,7 @@ class Students(Settings):
     cosine: Cosine = field(default_factory=Cosine)
     rkd: RKD = field(default_factory=RKD)
     ridge: Ridge = field(default_factory=Ridge)
+    kd: KD = field(default_factory=KD)
     crd: CRD = field(default_factory=lambda: CRD(**_SAME_SPACE))
     crcd: CRCD = field(
         default_factory=lambda: CRCD(
@@ -110,6 +112,7 @@ TERMS = {
     "crrcd": "CRRCDLoss: relations by a learned module",
     "crrcd-difference": "CRCDLoss with the defaults of CRRCD: relations by difference",
     "ce": "cross-entropy with labels",
+    "kd": "KD with the teacher's logits",
 }
 """What a student can be trained with, alone or joined by "+"."""
 LOSSES = {
@@ -285,6 +288,7 @@ def train(
     method: str,
     *,
     seed: int,
+    logits: Tensor | None = None,
     device: torch.device | None = None,
     watcher: Watcher | None = None,
 ) -> Trained:
@@ -293,7 +297,8 @@ def train(
     The result is a function of the arguments alone, for one thread.
 
     Args:
-        labels: int64 [N], only for the term "ce".
+        labels: int64 [N], only for the term "ce"; -1 where a sample has none.
+        logits: the teacher's [N, classes], only for the term "kd".
 
     Raises:
         UserError: settings that a loss refuses, vectors or a loss that are not finite.
@@ -321,12 +326,15 @@ def train(
     ).to(device)
     groups: list[dict[str, Any]] = [{"params": list(student.parameters()), "lr": optim.lr}]
     classifier = criterion = None
-    if "ce" in parts:
-        if labels is None:
-            raise UserError(f"method {method} needs labels")
-        classifier = nn.Linear(len(center), int(labels.max()) + 1).to(device)
-        labels = labels.to(device)
+    for part, given, what in (("ce", labels, "labels"), ("kd", logits, "a teacher's logits")):
+        if part in parts and given is None:
+            raise UserError(f"method {method} needs {what}")
+    if "ce" in parts or "kd" in parts:
+        classes = logits.shape[1] if "kd" in parts else int(labels.max()) + 1
+        classifier = nn.Linear(len(center), classes).to(device)
         groups.append({"params": list(classifier.parameters()), "lr": optim.lr})
+        labels = None if labels is None else labels.to(device)
+        logits = None if logits is None else logits.to(device)
     name = next((part for part in parts if part in LOSSES), "")
     if name:
         table = getattr(settings, LOSSES[name][1])
@@ -364,7 +372,15 @@ def train(
             elif part == "rkd":
                 loss = loss + rkd_loss(embedded, target, settings.rkd.distance, settings.rkd.angle)
             elif part == "ce":
-                loss = loss + F.cross_entropy(classifier(embedded), labels[rows])
+                known = labels[rows]
+                of_all = F.cross_entropy(
+                    classifier(embedded), known, ignore_index=-1, reduction="sum"
+                )
+                loss = loss + of_all / (known >= 0).sum().clamp(min=1)
+            elif part == "kd":
+                loss = loss + settings.kd.weight * kd_loss(
+                    classifier(embedded), logits[rows], settings.kd.temperature
+                )
             else:
                 try:
                     loss = loss + table.weight * criterion(embedded, target, rows)
@@ -459,12 +475,16 @@ def _angles(rows: Tensor) -> Tensor:
     return direction @ direction.transpose(1, 2)
 
 
+ANCHORS = 256
+"""Gallery entries, at most, whose relations to a probe are compared."""
+
+
 def score(trained: Trained, method: str, images: Tensor, gallery: Tensor) -> Tensor:
     """Similarities [P, G] of images [P, C, s, s] and rows of the teacher's space [G, D].
 
     Cosines; for the learned relations of "crrcd" the mean cosine of a probe's and a gallery
-    entry's relation to every gallery entry. "ce" alone scores classes: log-probabilities
-    [P, classes].
+    entry's relation to the first ANCHORS gallery entries. "ce" alone scores classes:
+    log-probabilities [P, classes].
     """
     student, parts = trained.student, terms(method)
     device = student.center.device
@@ -475,11 +495,13 @@ def score(trained: Trained, method: str, images: Tensor, gallery: Tensor) -> Ten
         embedded = student.embed(images)
         if "crrcd" not in parts:
             return embedded @ gallery.T
-        from_probe = trained.criterion.cross_relation(gallery, embedded)
-        from_gallery = trained.criterion.teacher_relation(gallery, gallery)
+        anchors = gallery[:ANCHORS]
+        from_probe = trained.criterion.cross_relation(anchors, embedded)
+        from_gallery = trained.criterion.teacher_relation(anchors, gallery)
         # (anchor, sample, R): an anchor's relation to itself says nothing.
-        shares = 1 - torch.eye(len(gallery))
-        return torch.einsum("apr,agr,ag->pg", from_probe, from_gallery, shares) / (len(gallery) - 1)
+        shares = torch.ones(len(anchors), len(gallery)).fill_diagonal_(0)
+        shares /= shares.sum(0).clamp(min=1)
+        return torch.einsum("apr,agr,ag->pg", from_probe, from_gallery, shares)
 
 
 def ridge(views: Views, vectors: Tensor, alpha: float) -> Any:
