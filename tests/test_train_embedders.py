@@ -192,14 +192,16 @@ def test_other_teachers_and_pictures_have_other_files(
     assert torch.equal(embed(turned, tmp_path).vectors[1:-1], EXPECTED.flip(0)[1:-1])
 
 
-def test_the_teacher_is_shown_reduced_pictures(teacher: Teacher, tmp_path: Path) -> None:
+def test_the_teacher_is_shown_reduced_pictures(tmp_path: Path) -> None:
     image = Image.fromarray(np.indices((32, 32)).sum(0).astype(np.uint8) % 2 * 200)
     image.save(tmp_path / "chequered.png")
-    pictures = embedders.Pictures([tmp_path / "chequered.png"], ["chequered"], through=16)
-    shown = []
-    teacher.change = lambda call, vectors: shown.append(vectors) or vectors
-    embed(pictures, tmp_path)
-    assert shown[0][0].tolist() == [32.0, 32.0, 100.0]
+    path = tmp_path / "own.py"
+    path.write_text(
+        "def embed(images):\n    return [[*im.size, *im.getextrema()] for im in images]"
+    )
+    for through, expected in ((0, [32, 32, 0, 200]), (16, [32, 32, 100, 100])):
+        pictures = embedders.Pictures([tmp_path / "chequered.png"], ["chequered"], through)
+        assert embed(pictures, tmp_path, f"{path}:embed").vectors.tolist() == [expected]
 
 
 # ------------------------------------------------------------------ answers that cannot be used

@@ -135,7 +135,10 @@ def run(config: FacesConfig, output: Path, *, fresh: bool = False, command: str 
     writable_folder(output)
     faces = config.faces
     found = _people(faces.root)
-    people.split(found, max(faces.per_person), faces.probes, 0)  # said before all the work
+    # Said before all the work.
+    if len(found.persons) < 2:
+        raise UserError(f"{faces.root}: two persons or more are needed, found {found.persons[0]}")
+    people.split(found, max(faces.per_person), faces.probes, 0)
     if fresh:
         for size in faces.sizes:
             shutil.rmtree(output / f"{size}x{size}", ignore_errors=True)
