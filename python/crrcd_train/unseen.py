@@ -63,7 +63,7 @@ class Unseen:
 
 @dataclass
 class UnseenConfig(students.Students):
-    data: Data = field(default_factory=lambda: Data(shift=2, shift_step=1))
+    data: Data = field(default_factory=lambda: Data(shift=2, shift_step=1, labels=0))
     teacher: Teacher = field(default_factory=lambda: Teacher(width=24))
     pixels: students.Pixels = field(
         default_factory=lambda: students.Pixels(canvas=28, grey=True, shift=2, shift_step=1)
@@ -369,10 +369,10 @@ def report(output: Path, say: Callable[[str], None] = print) -> Made:
     title = output.resolve().name
     facts = (
         f"{config.data.name}, {record['date']}: {wanted.splits} choices of {wanted.classes} "
-        f"classes that neither teacher nor student saw, {len(wanted.seeds)} seeds each. Students of "
-        f"{wanted.size} x {wanted.size} pixels saw {wanted.labelled} images of the other classes "
-        f"with labels (used by ce only) and {wanted.unlabelled} without. {wanted.probes} test "
-        "images of the held-out classes look for neighbours among the others. Whole study: "
+        f"classes that neither teacher nor student saw, {len(wanted.seeds)} seeds each. Students "
+        f"of {wanted.size} x {wanted.size} pixels saw {wanted.labelled} images of the other "
+        f"classes with labels (used by ce only) and {wanted.unlabelled} without. {wanted.probes} "
+        "test images of the held-out classes look for neighbours among the others. Whole study: "
         f"{record['seconds'] / 60:.1f} min on "
         f"{record['versions'].get('processor', 'this machine')}."
     )
