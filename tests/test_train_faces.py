@@ -363,13 +363,17 @@ def test_an_interrupted_study_keeps_what_was_finished(
         start_new_session=True,
     )
     split = tmp_path / "out" / "6x6" / "n2" / "split000"
-    limit = time.monotonic() + 120
-    while not (split / "ridge.json").exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < limit, "nothing was finished"
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # workers too, as at a terminal
-    _, errors = process.communicate(timeout=60)
+    try:
+        limit = time.monotonic() + 120
+        while not (split / "ridge.json").exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < limit, "nothing was finished"
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)  # workers too, as at a terminal
+        _, errors = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130 and "Traceback" not in errors
     assert re.search(r"cosine: stopped at step \d+ of 1000000; run the same command again", errors)
     assert [path.name for path in sorted(split.glob("*.json"))] == ["ridge.json"]
