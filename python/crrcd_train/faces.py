@@ -367,6 +367,7 @@ def _evaluate(
         kept["embedded"] = trained.student.embed(images)
         kept["student"] = students.state(trained.student, config, method)
         result["history"] = trained.history
+        result["warnings"] = trained.warnings
         result["step_ms"] = round(trained.step_ms, 3)
         result["parameters"] = sum(p.numel() for p in trained.student.parameters())
     gallery_labels = labels[gallery]

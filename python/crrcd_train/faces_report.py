@@ -62,7 +62,10 @@ def make(
     pictures = _draw(config, output, report, results)
     pages = _people(config, output, writable_folder(report / "people"))
     path = report / "report.html"
-    path.write_text(_page(output, record, config, table, gains, pictures, pages), encoding="utf-8")
+    path.write_text(
+        _page(output, record, config, _warnings(results), table, gains, pictures, pages),
+        encoding="utf-8",
+    )
     return Made(text, path, [picture for picture, _, _ in pictures] + [p for p, _ in pages])
 
 
@@ -328,10 +331,26 @@ def _small(own: faces.Material, row: int, size: int, config: faces.FacesConfig) 
     return _image(resize(own.canvases[row : row + 1], size, config.pixels.resize)[0])
 
 
+def _warnings(results: Results) -> list[str]:
+    """A line for each method whose loss complained, with the first complaint."""
+    found: dict[str, list[str]] = {}
+    for by_method in results.values():
+        for method, mine in by_method.items():
+            found.setdefault(method, []).extend(
+                r["warnings"][0] for r in mine.values() if r.get("warnings")
+            )
+    return [
+        f"Warning, {method}, in {len(texts)} runs: {texts[0]}"
+        for method, texts in found.items()
+        if texts
+    ]
+
+
 def _page(
     output: Path,
     record: dict[str, Any],
     config: faces.FacesConfig,
+    warned: list[str],
     table: str,
     gains: str,
     pictures: list[tuple[Path, str, str]],
@@ -352,6 +371,7 @@ def _page(
         f"Whole study: {record['seconds'] / 60:.1f} min on "
         f"{record['versions'].get('processor', 'this machine')}.",
     ]
+    facts += warned
     body = [f"<h1>{html.escape(output.resolve().name)}: small faces, large gallery</h1>"]
     body += [f"<p>{html.escape(fact)}</p>" for fact in facts]
     body.append(f"<h2>Recognition</h2><div class='wide'>{page.table(table)}</div>")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -47,7 +48,7 @@ class StudentOptim:
     nesterov: bool = True
     weight_decay: float = 5e-4
     batch_size: int = 32
-    steps: int = 300
+    steps: int = 200
     warm_up: float = 0.25  # share of the steps until the largest rate
 
 
@@ -274,9 +275,11 @@ class Trained:
     history: list[dict[str, float]]
     step_ms: float
     """Mean time of a step, without the first ones."""
+    warnings: list[str]
+    """What the loss found wrong with the course of training."""
 
 
-LOGGED = 15
+LOGGED = 10
 """Points of a run at which the loss and its diagnostics are kept."""
 
 
@@ -353,7 +356,7 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     batches = _batches(count, min(optim.batch_size, count), generator)
     every = max(1, optim.steps // LOGGED)
-    history, total = [], torch.zeros((), device=device)
+    history, found, total = [], [], torch.zeros((), device=device)
     watcher.start(method, optim.steps, 0)
     warm, started = min(10, optim.steps - 1), time.monotonic()
     for step in range(1, optim.steps + 1):
@@ -400,17 +403,21 @@ def train(
                 "loss": float(total) / (step - (history or [{"step": 0}])[-1]["step"]),
             }
             if criterion is not None:
-                try:
-                    row.update({f"{name}_{k}": v for k, v in criterion.diagnostics().items()})
-                except torch.linalg.LinAlgError:  # relations are not finite after this step
-                    raise _diverged(method, float("nan"), step + 1) from None
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always", UserWarning)
+                    try:
+                        diagnosed = criterion.diagnostics()
+                    except torch.linalg.LinAlgError:  # relations are not finite after this step
+                        raise _diverged(method, float("nan"), step + 1) from None
+                row.update({f"{name}_{key}": value for key, value in diagnosed.items()})
+                found += [str(warning.message) for warning in caught]
             history.append(row)
             total.zero_()
             if not math.isfinite(row["loss"]):
                 raise _diverged(method, row["loss"], step)
     watcher.close()
     step_ms = 1e3 * (time.monotonic() - started) / (optim.steps - warm)
-    return Trained(student.eval(), criterion, classifier, history, step_ms)
+    return Trained(student.eval(), criterion, classifier, history, step_ms, found)
 
 
 def _diverged(method: str, value: float, step: int) -> UserError:
