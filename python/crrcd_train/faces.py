@@ -100,6 +100,10 @@ def resolve(config: FacesConfig, label: str) -> tuple[str, FacesConfig]:
     return variant.method, with_values(config, flatten(variant.set))
 
 
+def _at_size(config: FacesConfig, size: int) -> FacesConfig:
+    return with_values(config, flatten(config.size_overrides.get(str(size), {})))
+
+
 @dataclass
 class Job:
     """All methods of one split at one size and one number of enrolled pictures."""
@@ -169,7 +173,7 @@ def jobs(config: FacesConfig, output: Path, identity: str) -> list[Job]:
     faces = config.faces
     found = []
     for size in faces.sizes:
-        own = with_values(config, flatten(config.size_overrides.get(str(size), {})))
+        own = _at_size(config, size)
         for enrolled in sorted(faces.per_person, reverse=True):
             for number in range(faces.first_split, faces.first_split + faces.splits):
                 job = Job(size, enrolled, number, [], own, output)
@@ -226,7 +230,7 @@ def finished(path: Path, label: str, config: FacesConfig, identity: str) -> dict
 def _prepare(config: FacesConfig, found: people.People, output: Path) -> tuple[str, list[str]]:
     """Embeds what is not in the cache; leaves all that workers need in TEACHER.
 
-    Returns the teacher's identity and the names of pictures without a detectable face.
+    Returns the identity of teacher and pictures, and the names of those without a detectable face.
     """
     faces = config.faces
 
@@ -242,6 +246,7 @@ def _prepare(config: FacesConfig, found: people.People, output: Path) -> tuple[s
 
     say(f"{len(found)} pictures of {len(found.persons)} persons; teacher {faces.teacher}")
     whole = embed(0)
+    identity = f"{whole.identity}, pictures {embedders.Pictures(found.files, []).digest()[:12]}"
     undetected = [found.names[row] for row in (~whole.detected).nonzero().flatten().tolist()]
     if undetected:
         use = "used centred" if faces.undetected == "centred" else "skipped"
@@ -256,7 +261,7 @@ def _prepare(config: FacesConfig, found: people.People, output: Path) -> tuple[s
     checkpoint.save(
         output / TEACHER,
         {
-            "identity": whole.identity,
+            "identity": identity,
             "vectors": whole.vectors[rows],
             "small": small,
             "rows": rows,
@@ -264,7 +269,7 @@ def _prepare(config: FacesConfig, found: people.People, output: Path) -> tuple[s
         },
     )
     checkpoint.previous(output / TEACHER).unlink(missing_ok=True)
-    return whole.identity, undetected
+    return identity, undetected
 
 
 def _people(root: str) -> people.People:
@@ -282,7 +287,7 @@ class Material:
 
 
 @functools.lru_cache(maxsize=1)
-def _material(path: Path, pixels: tuple[tuple[str, Any], ...]) -> Material:
+def _material(path: Path, modified: int, pixels: tuple[tuple[str, Any], ...]) -> Material:
     stored = checkpoint.load(path)
     found = _people(stored["root"]).keep(stored["rows"])
     settings = students.Pixels(**dict(pixels))
@@ -293,7 +298,8 @@ def _material(path: Path, pixels: tuple[tuple[str, Any], ...]) -> Material:
 
 
 def material(config: FacesConfig, output: Path) -> Material:
-    return _material(output / TEACHER, tuple(asdict(config.pixels).items()))
+    path = output / TEACHER
+    return _material(path, path.stat().st_mtime_ns, tuple(asdict(config.pixels).items()))
 
 
 def _work(job: Job, watcher: Watcher, say: Callable[[str], None]) -> dict[str, Any]:

@@ -87,9 +87,11 @@ def run(
                 if error is None:
                     finished += 1
                     bar.set_description(f"{finished} of {len(jobs)} {name}", refresh=False)
-                    done(futures[future], future.result())
-                elif failure is None:
-                    failure = error
+                    try:
+                        done(futures[future], future.result())
+                    except Exception as raised:  # a full disk, say: no work beyond that
+                        error = raised
+                failure = failure or error
             if (failure is not None or interrupt.requested()) and not stop.is_set():
                 stop.set()
                 for future in left:
