@@ -111,9 +111,8 @@ def roc(
                 continue
             mean, spread = curves[label].mean(0), curves[label].std(0)
             axis.plot(100 * rates, mean, color=shade[label], lw=1.5, label=label)
-            axis.fill_between(
-                100 * rates, mean - spread, mean + spread, color=shade[label], alpha=0.1, lw=0
-            )
+            low, high = (mean - spread).clip(0), (mean + spread).clip(max=100)
+            axis.fill_between(100 * rates, low, high, color=shade[label], alpha=0.1, lw=0)
         axis.axvline(1.0, color="black", lw=0.8, ls=":")
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:g}")
@@ -366,7 +365,7 @@ def _loss_of(runs: list[list[dict[str, float]]]) -> str:
 
 
 def embeddings(
-    panels: list[tuple[str, np.ndarray]], labels: np.ndarray, classes: list[str], title: str
+    panels: list[tuple[str, np.ndarray]], labels: np.ndarray, classes: list[str], heading: str
 ) -> Figure:
     """t-SNE maps [N, 2] side by side, coloured by class int [N]."""
     figure, axes = plt.subplots(1, len(panels), figsize=(5.0 * len(panels), 5.6), squeeze=False)
@@ -382,7 +381,7 @@ def embeddings(
     if len(classes) <= 20:
         handles, names = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, names, loc="lower center", ncols=5, markerscale=3, fontsize=9)
-    figure.suptitle(title)
+    figure.suptitle(heading)
     figure.tight_layout(rect=(0, 0.09, 1, 1))
     return figure
 
