@@ -161,17 +161,23 @@ def test_canvases_of_pictures() -> None:
 # ------------------------------------------------------------------ training
 
 
+def logits_of(method: str, labels: Tensor) -> Tensor | None:
+    return 4.0 * F.one_hot(labels).float() if method == "kd" else None
+
+
 @pytest.mark.parametrize("method", students.TERMS)
 def test_every_method_learns(method: str) -> None:
     views, vectors, labels = toy()
     own = settings(steps=60)
     given = labels if method == "ce" else None
-    trained = students.train(views, vectors, given, own, method, seed=0)
+    trained = students.train(
+        views, vectors, given, own, method, seed=0, logits=logits_of(method, labels)
+    )
     losses = [row["loss"] for row in trained.history]
     assert losses[-1] < 0.93 * losses[0]
-    assert trained.history[-1]["step"] == 60 and len(losses) == 15
+    assert trained.history[-1]["step"] == 60 and len(losses) == students.LOGGED
     assert not trained.student.training
-    assert (trained.classifier is None) == (method != "ce")
+    assert (trained.classifier is None) == (method not in ("ce", "kd"))
     assert (trained.criterion is None) == (method not in students.LOSSES)
     if trained.criterion is not None:
         assert f"{method}_no_information_loss" in trained.history[0]
@@ -278,14 +284,30 @@ def test_more_negatives_than_pictures_are_all_of_them() -> None:
 @pytest.mark.parametrize("method", students.TERMS)
 def test_losses_that_are_not_finite(method: str) -> None:
     views, vectors, labels = toy()
+    logits = logits_of(method, labels)
     broken = vectors.clone()
     broken[3, 2] = math.nan
     with pytest.raises(UserError, match=rf"^{method}: the loss cannot be finite, the teacher's"):
-        students.train(views, broken, labels, settings(), method, seed=0)
+        students.train(views, broken, labels, settings(), method, seed=0, logits=logits)
     with pytest.raises(
         UserError, match=rf"^{method}: the loss became .* step \d; lower the learning rate"
     ):
-        students.train(views, vectors, labels, settings(lr=1e30, steps=15), method, seed=0)
+        diverging = settings(lr=1e30, steps=15)
+        students.train(views, vectors, labels, diverging, method, seed=0, logits=logits)
+
+
+def test_ce_counts_labelled_samples_only_and_kd_needs_logits() -> None:
+    views, vectors, labels = toy()
+    few = labels.clone()
+    few[1::3] = -1
+    trained = students.train(views, vectors, few, settings(steps=30), "ce", seed=0)
+    assert trained.history[-1]["loss"] < trained.history[0]["loss"]
+    none = torch.full_like(labels, -1)
+    none[0] = 1  # two classes, one label: most batches of two have none and add nothing
+    rare = students.train(views, vectors, none, settings(steps=6, batch_size=2), "ce", seed=0)
+    assert min(row["loss"] for row in rare.history) == 0.0
+    with pytest.raises(UserError, match="method kd needs a teacher's logits"):
+        students.train(views, vectors, labels, settings(), "kd", seed=0)
 
 
 # ------------------------------------------------------------------ scores and states
