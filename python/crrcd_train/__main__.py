@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from . import config as settings
 from .errors import Interrupted, UserError
@@ -184,42 +187,41 @@ def _train(options: argparse.Namespace, command: str) -> int:
 
 def _faces(options: argparse.Namespace, command: str) -> int:
     from . import faces, faces_report
-    from .progress import say
 
-    config = settings.load(options.config or options.file, options.set, faces.FacesConfig)
-    output = Path(options.output)
-    started = time.monotonic()
-    faces.run(config, output, fresh=options.fresh, command=command)
-    made = faces_report.make(output, say=say)
-    print(f"\n{made.table}\nreport: {made.html}")
-    print(f"time of this call: {_duration(time.monotonic() - started)}")
-    return 0
+    return _grid(options, command, faces.FacesConfig, faces.run, faces_report.make)
 
 
 def _sweep(options: argparse.Namespace, command: str) -> int:
     from . import sweep
-    from .progress import say
 
     kind = sweep.KINDS[options.task]
-    config = settings.load(options.config or options.file, options.set, kind)
-    output = Path(options.output)
-    started = time.monotonic()
-    sweep.run(config, output, fresh=options.fresh, command=command)
-    made = sweep.report(config, output, say=say)
-    print(f"\n{made.table}\nreport: {made.html}")
-    print(f"time of this call: {_duration(time.monotonic() - started)}")
-    return 0
+    report = functools.partial(sweep.report, command=command)
+    return _grid(options, command, kind, sweep.run, report, with_config=True)
 
 
 def _unseen(options: argparse.Namespace, command: str) -> int:
     from . import unseen
+
+    options.file = None  # the word that chose this study
+    return _grid(options, command, unseen.UnseenConfig, unseen.run, unseen.report)
+
+
+def _grid(
+    options: argparse.Namespace,
+    command: str,
+    kind: type,
+    run: Callable[..., None],
+    report: Callable[..., Any],
+    with_config: bool = False,
+) -> int:
+    """Runs a study that goes on by itself where it stopped, then its report."""
     from .progress import say
 
-    config = settings.load(options.config, options.set, unseen.UnseenConfig)
+    config = settings.load(options.config or options.file, options.set, kind)
     output = Path(options.output)
     started = time.monotonic()
-    unseen.run(config, output, fresh=options.fresh, command=command)
-    made = unseen.report(output, say=say)
+    run(config, output, fresh=options.fresh, command=command)
+    made = report(*([config] if with_config else []), output, say=say)
     print(f"\n{made.table}\nreport: {made.html}")
     print(f"time of this call: {_duration(time.monotonic() - started)}")
     return 0

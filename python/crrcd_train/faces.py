@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, embedders, interrupt, people, pool, retrieval, runs, students
-from .config import Variant, differences, flatten, to_dict, with_values
+from .config import Variant, flatten, to_dict, with_values
 from .errors import UserError, writable_folder
 from .loop import Watcher
 from .progress import say
@@ -215,16 +215,7 @@ def finished(path: Path, label: str, config: FacesConfig, identity: str) -> dict
     Raises:
         UserError: it was made with other settings.
     """
-    result = runs.read_json(path / f"{label}.json")
-    if result is None:
-        return None
-    changed = differences(result["settings"], used_settings(config, label, identity))
-    if changed:
-        raise UserError(
-            f"{path / label}.json was made with other settings ({changed[0]}); choose another "
-            "--output or give --fresh"
-        )
-    return result
+    return runs.unchanged(path / f"{label}.json", used_settings(config, label, identity))
 
 
 def _prepare(config: FacesConfig, found: people.People, output: Path) -> tuple[str, list[str]]:

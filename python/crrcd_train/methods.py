@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import CONTRASTIVE, Config, WeightSchedule, terms
+from .config import CONTRASTIVE, Config, Contrastive, WeightSchedule, terms
 from .data import Images, Normalizer, Split, resize, split
 from .errors import UserError
 from .models import Classifier, build
@@ -86,6 +86,29 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 def prepared(images: Tensor, normalize: Normalizer, size: int, mode: str) -> Tensor:
     """Bytes [N, C, H, W] as a network is shown them at `size`."""
     return normalize(torch.cat([resize(part.float(), size, mode) for part in images.split(1000)]))
+
+
+def make_criterion(
+    kind: str, table_name: str, settings: Contrastive, **arguments: Any
+) -> nn.Module:
+    """The loss `kind` of crrcd_ext with a table of settings; `arguments` replace what stands there.
+
+    Raises:
+        UserError: the loss refuses them; names the table.
+    """
+    import crrcd_ext
+
+    options = dict(vars(settings))
+    for own in ("weight", "schedule", "lr_factor"):
+        options.pop(own)
+    if "anchors" in options:
+        options["anchors"] = options["anchors"] or None
+    options["bank_dtype"] = getattr(torch, options["bank_dtype"])
+    options["backend"] = options["backend"] or None
+    try:
+        return getattr(crrcd_ext, kind)(**{**options, **arguments})
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"config table {table_name}: {error}") from None
 
 
 class TeacherTask:
@@ -169,7 +192,15 @@ class StudentTask:
         if self.name:
             self.settings = getattr(config, self.name)
             features = self.views.features()
-            self.criterion = self._make_criterion(features.shape[1])
+            self.criterion = make_criterion(
+                CONTRASTIVE[self.name],
+                self.name,
+                self.settings,
+                student_dim=self.model.feature_dim,
+                teacher_dim=features.shape[1],
+                num_samples=self.count,
+                seed=run.seed,
+            ).to(device)
             rows = torch.arange(self.count, device=device)
             labels = chosen[1].to(device) if self.settings.exclude_same_label else None
             self.criterion.fill(rows, features, labels=labels)
@@ -179,28 +210,6 @@ class StudentTask:
             images.train_labels[parts.validation],
             device,
         )
-
-    def _make_criterion(self, teacher_dim: int) -> nn.Module:
-        import crrcd_ext
-
-        options = dict(vars(self.settings))
-        for own in ("weight", "schedule", "lr_factor"):
-            options.pop(own)
-        if "anchors" in options:
-            options["anchors"] = options["anchors"] or None
-        options["bank_dtype"] = getattr(torch, options["bank_dtype"])
-        options["backend"] = options["backend"] or None
-        try:
-            criterion = getattr(crrcd_ext, CONTRASTIVE[self.name])(
-                student_dim=self.model.feature_dim,
-                teacher_dim=teacher_dim,
-                num_samples=self.count,
-                seed=self.config.run.seed,
-                **options,
-            )
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"config table {self.name}: {error}") from None
-        return criterion.to(self.device)
 
     def modules(self) -> dict[str, nn.Module]:
         found: dict[str, nn.Module] = {"model": self.model}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, data, methods, models, views
-from .config import Config, from_dict, to_dict
+from .config import Config, differences, from_dict, to_dict
 from .errors import UserError, writable_folder
 from .loop import METRICS, Session, Watcher, settings_changed
 
@@ -164,6 +164,24 @@ def read_json(path: Path) -> Any:
 def read_result(folder: Path) -> dict[str, Any] | None:
     """The result of a finished run, None when there is none (or only a damaged file)."""
     return read_json(folder / RESULT)
+
+
+def unchanged(path: Path, used: dict[str, Any]) -> dict[str, Any] | None:
+    """The result in a file whose "settings" are `used`, None where there is none.
+
+    Raises:
+        UserError: it was made with other settings; names the first.
+    """
+    result = read_json(path)
+    if result is None:
+        return None
+    changed = differences(result["settings"], used)
+    if changed:
+        raise UserError(
+            f"{path} was made with other settings ({changed[0]}); choose another --output or give "
+            "--fresh"
+        )
+    return result
 
 
 def finished(output: Path, config: Config) -> dict[str, Any] | None:

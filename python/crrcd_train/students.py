@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import interrupt
-from .config import CRCD, CRD, CRRCD, KD, Optim, Settings
+from .config import CRCD, CRD, CRRCD, KD, Contrastive, Optim, Settings
 from .config import Student as Network
 from .data import resize
 from .errors import Interrupted, UserError
 from .loop import Watcher, schedule
-from .methods import kd_loss
+from .methods import kd_loss, make_criterion
 from .models import build
 from .views import Variants
 
@@ -341,7 +341,7 @@ def train(
     name = next((part for part in parts if part in LOSSES), "")
     if name:
         table = getattr(settings, LOSSES[name][1])
-        criterion = _criterion(LOSSES[name][0], LOSSES[name][1], table, count, seed, len(center))
+        criterion = _criterion(name, table, count, seed, len(center))
         criterion.to(device)
         criterion.fill(torch.arange(count, device=device), targets)
         groups += criterion.parameter_groups(optim.lr, optim.weight_decay, table.lr_factor)
@@ -427,27 +427,21 @@ def _diverged(method: str, value: float, step: int) -> UserError:
     )
 
 
-def _criterion(
-    kind: str, table_name: str, table: Any, count: int, seed: int, width: int
-) -> nn.Module:
-    import crrcd_ext
-
-    options = dict(vars(table))
-    for own in ("weight", "schedule", "lr_factor"):
-        options.pop(own)
-    if "anchors" in options:
-        options["anchors"] = options["anchors"] or None
-    options["bank_dtype"] = getattr(torch, options["bank_dtype"])
-    options["backend"] = options["backend"] or None
-    options["embedding_dim"] = width if options["head"] == "identity" else options["embedding_dim"]
-    if isinstance(options["negatives"], int):
-        options["negatives"] = min(options["negatives"], count)
-    try:
-        return getattr(crrcd_ext, kind)(
-            student_dim=width, teacher_dim=width, num_samples=count, seed=seed, **options
-        )
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"config table {table_name}: {error}") from None
+def _criterion(term: str, table: Contrastive, count: int, seed: int, width: int) -> nn.Module:
+    own: dict[str, Any] = {}
+    if table.head == "identity":
+        own["embedding_dim"] = width
+    if isinstance(table.negatives, int):
+        own["negatives"] = min(table.negatives, count)
+    return make_criterion(
+        *LOSSES[term],
+        table,
+        student_dim=width,
+        teacher_dim=width,
+        num_samples=count,
+        seed=seed,
+        **own,
+    )
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> Any:

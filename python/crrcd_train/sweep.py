@@ -158,7 +158,9 @@ def run(config: Any, output: Path, *, fresh: bool, command: str) -> None:
     config.run(output, fresh, command)
 
 
-def report(config: Any, output: Path, say: Callable[[str], None] = print) -> Made:
+def report(
+    config: Any, output: Path, say: Callable[[str], None] = print, command: str = ""
+) -> Made:
     """Table, picture and page of a sweep in `output`/report."""
     from . import figures
 
@@ -199,7 +201,7 @@ def report(config: Any, output: Path, say: Callable[[str], None] = print) -> Mad
         "<p class='note'>± is the standard deviation over runs. Time a step is that of one thread "
         "beside the other runs, with everything a step does.</p>"
         + page.figure(picture, "Sweeps", "Mean over runs and one standard deviation.")
-        + page.provenance("crrcd-train sweep", settings.to_dict(config), runs.versions())
+        + page.provenance(command, settings.to_dict(config), runs.versions())
     )
     path = folder / "report.html"
     path.write_text(page.document(title, body), encoding="utf-8")

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from . import data, interrupt, methods, page, pool, retrieval, runs, students
-from .config import Config, Data, Teacher, differences, to_dict
+from .config import Config, Data, Teacher, to_dict
 from .errors import UserError, writable_folder
 from .loop import Watcher
 from .progress import Bar, say
@@ -188,16 +188,7 @@ def finished(folder: Path, method: str, config: UnseenConfig) -> dict[str, Any] 
     Raises:
         UserError: it was made with other settings.
     """
-    result = runs.read_json(folder / f"{method}.json")
-    if result is None:
-        return None
-    changed = differences(result["settings"], used_settings(config, method))
-    if changed:
-        raise UserError(
-            f"{folder / method}.json was made with other settings ({changed[0]}); choose another "
-            "--output or give --fresh"
-        )
-    return result
+    return runs.unchanged(folder / f"{method}.json", used_settings(config, method))
 
 
 def _known(config: UnseenConfig, images: data.Images, split: int) -> tuple[data.Images, list[int]]:
