@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers.losses import DS, DT, KINDS, B, N, make
+from helpers.losses import DS, DT, KINDS, B, K, N, make
 
 from crrcd_ext import CRRCDLoss
 
@@ -130,6 +130,36 @@ CALLS = {
         TypeError,
         r"labels: expected an integer dtype \(int64\), got float32",
     ),
+    "negatives shape": (
+        {"negative_index": torch.zeros(K + 1, dtype=torch.int64)},
+        ValueError,
+        r"negative_index: expected shape \[17\].*, got \[18\]",
+    ),
+    "negatives of another batch": (
+        {"negative_index": torch.zeros(B + 1, K, dtype=torch.int64)},
+        ValueError,
+        r"negative_index: expected shape \[17\].*, got \[9, 17\]",
+    ),
+    "negatives dtype": (
+        {"negative_index": torch.zeros(K)},
+        TypeError,
+        r"negative_index: expected an integer dtype \(int64\), got float32",
+    ),
+    "negatives list": (
+        {"negative_index": [0] * K},
+        TypeError,
+        r"negative_index: expected an int64 tensor \[17\].*, got list",
+    ),
+    "negatives too large": (
+        {"negative_index": torch.full((K,), N)},
+        IndexError,
+        r"negative_index: expected values in \[0, 40\), got 40",
+    ),
+    "negatives device": (
+        {"negative_index": torch.zeros(K, dtype=torch.int64, device="meta")},
+        ValueError,
+        "negative_index: expected a tensor on cpu .*, got meta",
+    ),
 }
 
 
@@ -151,6 +181,23 @@ def test_bad_calls_change_nothing(case, started, kind):
     if started:
         twin(**batch())
     assert torch.equal(criterion(**batch()), twin(**batch()))
+
+
+@pytest.mark.parametrize(
+    "kind, options, text",
+    [
+        ("crd", {"negatives": "all"}, r"None with negatives='all', got a value"),
+        ("crcd", {"capacity": 20}, r"None with capacity=20, got a value"),
+        ("crd", {"keys": "live"}, r"shape \[17\], got \[8, 17\]"),
+        ("crrcd", {}, r"shape \[17\], got \[8, 17\]"),
+    ],
+)
+def test_negatives_that_a_loss_cannot_take(kind, options, text):
+    criterion = make(kind=kind, **options)
+    given = torch.zeros(B, K, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"negative_index: expected {text}"):
+        criterion(**batch(), negative_index=given)
+    assert int(criterion.step) == 0
 
 
 def test_missing_labels():

@@ -342,6 +342,8 @@ def test_a_step_never_reads_the_device(keys, nonfinite, kind):
         student = torch.randn(B, DS, requires_grad=True)
         index = torch.zeros(B, dtype=torch.int64)
         criterion(student, torch.randn(B, DT), index).backward()
+        given = torch.zeros(K, dtype=torch.int64)
+        criterion(student, torch.randn(B, DT), index, negative_index=given).backward()
     assert student.grad.shape == student.shape
 
 

@@ -17,6 +17,8 @@ class EmbeddingLoss(ContrastiveLoss):
     sample's own row of that bank in both.
     """
 
+    PER_QUERY = True
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         student, teacher = self.student_head.out_dim, self.teacher_head.out_dim

@@ -53,6 +53,8 @@ class ContrastiveStep(Critic):
 
     OPERATOR: Callable[..., Tensor]
     COSINES: Callable[..., Cosines]
+    PER_QUERY = False
+    """Whether the operator takes negatives of each query's own, int64 [B, K]."""
 
     @property
     def num_negatives(self) -> int:
@@ -102,6 +104,7 @@ class ContrastiveStep(Critic):
         index: Tensor,
         *,
         labels: Tensor | None = None,
+        negative_index: Tensor | None = None,
         update: bool | None = None,
     ) -> Tensor:
         """The loss of one batch, and the update of the banks.
@@ -112,6 +115,9 @@ class ContrastiveStep(Critic):
             index: int64 [B], the samples' ids in the data set.
             labels: int64 [B], the queries' classes for ``exclude_same_label`` (default: those of
                 the data set).
+            negative_index: int64 [K], or [B, K] for CRD and CRCD unless keys="live": the ids of
+                the samples to take as negatives instead of drawn ones, K = ``negatives``; not with
+                negatives="all" or ``capacity``. Masks apply to them too.
             update: whether the step changes banks, samplers, statistics and Zbar; default: in
                 training mode. Without it every buffer stays as it is.
 
@@ -129,6 +135,8 @@ class ContrastiveStep(Critic):
         update = self.training if update is None else bool(update)
         index, query_label = self._check_batch(student_features, teacher_features, index, labels)
         size = len(index)
+        if negative_index is not None:
+            negative_index = self._check_negative_index(negative_index, size)
         if size == 0:
             dtype = torch.promote_types(self._dtype(student_features), torch.float32)
             return student_features.sum().to(dtype)
@@ -151,7 +159,9 @@ class ContrastiveStep(Critic):
             query_label=query_label,
             selected=self._select_anchors(size),
             own_rows=tuple(self._own_rows(bank, index, dtype) for bank in self._banks),
-            drawn=tuple(self._draw(bank, index, query_label) for bank in self._banks),
+            drawn=tuple(
+                self._draw(bank, index, query_label, negative_index) for bank in self._banks
+            ),
             statistics=teacher_statistics,
         )
         values = (teacher if self.keys == "live" else e_t.detach(), e_s.detach())
@@ -211,6 +221,30 @@ class ContrastiveStep(Critic):
         # A query of unknown class must not match rows of unknown class.
         return index, labels.masked_fill(labels < 0, _UNLABELLED)
 
+    def _check_negative_index(self, given: object, size: int) -> Tensor:
+        """``given`` as int64 [K] or [B, K], checked."""
+        name, argument, count = self.NAME, "negative_index", self.num_negatives
+        refused = ""
+        if self.negatives == "all":
+            refused = "negatives='all'"
+        elif self.capacity is not None:
+            refused = f"capacity={self.capacity}"
+        if refused:
+            _checks.fail(ValueError, name, argument, f"None with {refused}", "a value")
+        shapes = [(count,)]
+        if self.PER_QUERY and self.keys != "live":
+            shapes.append((size, count))
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        if not isinstance(given, Tensor):
+            got = type(given).__name__
+            _checks.fail(TypeError, name, argument, f"an int64 tensor {expected}", got)
+        if tuple(given.shape) not in shapes:
+            _checks.fail(ValueError, name, argument, f"shape {expected}", list(given.shape))
+        flat = given.reshape(-1)
+        flat = _checks.integers(name, argument, flat, flat.numel(), self.step.device)
+        _checks.in_range(name, argument, flat, self.num_samples)
+        return flat.view(given.shape)
+
     def _screen(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The features, zeroed in a step to skip; for "skip" whether all are finite (bool [])."""
         if self.nonfinite == "error":
@@ -242,10 +276,16 @@ class ContrastiveStep(Critic):
             return None
         return bank.rows.index_select(0, index).to(dtype)
 
-    def _draw(self, bank: MemoryBank | None, index: Tensor, label: Tensor | None) -> Tensor | None:
+    def _draw(
+        self,
+        bank: MemoryBank | None,
+        index: Tensor,
+        label: Tensor | None,
+        given: Tensor | None = None,
+    ) -> Tensor | None:
         """int64 [K] or [B, K], the rows of this step's negatives; None for the whole bank."""
-        if bank is None:
-            return None
+        if bank is None or given is not None:
+            return None if bank is None else given
         if self.negatives == "all":
             return None if bank.full else bank.draw(None)
         if self.negative_sampling == "shared" and not self.distinct:

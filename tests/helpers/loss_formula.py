@@ -47,9 +47,9 @@ class Step:
     and ``pairs``.
     """
 
-    def __init__(self, criterion, student, teacher, index, labels=None, log_zbar=None):
+    def __init__(self, criterion, student, teacher, index, labels=None, log_zbar=None, given=None):
         c = criterion
-        self.c, self.index, self.labels = c, index, labels
+        self.c, self.index, self.labels, self.given = c, index, labels, given
         self.frozen = c.keys == "stop_gradient"
         size = len(index)
         self.student_moments = moments(student)
@@ -92,6 +92,8 @@ class Step:
 
     def drawn(self, bank) -> list[list[int]]:
         """The rows drawn for each of the queries; the draw itself is the module's."""
+        if self.given is not None:
+            return self.given.expand(len(self.index), -1).tolist()
         label = None if self.labels is None else self.labels[self.index]
         drawn = self.c._draw(bank, self.index, label)
         if drawn is None:
@@ -215,13 +217,15 @@ def gradients(loss, criterion, student):
     return dict(zip(["student", *named], found, strict=True))
 
 
-def check(criterion, student, teacher, index, labels=None, *, formula=Step, tolerance=1e-9):
-    """Loss, all gradients, banks and log Zbar of one training step."""
+def check(
+    criterion, student, teacher, index, labels=None, *, formula=Step, tolerance=1e-9, given=None
+):
+    """Loss, all gradients, banks and log Zbar of one training step; ``given`` negatives if any."""
     student = student.requires_grad_()
     twin = copy.deepcopy(criterion)
-    expected = formula(twin, student, teacher, index, labels)
+    expected = formula(twin, student, teacher, index, labels, given=given)
     wanted = gradients(expected.loss, twin, student)
-    loss = criterion(student, teacher, index)
+    loss = criterion(student, teacher, index, negative_index=given)
     torch.testing.assert_close(loss, expected.loss, rtol=tolerance, atol=tolerance)
     for name, got in gradients(loss, criterion, student).items():
         want = wanted[name]
