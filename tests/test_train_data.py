@@ -467,22 +467,25 @@ def test_variants() -> None:
     assert len(views.Variants.of(Data(shift=0, flip=False))) == 1
 
 
-def test_table_and_live_views_agree() -> None:
+@pytest.mark.parametrize("layers", [1, 3])
+def test_table_and_live_views_agree(layers: int) -> None:
     options = Data(shift=2, shift_step=2, student_size=7)
     images = torch.randint(0, 256, (20, 1, 28, 28), dtype=torch.uint8)
     labels = torch.arange(20)
     torch.manual_seed(0)
     teacher = models.build("resnet8", 1, 10, 4, 2).eval()
     normalize, device = data.Normalizer.of(images), torch.device("cpu")
-    outputs = views.teacher_table(options, images, normalize, teacher, device)
+    outputs = views.teacher_table(options, images, normalize, teacher, device, layers)
     table = views.Table(options, images, labels, normalize, outputs, device)
-    live = views.Live(options, images, labels, normalize, teacher, device)
+    live = views.Live(options, images, labels, normalize, teacher, device, layers)
     rows = torch.randint(20, (64,))
     variants = torch.arange(64) % len(table.variants)
     for name in ("student", "labels", "rows", "features", "logits"):
         one, other = (getattr(v.batch(rows, variants), name) for v in (table, live))
         torch.testing.assert_close(one, other)
     torch.testing.assert_close(table.features(), live.features())
+    stages = teacher.stage_features(normalize(images), layers)
+    torch.testing.assert_close(table.features(), torch.cat(stages, 1))
     plain = live.batch(torch.arange(20), torch.zeros(20, dtype=torch.int64))
     expected = normalize(data.resize(images.float(), 7, "area"))
     torch.testing.assert_close(plain.student, expected)
@@ -494,6 +497,35 @@ def test_table_is_made_where_it_pays() -> None:
     assert not views.wants_table(Data(), 50000, 128, 10, epochs=120)  # too large
     assert views.wants_table(Data(cache="table"), 50000, 128, 10, epochs=1)
     assert not views.wants_table(Data(cache="live"), 10, 1, 10, epochs=1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "widths"), [("cnn3", [8, 16, 32]), ("resnet8", [8, 16, 32]), ("resnet20", [8, 16, 32])]
+)
+def test_stages(name: str, widths: list[int]) -> None:
+    model = models.build(name, 1, 5, 8).eval()
+    images = torch.randn(3, 1, 16, 16)
+    every, last = model.stage_features(images, 3), model.stage_features(images, 2)
+    assert [stage.shape[1] for stage in every] == model.widths(3) == widths
+    assert model.widths(2) == widths[1:] and model.widths(1) == widths[2:]
+    assert torch.equal(every[-1], model.features(images))
+    assert torch.equal(model.stage_features(images, 1)[0], every[-1])
+    assert all(map(torch.equal, every[1:], last))
+    # What enters the layers after a stage is what was pooled.
+    inputs: list[torch.Tensor] = []
+    position = model.stages[0][0] + 1
+    model.backbone[position].register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    model(images)
+    torch.testing.assert_close(every[0], inputs[0].mean((2, 3)))
+    with pytest.raises(UserError, match=r"distill.layers: 4 stages, but a network has 3"):
+        model.widths(4)
+
+
+def test_networks_of_unknown_stages() -> None:
+    model = models.build("torchvision:resnet18", 1, 5, 8)
+    assert model.widths(1) == [512]
+    with pytest.raises(UserError, match=r"distill.layers: 2 stages, but a network has none"):
+        model.widths(2)
 
 
 @pytest.mark.parametrize(

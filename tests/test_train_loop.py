@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,8 @@ def test_every_method_trains(
         ["run.method=crrcd", "run.amp=bfloat16", "crrcd.schedule=ramp-up"],
         ["run.method=kd", "run.amp=float16"],
         ["run.method=ce", "student.model=timm:mobilenetv3_small_050"],
+        ["run.method=kd+crcd", "distill.layers=3"],
+        ["run.method=crd", "distill.hard_negatives=true"],
     ],
     ids=lambda overrides: " ".join(o.split(".")[-1] for o in overrides),
 )
@@ -210,6 +213,19 @@ def test_finished_runs_are_read_not_repeated(
         runs.train_student(other, images, tmp_path, resume=True)
 
 
+def test_a_setting_newer_than_the_run_had_its_default(
+    settings: Any, images: data.Images, tmp_path: Path
+) -> None:
+    chosen = settings("run.method=crd", "optim.epochs=1")
+    first = runs.train_student(chosen, images, tmp_path)
+    del first["config"]["distill"]
+    runs.write_json(tmp_path / runs.RESULT, first)
+    assert runs.train_student(chosen, images, tmp_path, resume=True) == first
+    other = settings("run.method=crd", "optim.epochs=1", "distill.layers=2")
+    with pytest.raises(UserError, match=r"other settings \(distill.layers: 1 -> 2\)"):
+        runs.train_student(other, images, tmp_path, resume=True)
+
+
 def test_resuming_with_other_settings_is_refused(
     settings: Any, images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,18 +287,16 @@ def test_control_shows_every_teacher_row_another_images_student_row(
     settings: Any, images: data.Images
 ) -> None:
     chosen = settings("run.method=crrcd-shuffled")
-    parts = data.split(chosen.data, images.train_labels, 10, 0)
-    device = torch.device("cpu")
-    teacher, outputs = runs._teacher_for(chosen, images, parts, device, print)
-    task = methods.StudentTask(chosen, images, device, parts, teacher, outputs)
+    task = task_of(chosen, images)
     seen: list[Any] = []
-    forward = task.criterion.forward
+    (criterion,) = task.criteria
+    forward = criterion.forward
 
     def record(*arguments: Any) -> Any:
         seen.extend(arguments)
         return forward(*arguments)
 
-    task.criterion.forward = record
+    criterion.forward = record
     (rows, views), *_ = loop.epoch_batches(task.count, 20, task.variants, 0, 0)
     task.loss(rows, views, 0.0)
     batch = task.views.batch(rows, views)
@@ -294,6 +308,74 @@ def test_control_shows_every_teacher_row_another_images_student_row(
     torch.testing.assert_close(student[1:], own[:-1])
     torch.testing.assert_close(student[0], own[-1])
     assert rows.unique().numel() == 20
+
+
+def task_of(chosen: config.Config, images: data.Images) -> methods.StudentTask:
+    device = torch.device("cpu")
+    parts = data.split(chosen.data, images.train_labels, 10, chosen.run.seed)
+    teacher, outputs = runs._teacher_for(chosen, images, parts, device, print)
+    return methods.StudentTask(chosen, images, device, parts, teacher, outputs)
+
+
+@pytest.mark.parametrize("name", config.CONTRASTIVE)
+def test_stages_meet_in_losses_of_their_own(name: str, settings: Any, images: data.Images) -> None:
+    task = task_of(settings(f"run.method={name}", "distill.layers=3", f"{name}.weight=6"), images)
+    assert [c.student_head.in_dim for c in task.criteria] == [4, 8, 16]
+    (rows, views), *_ = loop.epoch_batches(task.count, 20, task.variants, 0, 0)
+    batch = task.views.batch(rows, views)
+    twins = copy.deepcopy(task.criteria)
+    stages = task.model.stage_features(batch.student, 3)
+    seen = batch.features.split([4, 8, 16], 1)
+    expected = [c(s, t, rows) for c, s, t in zip(twins, stages, seen, strict=True)]
+    torch.testing.assert_close(task.loss(rows, views, 0.0)[name], 2 * sum(expected))
+    assert len({round(value.item(), 6) for value in expected}) == 3
+    columns = task.diagnostics()
+    assert columns[f"{name}_loss"] == pytest.approx(expected[2].item())
+    assert columns[f"{name}_2_before_last_loss"] == pytest.approx(expected[0].item())
+
+
+@pytest.mark.parametrize("name", ["crd", "crcd"])
+def test_hard_negatives_are_the_nearest_of_other_classes(
+    name: str, settings: Any, images: data.Images
+) -> None:
+    chosen = settings(f"run.method={name}", "distill.hard_negatives=true", f"{name}.negatives=20")
+    task = task_of(chosen, images)
+    seen: list[Any] = []
+    (criterion,) = task.criteria
+    criterion.register_forward_pre_hook(
+        lambda _, given, options: seen.append(options["negative_index"]), with_kwargs=True
+    )
+    (rows, views), *_ = loop.epoch_batches(task.count, 20, task.variants, 0, 0)
+    task.loss(rows, views, 0.0)
+    features = task.views.features().double()
+    features = torch.nn.functional.normalize(features - features.mean(0))
+    labels = task.views.labels
+    for row, negatives in zip(rows.tolist(), seen[0], strict=True):
+        nearest = []
+        for other in set(labels.tolist()) - {int(labels[row])}:
+            members = [n for n in range(len(labels)) if labels[n] == other]
+            members.sort(key=lambda n: -float(features[n] @ features[row]))
+            nearest.append(members[:3])
+        # Twenty of nine classes: the two nearest of each, and two of the third ones.
+        wanted = {n for found in nearest for n in found[:2]}
+        assert wanted == set(negatives[:18].tolist())
+        assert set(negatives[18:].tolist()) < {found[2] for found in nearest}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["run.method=crrcd"], "distill.hard_negatives: for crd and crcd"),
+        (["run.method=crd", "crd.keys=live"], 'and keys other than "live"'),
+        (["run.method=crd", "crd.negatives=95"], "are 11 of each other class, of which the"),
+        (["run.method=crd", "crd.negatives=all"], "with a number of negatives"),
+    ],
+)
+def test_hard_negatives_that_cannot_be(
+    overrides: list[str], text: str, settings: Any, images: data.Images
+) -> None:
+    with pytest.raises(UserError, match=text):
+        task_of(settings("distill.hard_negatives=true", *overrides), images)
 
 
 def test_kd_loss() -> None:

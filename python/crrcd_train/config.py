@@ -139,6 +139,14 @@ class CRCD(CRD):
 
 
 @dataclass
+class Distill:
+    """How the networks meet in the loss of crrcd_ext."""
+
+    layers: int = 1  # of both networks the last stages, each pair of them with a loss of its own
+    hard_negatives: bool = False  # of each other class the rows nearest to a sample, by the teacher
+
+
+@dataclass
 class Run:
     method: str = "crrcd"  # one of METHODS below
     seed: int = 0
@@ -212,6 +220,7 @@ class Config(Settings):
     crrcd: CRRCD = field(default_factory=CRRCD)
     crd: CRD = field(default_factory=CRD)
     crcd: CRCD = field(default_factory=CRCD)
+    distill: Distill = field(default_factory=Distill)
     run: Run = field(default_factory=Run)
     study: Study = field(default_factory=Study)
 
@@ -264,6 +273,7 @@ _POSITIVE = {
     *(f"{name}.{key}" for name in CONTRASTIVE for key in ("temperature", "embedding_dim")),
     "crrcd.hidden_dim",
     "crrcd.relation_dim",
+    "distill.layers",
     "run.validate_every",
     "study.workers",
 }

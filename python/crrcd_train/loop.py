@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import os
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from . import checkpoint, interrupt
-from .config import CONTRASTIVE, Config, Optim, differences, terms, to_dict
+from .config import CONTRASTIVE, Config, Optim, differences, from_dict, terms, to_dict
 from .errors import Interrupted, UserError
 from .views import Variants
 
@@ -312,6 +313,9 @@ def settings_changed(old: dict[str, Any], config: Config, kind: str) -> list[str
     else:
         ignored += tuple(f"{name}." for name in ("kd", *CONTRASTIVE) if name not in used)
         ignored += ("teacher.", "data.cache") if method == "ce" else ()
+        ignored += () if used & CONTRASTIVE.keys() else ("distill.",)
+    with contextlib.suppress(UserError):
+        old = to_dict(from_dict(old))  # a setting newer than the run had its default in it
     lines = differences(old, to_dict(config))
     return [line for line in lines if not line.startswith(ignored)]
 

@@ -111,6 +111,38 @@ def make_criterion(
         raise UserError(f"config table {table_name}: {error}") from None
 
 
+def layers(config: Config) -> int:
+    """How many stages of the networks meet in the loss of crrcd_ext."""
+    return config.distill.layers if terms(config.run.method) & CONTRASTIVE.keys() else 1
+
+
+def hard_negatives(features: Tensor, labels: Tensor, count: int) -> Tensor:
+    """int64 [N, count]: the rows of other classes that are most like a row, nearest ones first.
+
+    Likeness is the cosine of features [N, D], centred; every other class gives as many, to one.
+
+    Raises:
+        UserError: a class has too few rows for that.
+    """
+    classes = int(labels.max()) + 1
+    each = -(-count // max(1, classes - 1))
+    rows = [(labels == number).nonzero().flatten() for number in range(classes)]
+    fewest = min(map(len, rows))
+    if classes < 2 or each > fewest:
+        raise UserError(
+            f"config key distill.hard_negatives: {count} negatives are {each} of each other class, "
+            f"of which the smallest has {fewest} images"
+        )
+    unit = F.normalize(features - features.mean(0))
+    found = torch.empty(len(unit), each, classes, dtype=torch.int64, device=unit.device)
+    for number, members in enumerate(rows):
+        nearest = (unit @ unit[members].T).topk(each).indices
+        found[:, :, number] = members[nearest]
+    others = torch.arange(classes - 1, device=unit.device).repeat(len(unit), 1)
+    others += others >= labels[:, None]
+    return found.gather(2, others[:, None].expand(-1, each, -1)).flatten(1)[:, :count]
+
+
 class TeacherTask:
     """Cross-entropy on the teacher's share of the training images at full resolution."""
 
@@ -179,31 +211,52 @@ class StudentTask:
         self.normalize = Normalizer.of(images.train[parts.teacher])
         chosen = images.train[parts.student], images.train_labels[parts.student]
         needs_teacher = uses_teacher(run.method)
+        self.layers = layers(config)
         if outputs is not None or not needs_teacher:
             self.views: Table | Live = Table(data, *chosen, self.normalize, outputs, device)
         else:
-            self.views = Live(data, *chosen, self.normalize, teacher, device)
+            self.views = Live(data, *chosen, self.normalize, teacher, device, self.layers)
         self.variants = self.views.variants
         torch.manual_seed(run.seed)
         self.model = build_student(config, images).to(device)
-        self.criterion: nn.Module | None = None
-        # At most one loss of crrcd_ext: its name and its table of settings.
+        # At most one kind of loss of crrcd_ext, its name and its table of settings; one for each
+        # of the stages that meet.
+        self.criteria = nn.ModuleList()
+        self.hard: Tensor | None = None
         self.name = next((name for name in CONTRASTIVE if name in self.terms), "")
         if self.name:
+            assert teacher is not None
             self.settings = getattr(config, self.name)
-            features = self.views.features()
-            self.criterion = make_criterion(
-                CONTRASTIVE[self.name],
-                self.name,
-                self.settings,
-                student_dim=self.model.feature_dim,
-                teacher_dim=features.shape[1],
-                num_samples=self.count,
-                seed=run.seed,
-            ).to(device)
-            rows = torch.arange(self.count, device=device)
-            labels = chosen[1].to(device) if self.settings.exclude_same_label else None
-            self.criterion.fill(rows, features, labels=labels)
+            self.widths = teacher.widths(self.layers)
+            labels = chosen[1].to(device)
+            stages = self.views.features().split(self.widths, 1)
+            for width, features in zip(self.model.widths(self.layers), stages, strict=True):
+                criterion = make_criterion(
+                    CONTRASTIVE[self.name],
+                    self.name,
+                    self.settings,
+                    student_dim=width,
+                    teacher_dim=features.shape[1],
+                    num_samples=self.count,
+                    seed=run.seed,
+                ).to(device)
+                criterion.fill(
+                    torch.arange(self.count, device=device),
+                    features,
+                    labels=labels if self.settings.exclude_same_label else None,
+                )
+                self.criteria.append(criterion)
+            if config.distill.hard_negatives:
+                if (
+                    self.name == "crrcd"
+                    or self.settings.keys == "live"
+                    or self.settings.negatives == "all"
+                ):
+                    raise UserError(
+                        "config key distill.hard_negatives: for crd and crcd, with a number of "
+                        'negatives and keys other than "live"'
+                    )
+                self.hard = hard_negatives(stages[-1], labels, self.criteria[-1].num_negatives)
         edge, mode = data.student_size, data.resize
         self._validate = _Validation(
             prepared(images.train[parts.validation], self.normalize, edge, mode),
@@ -213,21 +266,21 @@ class StudentTask:
 
     def modules(self) -> dict[str, nn.Module]:
         found: dict[str, nn.Module] = {"model": self.model}
-        if self.criterion is not None:
-            found["criterion"] = self.criterion
+        if self.criteria:
+            found["criteria"] = self.criteria
         return found
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         groups = [{"params": list(self.model.parameters()), "lr": lr, "weight_decay": weight_decay}]
-        if self.criterion is not None:
-            groups += self.criterion.parameter_groups(lr, weight_decay, self.settings.lr_factor)
+        for criterion in self.criteria:
+            groups += criterion.parameter_groups(lr, weight_decay, self.settings.lr_factor)
         return groups
 
     def loss(self, rows: Tensor, variants: Tensor, progress: float) -> dict[str, Tensor]:
         config = self.config
         batch = self.views.batch(rows, variants)
-        features = self.model.features(batch.student)
-        logits = self.model.classifier(features)
+        stages = self.model.stage_features(batch.student, self.layers)
+        logits = self.model.classifier(stages[-1])
         smoothing = config.optim.label_smoothing
         losses = {"ce": F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)}
         if "kd" in self.terms:
@@ -235,11 +288,15 @@ class StudentTask:
             losses["kd"] = weight * kd_loss(
                 self._matched(logits), batch.logits, config.kd.temperature
             )
-        if self.criterion is not None:
+        if self.criteria:
             weight = self.settings.weight * weight_factor(self.settings.schedule, progress)
-            labels = {"labels": batch.labels} if self.settings.exclude_same_label else {}
-            losses[self.name] = weight * self.criterion(
-                self._matched(features), batch.features, batch.rows, **labels
+            options = {"labels": batch.labels} if self.settings.exclude_same_label else {}
+            if self.hard is not None:
+                options["negative_index"] = self.hard[batch.rows]
+            targets = batch.features.split(self.widths, 1)
+            losses[self.name] = (weight / self.layers) * sum(
+                criterion(self._matched(stage), target, batch.rows, **options)
+                for criterion, stage, target in zip(self.criteria, stages, targets, strict=True)
             )
         return losses
 
@@ -256,9 +313,11 @@ class StudentTask:
         return self._validate(self.model)
 
     def diagnostics(self) -> dict[str, float]:
-        if self.criterion is None:
-            return {}
-        return {f"{self.name}_{key}": v for key, v in self.criterion.diagnostics().items()}
+        found = {}
+        for before, criterion in enumerate(reversed(self.criteria)):
+            prefix = f"{self.name}_" + (f"{before}_before_last_" if before else "")
+            found.update({prefix + key: value for key, value in criterion.diagnostics().items()})
+        return found
 
 
 def build_teacher(config: Config, images: Images) -> Classifier:

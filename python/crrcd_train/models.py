@@ -14,17 +14,48 @@ from torch import Tensor, nn
 
 from .errors import UserError
 
+Stages = list[tuple[int, int]]
+
 
 class Classifier(nn.Module):
-    """A backbone with pooled features [B, feature_dim] and a linear classifier on top."""
+    """A backbone with pooled features [B, feature_dim] and a linear classifier on top.
 
-    def __init__(self, backbone: nn.Module, feature_dim: int, classes: int) -> None:
+    Args:
+        stages: where the backbone is a sequence of layers, the position of each stage's last one
+            and the stage's width, in order.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, feature_dim: int, classes: int, stages: Stages | None = None
+    ) -> None:
         super().__init__()
         self.backbone, self.feature_dim = backbone, feature_dim
+        self.stages = stages or []
         self.classifier = nn.Linear(feature_dim, classes)
 
     def features(self, images: Tensor) -> Tensor:
         return self.backbone(images)
+
+    def widths(self, last: int) -> list[int]:
+        """Widths of `stage_features`; raises UserError if there are not so many stages."""
+        if last == 1:
+            return [self.feature_dim]
+        if last > len(self.stages):
+            known = f"has {len(self.stages)}" if self.stages else "has none that are known"
+            raise UserError(f"config key distill.layers: {last} stages, but a network {known}")
+        return [width for _, width in self.stages[-last:]]
+
+    def stage_features(self, images: Tensor, last: int) -> list[Tensor]:
+        """Pooled features [B, width] of the last stages; those of the very last are `features`."""
+        if last == 1:
+            return [self.features(images)]
+        ends = {position for position, _ in self.stages[-last:-1]}
+        found, x = [], images
+        for position, layer in enumerate(self.backbone):
+            x = layer(x)
+            if position in ends:
+                found.append(x.mean((2, 3)))
+        return [*found, x]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(self.features(images))
@@ -61,27 +92,31 @@ def _convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
 _POOL = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def _cnn3(channels: int, width: int, stem_stride: int) -> tuple[nn.Module, int]:
-    layers = [
-        *_convolution(channels, width, stem_stride),
-        *_convolution(width, 2 * width),
-        *_convolution(2 * width, 4 * width, 2),
-    ]
-    return nn.Sequential(*layers, *_POOL), 4 * width
+def _cnn3(channels: int, width: int, stem_stride: int) -> tuple[nn.Module, Stages]:
+    layers: list[nn.Module] = []
+    stages: Stages = []
+    inputs = channels
+    for outputs, stride in ((width, stem_stride), (2 * width, 1), (4 * width, 2)):
+        layers += _convolution(inputs, outputs, stride)
+        stages.append((len(layers) - 1, outputs))
+        inputs = outputs
+    return nn.Sequential(*layers, *_POOL), stages
 
 
-def _resnet(depth: int, channels: int, width: int, stem_stride: int) -> tuple[nn.Module, int]:
+def _resnet(depth: int, channels: int, width: int, stem_stride: int) -> tuple[nn.Module, Stages]:
     blocks, rest = divmod(depth - 2, 6)
     if rest or not blocks:
         raise UserError(f"model resnet{depth}: the depth is 6 n + 2: 8, 14, 20, 32, 44, 56, 110")
     layers = _convolution(channels, width, stem_stride)
+    stages: Stages = []
     inputs = width
     for stage in range(3):
         for block in range(blocks):
             outputs = width * 2**stage
             layers.append(_Block(inputs, outputs, 2 if stage and not block else 1))
             inputs = outputs
-    return nn.Sequential(*layers, *_POOL), inputs
+        stages.append((len(layers) - 1, inputs))
+    return nn.Sequential(*layers, *_POOL), stages
 
 
 class _ThreeChannels(nn.Module):
@@ -137,6 +172,7 @@ def build(name: str, channels: int, classes: int, width: int, stem_stride: int =
         UserError: unknown name, or a package that is not installed.
     """
     library, _, inner = name.partition(":")
+    stages: Stages = []
     try:
         if library == "torchvision" and inner:
             backbone, dim = _from_torchvision(inner)
@@ -146,9 +182,11 @@ def build(name: str, channels: int, classes: int, width: int, stem_stride: int =
                 dim = backbone.eval()(torch.zeros(1, channels, 64, 64)).shape[-1]
             backbone.train()
         elif name == "cnn3":
-            backbone, dim = _cnn3(channels, width, stem_stride)
+            backbone, stages = _cnn3(channels, width, stem_stride)
+            dim = stages[-1][1]
         elif match := re.fullmatch(r"resnet(\d+)", name):
-            backbone, dim = _resnet(int(match[1]), channels, width, stem_stride)
+            backbone, stages = _resnet(int(match[1]), channels, width, stem_stride)
+            dim = stages[-1][1]
         else:
             raise UserError(
                 f"unknown model {name!r}; known: cnn3, resnet8, resnet14, resnet20, ..., "
@@ -158,4 +196,4 @@ def build(name: str, channels: int, classes: int, width: int, stem_stride: int =
         raise UserError(
             f"model {name} needs {error.name}: pip install 'crrcd_ext[train]'"
         ) from None
-    return Classifier(backbone, dim, classes)
+    return Classifier(backbone, dim, classes, stages)

@@ -280,9 +280,13 @@ def _teacher_for(
     teacher, digest = _load_teacher(path, modified, images.train.shape[1], len(images.classes))
     teacher = teacher.to(device)
     count, classes = len(parts.student), len(images.classes)
-    if not views.wants_table(config.data, count, teacher.feature_dim, classes, config.optim.epochs):
+    layers = methods.layers(config)
+    width = sum(teacher.widths(layers))
+    if not views.wants_table(config.data, count, width, classes, config.optim.epochs):
         return teacher, None
-    file = path.parent / TABLES / f"{views.table_key(config.data, parts.student, digest)}.pt"
+    file = (
+        path.parent / TABLES / f"{views.table_key(config.data, parts.student, digest, layers)}.pt"
+    )
     if file.exists():
         try:
             table = checkpoint.load(file)
@@ -291,7 +295,7 @@ def _teacher_for(
             say(f"{file} is damaged and is made anew")
     normalize = data.Normalizer.of(images.train[parts.teacher])
     chosen = images.train[parts.student]
-    outputs = views.teacher_table(config.data, chosen, normalize, teacher, device)
+    outputs = views.teacher_table(config.data, chosen, normalize, teacher, device, layers)
     try:
         file.parent.mkdir(exist_ok=True)
         checkpoint.save(file, {"features": outputs[0], "logits": outputs[1]})

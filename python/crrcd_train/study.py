@@ -161,25 +161,28 @@ def _prepare_tables(pending: list[Job], images: data.Images) -> None:
     """Teacher tables are made here, with all threads, once for all runs that share one."""
     seen = set()
     for job in pending:
-        if not methods.uses_teacher(job.config.run.method) or job.seed in seen:
+        table = job.seed, methods.layers(job.config), _images_key(job)
+        if not methods.uses_teacher(job.config.run.method) or table in seen:
             continue
         if interrupt.requested():
             raise Interrupted("stopped before the runs began")
         if not seen:
             say("teacher: outputs for the students' images")
-        seen.add(job.seed)
+        seen.add(table)
         runs.prepare_teacher_table(job.config, images, say)
+
+
+def _images_key(job: Job) -> str:
+    """The settings of a job's images as JSON, without what another size of the student changes."""
+    return json.dumps({**vars(job.config.data), "student_size": 1}, sort_keys=True)
 
 
 @functools.lru_cache(maxsize=1)
 def _images(key: str) -> data.Images:
-    """A worker reads a data set once; `key` is its settings as JSON."""
+    """A worker reads a data set once, not for every job."""
     return data.load(Data(**json.loads(key)), lambda text: None, progress=False)
 
 
 def _work(job: Job, watcher: Watcher, say: Callable[[str], None]) -> dict[str, Any]:
-    # The student's size is another one from job to job and changes nothing in the images.
-    key = json.dumps({**vars(job.config.data), "student_size": 1}, sort_keys=True)
-    return runs.train_student(
-        job.config, _images(key), job.output, resume=True, watcher=watcher, say=say
-    )
+    images = _images(_images_key(job))
+    return runs.train_student(job.config, images, job.output, resume=True, watcher=watcher, say=say)

@@ -15,10 +15,11 @@ from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import Data
 from .data import Normalizer, resize
+from .models import Classifier
 
 
 class Shifts(Protocol):
@@ -98,10 +99,12 @@ class Live:
         images: Tensor,
         labels: Tensor,
         normalize: Normalizer,
-        teacher: nn.Module | None,
+        teacher: Classifier | None,
         device: torch.device,
+        layers: int = 1,
     ) -> None:
         self.data, self.normalize, self.teacher, self.device = data, normalize, teacher, device
+        self.layers = layers
         self.images, self.labels = images, labels
         self.variants = Variants.of(data)
 
@@ -109,7 +112,7 @@ class Live:
         images = self.variants.apply(self.images[rows], variants).to(self.device)
         features = logits = None
         if self.teacher is not None:
-            features, logits = teacher_outputs(self.teacher, self.normalize(images))
+            features, logits = teacher_outputs(self.teacher, self.normalize(images), self.layers)
         return Batch(
             self.normalize(resize(images.float(), self.data.student_size, self.data.resize)),
             self.labels[rows].to(self.device),
@@ -171,9 +174,10 @@ def chunks(total: int, size: int = 500) -> list[Tensor]:
 
 
 @torch.no_grad()
-def teacher_outputs(teacher: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    features = teacher.features(images)
-    return features, teacher.classifier(features)
+def teacher_outputs(teacher: Classifier, images: Tensor, layers: int = 1) -> tuple[Tensor, Tensor]:
+    """Features of the last `layers` stages side by side, and logits."""
+    features = teacher.stage_features(images, layers)
+    return torch.cat(features, 1), teacher.classifier(features[-1])
 
 
 @torch.no_grad()
@@ -181,9 +185,9 @@ def teacher_table(
     data: Data,
     images: Tensor,
     normalize: Normalizer,
-    teacher: nn.Module,
+    teacher: Classifier,
     device: torch.device,
-    progress=lambda iterable: iterable,
+    layers: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Teacher features [V, N, Dt] and logits [V, N, classes] of every variant of images [N, ...].
 
@@ -191,10 +195,10 @@ def teacher_table(
     """
     variants = Variants.of(data)
     features, logits = [], []
-    for variant in progress(range(len(variants))):
+    for variant in range(len(variants)):
         for rows in chunks(len(images)):
             view = variants.apply(images[rows], torch.full_like(rows, variant)).to(device)
-            out = teacher_outputs(teacher, normalize(view))
+            out = teacher_outputs(teacher, normalize(view), layers)
             features.append(out[0].float().cpu())
             logits.append(out[1].float().cpu())
     shape = (len(variants), len(images), -1)
@@ -211,9 +215,9 @@ def wants_table(data: Data, rows: int, feature_dim: int, classes: int, epochs: i
     return count < epochs and 4 * numbers <= data.cache_megabytes * 2**20
 
 
-def table_key(data: Data, rows: Tensor, teacher_digest: str) -> str:
-    """Names what a teacher table depends on: the teacher, the images, the variants."""
+def table_key(data: Data, rows: Tensor, teacher_digest: str, layers: int = 1) -> str:
+    """Names what a teacher table depends on: the teacher, its stages, the images, the variants."""
     parts = (data.name, data.image_size, data.resize, data.flip, data.shift, data.shift_step)
-    digest = hashlib.sha256(repr((parts, teacher_digest)).encode())
+    digest = hashlib.sha256(repr((parts, teacher_digest, layers)).encode())
     digest.update(rows.numpy().tobytes())
     return digest.hexdigest()[:16]
