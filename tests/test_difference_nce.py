@@ -629,6 +629,42 @@ def test_magnitudes_far_from_one(backend, dtype, index):
             assert angle(got[k], true[k]) < 1e-4
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("ratio", [30.0, 1e3, 1e6, 1e10])
+@pytest.mark.parametrize("name", ["bank", "query"])
+@objectives
+@indices
+def test_rows_much_longer_than_the_others(backend, objective, index, name, ratio, dtype):
+    wanted = (DIFFERENTIABLE, tuple(k for k in DIFFERENTIABLE if k != "bank"))
+    for sizes, options in itertools.product([(5, 7, 60, 24, 70), (1, 3, 20, 16, 30)], wanted):
+        case = make_difference(*sizes, objective=objective, index=index)
+        case[name][::2] *= ratio
+        low = cast(case, dtype)
+        got, true = run(low, backend, wanted=options), truth(low, wanted=options)
+        # Long queries leave the short ones' share of a gradient's norm to few digits of it.
+        for k in true:
+            assert distance(got[k], true[k]) < (1e-12 if dtype == torch.float64 else 3e-6), k
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@objectives
+@indices
+def test_an_eps_beside_long_coordinates(backend, objective, index):
+    # What the origin's digits do not hold: the direction from an anchor to a key that equals it.
+    for size in (1.0, 30.0):
+        case = make_difference(1, 3, 20, 16, 20, objective=objective, index=index, eps=1e-6)
+        for name in ("query", "positive", "anchor", "bank"):
+            case[name] = case[name] * size
+        case["bank"][::3] = case["anchor"][0]
+        low = cast(case, torch.float32)
+        low["bank"][::3] = low["anchor"][0]
+        wanted = ("query", "positive", "scale", "offset")
+        got, true = run(low, backend, wanted=wanted), truth(low, wanted=wanted)
+        for k in true:
+            assert distance(got[k], true[k]) < 2e-6, k
+
+
 @backend_and(
     "D, value",  # rows of the bank are read as they are, if wide enough
     list(itertools.product([6, 16], [math.nan, math.inf, -math.inf])),

@@ -4,7 +4,10 @@
 // With u_ab = q_b - a_a + eps and w_an = m_n - a_a + eps the law of cosines
 //     2 <u, w> = |u|^2 + |w|^2 - |q - m|^2
 // makes all logits of a tile from squared distances, which are sums of squares of differences and
-// lose no digits where q, m and a are close to each other. With g = (d loss / d cosine) / pairs and
+// lose no digits where q, m and a are close to each other. They lose them where m lies much farther
+// away than q, or q than m: seen from the anchors' middle, there
+//     <u, w> = (|u|^2 - |q|^2) / 2 + <q, m> + (|w|^2 - |m|^2) / 2
+// of products does not. With g = (d loss / d cosine) / pairs and
 // c_abn = g / (|u| |w|)
 //     d u_ab = sum_n c w_an - e u_ab        e_ab = sum_n g cosine / |u|^2
 //     d w_an = sum_b c u_ab - f w_an        f_an = sum_b g cosine / |w|^2
@@ -146,7 +149,7 @@ void difference_pairs(const DifferenceParams<T>& p, int64_t part) {
   for (int64_t b = begin; b < end; ++b)
     for (int64_t a = 0; a < p.A; ++a) {
       const T* anchor = p.anchor + a * p.ldD;
-      V uu{}, vv{}, uv{};
+      V uu{}, vv{}, uv{}, qa{};
       for (int64_t d = 0; d < p.Dp; d += Simd<T>::kLanes) {
         const V seen_from = load(anchor + d), eps = load(p.eps + d);
         const V u = load(p.query + b * p.ldD + d) - seen_from + eps;
@@ -154,12 +157,14 @@ void difference_pairs(const DifferenceParams<T>& p, int64_t part) {
         uu += u * u;
         vv += v * v;
         uv += u * v;
+        qa += load(p.query_seen + b * p.ldD + d) * load(p.anchor_seen + a * p.ldD + d);
       }
       const T square = horizontal_sum<T>(uu);
       const T inverse = inverse_norm_of(square);
       const T inverse_positive = inverse_norm_of(horizontal_sum<T>(vv));
       const int64_t at = b * p.ldA + a;
       p.half_square[at] = square * T(0.5);
+      p.half_square_far[at] = p.anchor_square[a] * T(0.5) - horizontal_sum<T>(qa);
       p.inverse[at] = inverse;
       p.inverse_positive[at] = inverse_positive;
       p.cosine[at] = horizontal_sum<T>(uv) * inverse * inverse_positive;
@@ -416,16 +421,38 @@ bool has_room(int64_t count, const T* square) {
   return room;
 }
 
+// Whether distances to one of the keys would lose digits, and products cannot overflow.
+template <typename T>
+bool is_far(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64_t count) {
+  bool far = false;
+  for (int64_t n = 0; n < count; ++n)
+    far |= s.row_square[n] < p.least_square || s.row_square[n] > p.most_square;
+  return far && has_room(count, s.row_square) && has_room(p.A, p.anchor_square) &&
+         has_room(p.B, p.query_square);
+}
+
+// How a tile's keys are compared with the queries.
+template <typename T>
+struct Form {
+  const T* half_square;  // [B, ldA] of p
+  T half;                // factor of what is in s.distance
+  CRRCD_INLINE Form(const DifferenceParams<T>& p, bool far)
+      : half_square(far ? p.half_square_far : p.half_square), half(far ? T(-1) : T(0.5)) {}
+};
+
 struct Norms {
   bool exact = false;    // whether there are any that need exact differences
   bool bounded = false;  // whether p.logit_bits holds for the logits of the others
+  bool far = false;      // whether the keys are compared by products
 };
 
 // From squared distances in s.inverse, or products: 1/|w| and |w|/2, 0 for those that need exact
-// differences, whose bits are set in s.exact.
-template <typename T, Compare kCompare>
+// differences, whose bits are set in s.exact. kFar: instead of |w|/2 (|w|^2 - |m|^2) / (2 |w|) with
+// the keys as columns.
+template <typename T, Compare kCompare, bool kFar, bool kKeyColumns>
 Norms inverse_norms(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64_t rows,
                     int64_t columns, int64_t ld, const T* row_square, const T* column_square) {
+  static_assert(!kFar || kCompare == Compare::kProduct);
   using V = typename Simd<T>::V;
   constexpr int kLanes = Simd<T>::kLanes;
   uint32_t any = 0;
@@ -433,14 +460,18 @@ Norms inverse_norms(const DifferenceParams<T>& p, const DifferenceScratch<T>& s,
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < columns; j += kLanes) {
       const int64_t at = i * ld + j;
-      const V sum = load(column_square + j) + row_square[i];
-      const V square =
-          kCompare == Compare::kProduct ? sum - T(2) * load(s.inverse + at) : load(s.inverse + at);
+      const V sum = load(column_square + j) + row_square[i], compared = load(s.inverse + at);
+      const V square = kCompare == Compare::kProduct ? sum - T(2) * compared : compared;
       const V near = sum * T(kNearDifference) + T(2 * kZeroNormSquared) - square;
       const V inverse = near > 0 ? V{} : inverse_root<T>(square);
       const V half = square * T(0.5) * inverse;
       store(s.inverse + at, inverse);
-      store(s.half_norm + at, half);
+      if constexpr (kFar) {
+        const V of_anchor = kKeyColumns ? splat(row_square[i]) : load(column_square + j);
+        store(s.half_norm + at, (of_anchor * T(0.5) - compared) * inverse);
+      } else {
+        store(s.half_norm + at, half);
+      }
       most_inverse = inverse > most_inverse ? inverse : most_inverse;
       most_half = half > most_half ? half : most_half;
       const uint32_t bits = positive_bits(near);
@@ -457,7 +488,7 @@ Norms inverse_norms(const DifferenceParams<T>& p, const DifferenceScratch<T>& s,
     ratio = 2 * halves[i] * p.most_inverse > ratio ? 2 * halves[i] * p.most_inverse : ratio;
   }
   constexpr T kMostRatio = T(1e-3) / std::numeric_limits<T>::epsilon();
-  return {any != 0, p.logit_bits > 0 && ratio < kMostRatio};
+  return {any != 0, p.logit_bits > 0 && (kFar || ratio < kMostRatio), kFar};
 }
 
 template <typename T>
@@ -529,8 +560,8 @@ void combine(const DifferenceScratch<T>& s, int64_t rows, int64_t columns, int64
 // Anchors a .. a + kAnchors against all queries.
 template <typename T, Pass kPass, Want kWant, bool kMasked, bool kBounded, int kAnchors>
 __attribute__((noinline)) void shared_anchors(const DifferenceParams<T>& p,
-                                              const DifferenceScratch<T>& s, int64_t a,
-                                              int64_t width, DifferenceSums<T>& sums) {
+                                              const DifferenceScratch<T>& s, const Form<T>& form,
+                                              int64_t a, int64_t width, DifferenceSums<T>& sums) {
   using V = typename Simd<T>::V;
   constexpr int kLanes = Simd<T>::kLanes, kTogether = kAnchors < 2 ? 1 : 2;
   constexpr int kGroups = kAnchors / kTogether;
@@ -557,7 +588,7 @@ __attribute__((noinline)) void shared_anchors(const DifferenceParams<T>& p,
     V half_square[kAnchors], slope[kAnchors], weight[kAnchors], offset[kAnchors];
     V sum_inverse[kAnchors] = {}, sum_along[kAnchors] = {};
     for (int j = 0; j < kAnchors; ++j) {
-      half_square[j] = splat(p.half_square[pair + j]);
+      half_square[j] = splat(form.half_square[pair + j]);
       slope[j] = splat(p.slope[pair + j]);
       weight[j] = splat(p.weight[pair + j]);
       offset[j] = splat(p.gram_offset[pair + j]);
@@ -568,7 +599,7 @@ __attribute__((noinline)) void shared_anchors(const DifferenceParams<T>& p,
       if (bits + more > LogProduct<T>::kBits) flush();
       bits += more;
       for (int64_t n = begin; n < end; n += kLanes) {
-        const V half_distance = load(distance_row + n) * T(0.5);
+        const V half_distance = load(distance_row + n) * form.half;
         V total = kWant == Want::kLoss || a == 0 ? V{} : load(weight_row + n);
         for (int group = 0; group < kGroups; ++group) {
           V inverse[kTogether], along[kTogether], logit[kTogether], g[kTogether];
@@ -612,7 +643,8 @@ __attribute__((noinline)) void shared_anchors(const DifferenceParams<T>& p,
 // InfoNCE's first sweep.
 template <typename T, bool kMasked>
 __attribute__((noinline)) void shared_log_sum_exp(const DifferenceParams<T>& p,
-                                                  const DifferenceScratch<T>& s, int64_t width) {
+                                                  const DifferenceScratch<T>& s,
+                                                  const Form<T>& form, int64_t width) {
   using V = typename Simd<T>::V;
   constexpr int kLanes = Simd<T>::kLanes;
   const int64_t ld_t = tile_stride(p);
@@ -622,7 +654,7 @@ __attribute__((noinline)) void shared_log_sum_exp(const DifferenceParams<T>& p,
       const T* drop = s.drop + a * ld_t;
       V top = splat(T(kLeftOut));
       for (int64_t n = 0; n < width; n += kLanes) {
-        const V along = (p.half_square[pair] - load(s.distance + b * ld_t + n) * T(0.5)) *
+        const V along = (form.half_square[pair] - load(s.distance + b * ld_t + n) * form.half) *
                             load(s.inverse + a * ld_t + n) +
                         load(s.half_norm + a * ld_t + n);
         V logit = along * p.slope[pair] + p.gram_offset[pair];
@@ -653,12 +685,14 @@ bool load_shared_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& 
     s.row_square[n] = 0;
   }
   transpose<T>(width, p.D, s.rows, p.ldD, s.rows_t, ld_t);
-  compare<T, Compare::kDistance>(p.B, width, p.D, p.query_seen, p.ldD, s.rows_t, ld_t, s.distance,
-                                 ld_t);
-  compare<T, Compare::kDistance>(p.A, width, p.D, p.anchor_seen, p.ldD, s.rows_t, ld_t, s.inverse,
-                                 ld_t);
-  norms =
-      inverse_norms<T, Compare::kDistance>(p, s, p.A, width, ld_t, p.anchor_square, s.row_square);
+  const auto compare_all = [&]<Compare kCompare>() {
+    compare<T, kCompare>(p.B, width, p.D, p.query_seen, p.ldD, s.rows_t, ld_t, s.distance, ld_t);
+    compare<T, kCompare>(p.A, width, p.D, p.anchor_seen, p.ldD, s.rows_t, ld_t, s.inverse, ld_t);
+    return inverse_norms<T, kCompare, kCompare == Compare::kProduct, true>(
+        p, s, p.A, width, ld_t, p.anchor_square, s.row_square);
+  };
+  norms = is_far(p, s, m) ? compare_all.template operator()<Compare::kProduct>()
+                          : compare_all.template operator()<Compare::kDistance>();
   const bool exact = norms.exact;
 
   bool masked = false;
@@ -722,19 +756,21 @@ void shared_exact(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, i
 
 template <typename T, Pass kPass, Want kWant, bool kMasked>
 void shared_sweep(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64_t width,
-                  bool bounded, DifferenceSums<T>& sums) {
+                  const Norms& norms, DifferenceSums<T>& sums) {
+  const Form<T> form(p, norms.far);
   if constexpr (kPass == Pass::kLogSumExp) {
-    shared_log_sum_exp<T, kMasked>(p, s, width);
+    shared_log_sum_exp<T, kMasked>(p, s, form, width);
   } else {
     const auto sweep = [&]<bool kBounded>() {
       int64_t a = 0;
       for (; a + kSharedAnchors <= p.A; a += kSharedAnchors)
-        shared_anchors<T, kPass, kWant, kMasked, kBounded, kSharedAnchors>(p, s, a, width, sums);
+        shared_anchors<T, kPass, kWant, kMasked, kBounded, kSharedAnchors>(p, s, form, a, width,
+                                                                           sums);
       for (; a < p.A; ++a)
-        shared_anchors<T, kPass, kWant, kMasked, kBounded, 1>(p, s, a, width, sums);
+        shared_anchors<T, kPass, kWant, kMasked, kBounded, 1>(p, s, form, a, width, sums);
     };
     constexpr bool kMayBeBounded = kPass == Pass::kNce;
-    if (kMayBeBounded && bounded)
+    if (kMayBeBounded && norms.bounded)
       sweep.template operator()<kMayBeBounded>();
     else
       sweep.template operator()<false>();
@@ -771,9 +807,9 @@ void shared_pass(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, in
         clear(width, s.f + a * ld_t);
       }
     if (masked)
-      shared_sweep<T, kPass, kWant, true>(p, s, width, norms.bounded, sums);
+      shared_sweep<T, kPass, kWant, true>(p, s, width, norms, sums);
     else
-      shared_sweep<T, kPass, kWant, false>(p, s, width, norms.bounded, sums);
+      shared_sweep<T, kPass, kWant, false>(p, s, width, norms, sums);
     if (kWant != Want::kLoss && p.need_query)
       dense_gemm<T>(p.B, p.Dp, m, s.weight, ld_t, s.rows, p.ldD, s.d_query, p.ldD, false);
     if (kWant == Want::kKeys) {
@@ -811,13 +847,25 @@ CRRCD_INLINE T squared_distance(int64_t n, const T* x, const T* y) {
   return horizontal_sum<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
+// <x, y>
+template <typename T>
+CRRCD_INLINE T product(int64_t n, const T* x, const T* y) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  typename Simd<T>::V sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+    for (int j = 0; j < 4; ++j) sum[j] += load(x + i + j * kLanes) * load(y + i + j * kLanes);
+  for (; i < n; i += kLanes) sum[0] += load(x + i) * load(y + i);
+  return horizontal_sum<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
 // Row u of the tile against query b and anchors begin .. end. Returns sum_a c as a vector.
 template <typename T, Pass kPass, Want kWant, bool kMasked, bool kBounded>
 CRRCD_INLINE typename Simd<T>::V own_entry(const DifferenceParams<T>& p,
-                                           const DifferenceScratch<T>& s, int64_t u, int64_t b,
-                                           int64_t begin, int64_t end, T half_distance,
-                                           typename Simd<T>::V& q, typename Simd<T>::V& above,
-                                           typename Simd<T>::V& sum_g) {
+                                           const DifferenceScratch<T>& s, const T* half_square,
+                                           int64_t u, int64_t b, int64_t begin, int64_t end,
+                                           T half_distance, typename Simd<T>::V& q,
+                                           typename Simd<T>::V& above, typename Simd<T>::V& sum_g) {
   using V = typename Simd<T>::V;
   constexpr int kLanes = Simd<T>::kLanes;
   const int64_t row = u * p.ldA, pair = b * p.ldA;
@@ -825,7 +873,7 @@ CRRCD_INLINE typename Simd<T>::V own_entry(const DifferenceParams<T>& p,
   const T* const inverses = s.inverse + row;
   const T* const half_norms = s.half_norm + row;
   const T* const drops = s.drop + row;
-  const T* const half_squares = p.half_square + pair;
+  const T* const half_squares = half_square + pair;
   const T* const slopes = p.slope + pair;
   const T* const offsets = p.gram_offset + pair;
   T* const sums_inverse = s.sum_inverse + pair;
@@ -920,7 +968,8 @@ struct OwnTile {
 template <typename T, Pass kPass, Want kWant, bool kMasked, bool kBounded>
 __attribute__((noinline)) void own_entries(const DifferenceParams<T>& p,
                                            const DifferenceScratch<T>& s, const OwnTile& tile,
-                                           bool exact, DifferenceSums<T>& sums) {
+                                           const Norms& norms, DifferenceSums<T>& sums) {
+  const T* const half_square = Form<T>(p, norms.far).half_square;
   const Bucket& bucket = tile.bucket;
   using V = typename Simd<T>::V;
   const int step_bits = kBounded ? p.logit_bits : 1;
@@ -933,7 +982,9 @@ __attribute__((noinline)) void own_entries(const DifferenceParams<T>& p,
     const T* m = s.rows + u * p.ldD;
     for (int64_t i = bucket.begin[local]; i < bucket.begin[local + 1]; ++i) {
       const int64_t b = bucket.entries[i] >> p.bucket_shift;
-      const T half_distance = T(0.5) * squared_distance(p.Dp, p.query_seen + b * p.ldD, m);
+      const T* query = p.query_seen + b * p.ldD;
+      const T half_distance =
+          norms.far ? -product(p.Dp, query, m) : T(0.5) * squared_distance(p.Dp, query, m);
       V total{};
       for (int64_t begin = 0; begin < p.Ap; begin += most) {
         const int64_t end = begin + most < p.Ap ? begin + most : p.Ap;
@@ -944,17 +995,17 @@ __attribute__((noinline)) void own_entries(const DifferenceParams<T>& p,
           bits = 0;
         }
         bits += more;
-        total += own_entry<T, kPass, kWant, kMasked, kBounded>(p, s, u, b, begin, end,
+        total += own_entry<T, kPass, kWant, kMasked, kBounded>(p, s, half_square, u, b, begin, end,
                                                                half_distance, q, above, sum_g);
       }
       if (kWant != Want::kLoss) {
         const T weight = horizontal_sum<T>(total);
         if (p.need_query) add_multiple(p.Dp, weight, m, s.d_query + b * p.ldD);
         if (kWant == Want::kKeys && s.d_rows)
-          add_multiple(p.Dp, weight, p.query_seen + b * p.ldD, s.d_rows + u * p.ldD);
+          add_multiple(p.Dp, weight, query, s.d_rows + u * p.ldD);
       }
-      if (exact || p.near_begin)
-        own_exact<T, kPass, kWant>(p, s, queue, tile.row[u], u, b, kMasked, exact, sums);
+      if (norms.exact || p.near_begin)
+        own_exact<T, kPass, kWant>(p, s, queue, tile.row[u], u, b, kMasked, norms.exact, sums);
     }
   }
   if (queue.count > 0) work_off<T, kPass, kWant>(p, s, queue, sums);
@@ -978,23 +1029,26 @@ void own_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, const
   const int64_t steps = blocks * panels * (depths > 1 ? depths : 1);
   // A product is cheaper than a distance. The digits that |w|^2 loses where it is not much above
   // kNearDifference are lost in the sums of all gradients but the keys', which keep them.
-  const auto norms = [&]<Compare kCompare>() {
+  const auto compare_all = [&]<Compare kCompare, bool kFar>() {
     compare<T, kCompare>(
         blocks * kCompareRows, p.Ap, p.D, s.rows, p.ldD, p.anchor_seen_t, p.ldA, s.inverse, p.ldA,
         Ahead{&p.bank, tile.next, tile.next_rows, p.D, (tile.next_rows + steps - 1) / steps});
-    return inverse_norms<T, kCompare>(p, s, rows, p.Ap, p.ldA, s.row_square, p.anchor_square);
+    return inverse_norms<T, kCompare, kFar, false>(p, s, rows, p.Ap, p.ldA, s.row_square,
+                                                   p.anchor_square);
   };
   const bool products =
       !p.need_bank && has_room(rows, s.row_square) && has_room(p.A, p.anchor_square);
-  const auto [exact, bounded] = products ? norms.template operator()<Compare::kProduct>()
-                                         : norms.template operator()<Compare::kDistance>();
+  const Norms norms = is_far(p, s, rows)
+                          ? compare_all.template operator()<Compare::kProduct, true>()
+                      : products ? compare_all.template operator()<Compare::kProduct, false>()
+                                 : compare_all.template operator()<Compare::kDistance, false>();
   bool masked = false;
   const auto prepare = [&] {
     if (!masked)
       for (int64_t u = 0; u < rows; ++u) clear(p.Ap, s.drop + u * p.ldA);
     masked = true;
   };
-  if (exact) {
+  if (norms.exact) {
     prepare();
     for (int64_t u = 0; u < rows; ++u)
       for (int64_t a = 0; a < p.A; ++a)
@@ -1015,10 +1069,10 @@ void own_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, const
     }
   constexpr bool kMayBeBounded = kPass == Pass::kNce;
   const auto entries = [&]<bool kMasked>() {
-    if (kMayBeBounded && bounded)
-      own_entries<T, kPass, kWant, kMasked, kMayBeBounded>(p, s, tile, exact, sums);
+    if (kMayBeBounded && norms.bounded)
+      own_entries<T, kPass, kWant, kMasked, kMayBeBounded>(p, s, tile, norms, sums);
     else
-      own_entries<T, kPass, kWant, kMasked, false>(p, s, tile, exact, sums);
+      own_entries<T, kPass, kWant, kMasked, false>(p, s, tile, norms, sums);
   };
   if (masked)
     entries.template operator()<true>();

@@ -22,6 +22,7 @@ namespace {
 
 constexpr const char* kOp = "difference_nce";
 constexpr double kLeftOut = -1e30;
+constexpr int kFar = 256;  // how much more than |u|^2 another square is where distances lose digits
 
 template <typename T>
 struct Functions;
@@ -166,36 +167,34 @@ class DifferenceNce {
     }
   }
 
-  // Queries and anchors seen from the anchors' middle.
+  // Queries and anchors seen from the anchors' middle, eps taken from the anchors.
   void see_from_middle() {
     std::vector<double> middle(static_cast<size_t>(x.D), 0);
     for (int64_t a = 0; a < x.A; ++a)
       for (int64_t d = 0; d < x.D; ++d) middle[d] += static_cast<double>(p.anchor[a * p.ldD + d]);
     T* const eps = take(p.ldD);
     T* const origin = take(p.ldD);
-    T* const middle_row = take(p.ldD);
     for (int64_t d = 0; d < x.D; ++d) {
-      middle[d] /= static_cast<double>(std::max<int64_t>(x.A, 1));
       eps[d] = static_cast<T>(x.eps);
-      origin[d] = static_cast<T>(middle[d] - x.eps);
-      middle_row[d] = static_cast<T>(middle[d]);
+      origin[d] = static_cast<T>(middle[d] / static_cast<double>(std::max<int64_t>(x.A, 1)));
     }
     p.eps = eps, p.origin = origin;
-    p.query_seen = seen_rows(x.B, p.query, origin, p.query_square);
-    p.anchor_seen = seen_rows(x.A, p.anchor, middle_row, p.anchor_square);
+    p.query_seen = seen_rows(x.B, p.query, 0, p.query_square);
+    p.anchor_seen = seen_rows(x.A, p.anchor, x.eps, p.anchor_square);
     T* const transposed = take(p.ldD * p.ldA);
     for (int64_t a = 0; a < x.A; ++a)
       for (int64_t d = 0; d < x.D; ++d) transposed[d * p.ldA + a] = p.anchor_seen[a * p.ldD + d];
     p.anchor_seen_t = transposed;
   }
 
-  const T* seen_rows(int64_t count, const T* rows, const T* from, const T*& squares) {
+  const T* seen_rows(int64_t count, const T* rows, double eps, const T*& squares) {
     T* const seen = take(count * p.ldD);
     T* const square = take(round_up(count, p.ldA));
     for (int64_t i = 0; i < count; ++i) {
       double sum = 0;
       for (int64_t d = 0; d < x.D; ++d) {
-        const T value = rows[i * p.ldD + d] - from[d];
+        const T value = static_cast<T>(static_cast<double>(rows[i * p.ldD + d]) -
+                                       static_cast<double>(p.origin[d]) - eps);
         seen[i * p.ldD + d] = value;
         sum += static_cast<double>(value) * static_cast<double>(value);
       }
@@ -231,7 +230,8 @@ class DifferenceNce {
   // What depends on an anchor, a query and its positive alone.
   void compare_pairs() {
     const int64_t cells = x.B * p.ldA;
-    p.half_square = take(cells), p.inverse = take(cells), p.inverse_positive = take(cells);
+    p.half_square = take(cells), p.half_square_far = take(cells);
+    p.inverse = take(cells), p.inverse_positive = take(cells);
     p.cosine = take(cells);
     near = at::zeros({x.B, p.ldA}, at::TensorOptions().dtype(at::kByte));
     p.near = mutable_pointer<uint8_t>(near);
@@ -260,13 +260,18 @@ class DifferenceNce {
     p.slope_weight = static_cast<T>(kLog2 * inverse_pairs);
     T* const slopes = take(cells);
     T* const weights = take(cells);
+    T least = std::numeric_limits<T>::infinity(), most = 0;
     for_pairs([&](int64_t at) {
       slopes[at] = p.inverse[at] * static_cast<T>(scale / kLog2);
       weights[at] = counts[at] ? slopes[at] * p.slope_weight : T(0);
       p.most_u = std::max(p.most_u, p.half_square[at]);
       p.most_inverse = std::max(p.most_inverse, p.inverse[at]);
+      if (!counts[at] || p.near[at]) return;
+      least = std::min(least, p.half_square[at]);
+      most = std::max(most, p.half_square[at]);
     });
     p.most_u = std::sqrt(2 * p.most_u);
+    p.least_square = 2 * most / kFar, p.most_square = 2 * least * kFar;
     p.slope = slopes;
     p.weight = weights;
     p.logit_bits = logit_bits(scale, offset);

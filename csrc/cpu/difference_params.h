@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "relation_params.h"
 
@@ -48,16 +49,18 @@ struct DifferenceParams {
   const T* anchor = nullptr;    // [A, ldD]
   const T* eps = nullptr;       // [ldD]: eps up to D
   // Differences do not know where the origin is. In the anchors' middle the vectors are short, and
-  // sums over them cancel as little as they can; eps is in it for queries and keys.
-  const T* origin = nullptr;         // [ldD]: the middle - eps
+  // sums over them cancel as little as they can. eps is taken from the anchors, whose coordinates
+  // may be as small as it is: elsewhere it would be rounded to what the middle's digits hold.
+  const T* origin = nullptr;         // [ldD]: the middle
   const T* query_seen = nullptr;     // [B, ldD]: query - origin
-  const T* anchor_seen = nullptr;    // [A, ldD]: anchor - middle
+  const T* anchor_seen = nullptr;    // [A, ldD]: anchor - origin - eps
   const T* anchor_seen_t = nullptr;  // [Dp, ldA]
   const T* query_square = nullptr;   // [B]: |query_seen|^2
   const T* anchor_square = nullptr;  // [ldA]
 
   // written by difference_pairs, for u = query - anchor + eps and v = positive - anchor + eps
   T* half_square = nullptr;       // |u|^2 / 2
+  T* half_square_far = nullptr;   // (|u|^2 - |query_seen|^2) / 2
   T* inverse = nullptr;           // 1 / |u|, 0 where it vanishes
   T* inverse_positive = nullptr;  // 1 / |v|
   T* cosine = nullptr;            // <u, v> / (|u| |v|)
@@ -68,6 +71,8 @@ struct DifferenceParams {
   // not count; 0: not known
   int logit_bits = 0;
   T most_u = 0, most_inverse = 0;  // the largest |u| and 1 / |u|
+  // keys whose squares, seen from the origin, lie between these are compared by distances
+  T least_square = 0, most_square = std::numeric_limits<T>::infinity();
   T slope_weight = 0;              // weight of a pair that counts / slope
   const T* weight = nullptr;       // scale / (|u| pairs), 0 for a pair that does not count
   const T* offset = nullptr;       // added to a logit; -1e30 for a pair that does not count

@@ -98,9 +98,9 @@ class DifferenceNce {
     anchor = x.anchor.to(dtype).contiguous();
     const at::Tensor middle = x.A > 0 ? anchor.mean(0, /*keepdim=*/false, at::kDouble)
                                       : at::zeros({x.D}, options.dtype(at::kDouble));
-    origin = (middle - x.eps).to(dtype);
+    origin = middle.to(dtype);
     query_seen = query - origin;
-    anchor_seen = anchor - middle.to(dtype);
+    anchor_seen = ((anchor - origin).to(at::kDouble) - x.eps).to(dtype);
     query_square = query_seen.square().sum(1);
     anchor_square = anchor_seen.square().sum(1);
     p.query = data(query), p.positive = data(positive), p.anchor = data(anchor);
