@@ -642,9 +642,7 @@ def test_rows_much_longer_than_the_others(backend, objective, index, name, ratio
         case[name][::2] *= ratio
         low = cast(case, dtype)
         got, true = run(low, backend, wanted=options), truth(low, wanted=options)
-        # Long queries leave the short ones' share of a gradient's norm to few digits of it.
-        for k in true:
-            assert distance(got[k], true[k]) < (1e-12 if dtype == torch.float64 else 3e-6), k
+        assert_close(got, true, 1e-12 if dtype == torch.float64 else 3e-6)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -659,7 +657,7 @@ def test_an_eps_beside_long_coordinates(backend, objective, index):
         case["bank"][::3] = case["anchor"][0]
         low = cast(case, torch.float32)
         low["bank"][::3] = low["anchor"][0]
-        wanted = ("query", "positive", "scale", "offset")
+        wanted = ("query", "positive", "scale")
         got, true = run(low, backend, wanted=wanted), truth(low, wanted=wanted)
         for k in true:
             assert distance(got[k], true[k]) < 2e-6, k
