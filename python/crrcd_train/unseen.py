@@ -69,7 +69,7 @@ class UnseenConfig(students.Students):
         default_factory=lambda: students.Pixels(canvas=28, grey=True, shift=2, shift_step=1)
     )
     optim: students.StudentOptim = field(
-        default_factory=lambda: students.StudentOptim(lr=0.05, batch_size=128, steps=1500)
+        default_factory=lambda: students.StudentOptim(lr=0.05, batch_size=128, steps=1000)
     )
     unseen: Unseen = field(default_factory=Unseen)
 
