@@ -92,7 +92,7 @@ def by_method(
         axis.set_xlabel(unit)
         axis.set_title(name)
         axis.margins(x=0.1)
-    figure.suptitle(title)
+    figure.suptitle(title, y=1 - 0.1 / figure.get_figheight(), va="top")
     figure.tight_layout()
     return figure
 
