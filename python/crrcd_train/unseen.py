@@ -8,6 +8,7 @@ among the teacher's embeddings of large ones.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import html
 import json
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 
 from . import data, interrupt, methods, page, pool, retrieval, runs, students
-from .config import Config, Data, Teacher, to_dict
+from .config import CRCD, Config, Data, Teacher, to_dict
 from .errors import UserError, writable_folder
 from .loop import Watcher
 from .progress import Bar, say
@@ -70,6 +71,10 @@ class UnseenConfig(students.Students):
     )
     optim: students.StudentOptim = field(
         default_factory=lambda: students.StudentOptim(lr=0.05, batch_size=128, steps=1000)
+    )
+    # As published, with 500 negatives: all anchors of a batch against thousands take seconds a step.
+    crcd: CRCD = field(
+        default_factory=lambda: dataclasses.replace(students.Students().crcd, negatives=500)
     )
     unseen: Unseen = field(default_factory=Unseen)
 
