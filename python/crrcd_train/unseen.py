@@ -72,7 +72,7 @@ class UnseenConfig(students.Students):
     optim: students.StudentOptim = field(
         default_factory=lambda: students.StudentOptim(lr=0.05, batch_size=128, steps=1000)
     )
-    # As published, with 500 negatives: all anchors of a batch against thousands take seconds a step.
+    # As published, with 500 negatives: a batch of anchors against thousands takes seconds a step.
     crcd: CRCD = field(
         default_factory=lambda: dataclasses.replace(students.Students().crcd, negatives=500)
     )
