@@ -8,7 +8,6 @@ among the teacher's embeddings of large ones.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import html
 import json
@@ -17,7 +16,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 
 from . import data, interrupt, methods, page, pool, retrieval, runs, students
-from .config import CRCD, Config, Data, Teacher, to_dict
+from .config import CRCD, CRD, CRRCD, Config, Data, Teacher, to_dict
 from .errors import UserError, writable_folder
 from .loop import Watcher
 from .progress import Bar, say
@@ -70,12 +69,15 @@ class UnseenConfig(students.Students):
         default_factory=lambda: students.Pixels(canvas=28, grey=True, shift=2, shift_step=1)
     )
     optim: students.StudentOptim = field(
-        default_factory=lambda: students.StudentOptim(lr=0.05, batch_size=128, steps=1000)
+        default_factory=lambda: students.StudentOptim(lr=0.05, batch_size=128, steps=500)
     )
-    # As published, with 500 negatives: a batch of anchors against thousands takes seconds a step.
-    crcd: CRCD = field(
-        default_factory=lambda: dataclasses.replace(students.Students().crcd, negatives=500)
+    # Not all of some thousand images: K of each step that keeps it within a tenth of a second.
+    crd: CRD = field(default_factory=lambda: replace(students.Students().crd, negatives=2048))
+    crcd: CRCD = field(default_factory=lambda: replace(students.Students().crcd, negatives=500))
+    difference: CRCD = field(
+        default_factory=lambda: replace(students.Students().difference, negatives=2048)
     )
+    crrcd: CRRCD = field(default_factory=lambda: replace(students.Students().crrcd, negatives=2048))
     unseen: Unseen = field(default_factory=Unseen)
 
     def check(self) -> None:
