@@ -266,8 +266,8 @@ class StudentTask:
 
     def modules(self) -> dict[str, nn.Module]:
         found: dict[str, nn.Module] = {"model": self.model}
-        if self.criteria:
-            found["criteria"] = self.criteria
+        for before, criterion in enumerate(reversed(self.criteria)):
+            found["criterion" + (f"_{before}_before_last" if before else "")] = criterion
         return found
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -315,8 +315,9 @@ class StudentTask:
     def diagnostics(self) -> dict[str, float]:
         found = {}
         for before, criterion in enumerate(reversed(self.criteria)):
-            prefix = f"{self.name}_" + (f"{before}_before_last_" if before else "")
-            found.update({prefix + key: value for key, value in criterion.diagnostics().items()})
+            prefix = self.name + (f"_{before}_before_last" if before else "")
+            for key, value in criterion.diagnostics().items():
+                found[f"{prefix}_{key}"] = value
         return found
 
 
