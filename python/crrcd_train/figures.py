@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator
 # Okabe and Ito's palette: told apart with any colour vision.
 COLOURS = (
     *("#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
-    *("#8C6D31", "#7B4173", "#B5CF6B", "#9C9EDE"),
+    *("#8C6D31", "#7B4173", "#B5CF6B", "#9C9EDE", "#637939", "#E7969C"),
 )
 
 plt.rcParams.update(
@@ -39,12 +39,12 @@ _OWN = {
     "crcd": 3,
     "crd": 4,
     "kd": 5,
-    "cosine": 5,
-    "cosine+rkd": 6,
+    "cosine": 6,
+    "cosine+rkd": 10,
     "teacher": 7,
     "ridge": 8,
     "kd+crrcd": 9,
-    "crrcd-shuffled": 10,
+    "crrcd-shuffled": 11,
 }
 
 
