@@ -167,34 +167,39 @@ class DifferenceNce {
     }
   }
 
-  // Queries and anchors seen from the anchors' middle, eps taken from the anchors.
+  // Queries and anchors seen from the anchors' middle. One anchor is the middle: eps taken from it
+  // keeps all its digits, which in the origin would be rounded to what the middle's digits hold.
   void see_from_middle() {
     std::vector<double> middle(static_cast<size_t>(x.D), 0);
     for (int64_t a = 0; a < x.A; ++a)
       for (int64_t d = 0; d < x.D; ++d) middle[d] += static_cast<double>(p.anchor[a * p.ldD + d]);
     T* const eps = take(p.ldD);
     T* const origin = take(p.ldD);
+    T* const from = take(p.ldD);
+    const double of_origin = x.A == 1 ? 0 : x.eps, of_anchor = x.eps - of_origin;
     for (int64_t d = 0; d < x.D; ++d) {
       eps[d] = static_cast<T>(x.eps);
-      origin[d] = static_cast<T>(middle[d] / static_cast<double>(std::max<int64_t>(x.A, 1)));
+      middle[d] /= static_cast<double>(std::max<int64_t>(x.A, 1));
+      origin[d] = static_cast<T>(middle[d] - of_origin);
+      from[d] = static_cast<T>(middle[d]);
     }
     p.eps = eps, p.origin = origin;
-    p.query_seen = seen_rows(x.B, p.query, 0, p.query_square);
-    p.anchor_seen = seen_rows(x.A, p.anchor, x.eps, p.anchor_square);
+    p.query_seen = seen_rows(x.B, p.query, origin, 0, p.query_square);
+    p.anchor_seen = seen_rows(x.A, p.anchor, from, of_anchor, p.anchor_square);
     T* const transposed = take(p.ldD * p.ldA);
     for (int64_t a = 0; a < x.A; ++a)
       for (int64_t d = 0; d < x.D; ++d) transposed[d * p.ldA + a] = p.anchor_seen[a * p.ldD + d];
     p.anchor_seen_t = transposed;
   }
 
-  const T* seen_rows(int64_t count, const T* rows, double eps, const T*& squares) {
+  const T* seen_rows(int64_t count, const T* rows, const T* from, double eps, const T*& squares) {
     T* const seen = take(count * p.ldD);
     T* const square = take(round_up(count, p.ldA));
     for (int64_t i = 0; i < count; ++i) {
       double sum = 0;
       for (int64_t d = 0; d < x.D; ++d) {
         const T value = static_cast<T>(static_cast<double>(rows[i * p.ldD + d]) -
-                                       static_cast<double>(p.origin[d]) - eps);
+                                       static_cast<double>(from[d]) - eps);
         seen[i * p.ldD + d] = value;
         sum += static_cast<double>(value) * static_cast<double>(value);
       }

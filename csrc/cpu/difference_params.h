@@ -49,11 +49,11 @@ struct DifferenceParams {
   const T* anchor = nullptr;    // [A, ldD]
   const T* eps = nullptr;       // [ldD]: eps up to D
   // Differences do not know where the origin is. In the anchors' middle the vectors are short, and
-  // sums over them cancel as little as they can. eps is taken from the anchors, whose coordinates
-  // may be as small as it is: elsewhere it would be rounded to what the middle's digits hold.
-  const T* origin = nullptr;         // [ldD]: the middle
+  // sums over them cancel as little as they can. eps is in it for queries and keys, or taken from
+  // the anchor where there is one.
+  const T* origin = nullptr;         // [ldD]: the middle, or less eps
   const T* query_seen = nullptr;     // [B, ldD]: query - origin
-  const T* anchor_seen = nullptr;    // [A, ldD]: anchor - origin - eps
+  const T* anchor_seen = nullptr;    // [A, ldD]: anchor - middle, or less eps
   const T* anchor_seen_t = nullptr;  // [Dp, ldA]
   const T* query_square = nullptr;   // [B]: |query_seen|^2
   const T* anchor_square = nullptr;  // [ldA]

@@ -98,9 +98,11 @@ class DifferenceNce {
     anchor = x.anchor.to(dtype).contiguous();
     const at::Tensor middle = x.A > 0 ? anchor.mean(0, /*keepdim=*/false, at::kDouble)
                                       : at::zeros({x.D}, options.dtype(at::kDouble));
-    origin = middle.to(dtype);
+    // One anchor is the middle: eps taken from it keeps all its digits.
+    const double of_origin = x.A == 1 ? 0 : x.eps, of_anchor = x.eps - of_origin;
+    origin = (middle - of_origin).to(dtype);
     query_seen = query - origin;
-    anchor_seen = ((anchor - origin).to(at::kDouble) - x.eps).to(dtype);
+    anchor_seen = anchor - middle.to(dtype) - of_anchor;
     query_square = query_seen.square().sum(1);
     anchor_square = anchor_seen.square().sum(1);
     p.query = data(query), p.positive = data(positive), p.anchor = data(anchor);

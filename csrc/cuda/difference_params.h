@@ -23,8 +23,8 @@ constexpr int kDifferenceKeys = 32;  // of a tile
 // (shared), or entry b K + k of query b (own).
 //
 // Differences do not know where the origin is: in sums rows are seen from the anchors' middle,
-// where they are short and cancel as little as they can. eps is taken from the anchors, whose
-// coordinates may be as small as it is.
+// where they are short and cancel as little as they can. eps is part of it for all but anchors, or
+// taken from the anchor where there is one.
 template <typename T>
 struct DifferenceParams {
   int64_t A = 0, B = 0, K = 0, D = 0, N = 0;
@@ -34,7 +34,7 @@ struct DifferenceParams {
 
   BankView bank;              // with the index of shared negatives
   Storage operand;            // what a row is rounded to before it is compared
-  const T* origin = nullptr;  // [D]: the anchors' middle
+  const T* origin = nullptr;  // [D]: the anchors' middle, or less eps
   // each query's own negatives: that of (b, k) is own[b * own_stride + k * own_step]
   const int64_t* own = nullptr;
   int64_t own_stride = 0, own_step = 0;
@@ -45,7 +45,7 @@ struct DifferenceParams {
   const T* anchor = nullptr;    // [A, D]
   T eps = 0;
   const T* query_seen = nullptr;     // [B, D]: query - origin
-  const T* anchor_seen = nullptr;    // [A, D]: anchor - origin - eps
+  const T* anchor_seen = nullptr;    // [A, D]: anchor - middle, or less eps
   const T* query_square = nullptr;   // [B]: |query_seen|^2
   const T* anchor_square = nullptr;  // [A]
   // of two-byte operands as they came
