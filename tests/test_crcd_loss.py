@@ -15,8 +15,6 @@ B, DS, DT, N, K = 6, 5, 7, 20, 9
 LABELS = torch.arange(N) % 3
 PAIRED = [(d, k) for d in ("student", "teacher", "both") for k in ("stop_gradient", "live", "bank")]
 PAIRED.remove(("teacher", "bank"))
-GIVEN = [(k, s) for k in ("stop_gradient", "live", "bank") for s in ((K,), (B, K))]
-GIVEN.remove(("live", (B, K)))
 
 
 def make(dtype=torch.float64, seed=0, width=DT, **options):
@@ -91,23 +89,6 @@ def test_the_anchors_own_row_is_no_negative(backend):
     with torch.no_grad():
         criterion.teacher_bank.rows[index] = criterion.teacher_head(teacher)
     check(criterion, student, teacher, index, formula=DifferenceStep)
-
-
-@pytest.mark.parametrize("exclude_same_label", [False, True])
-@pytest.mark.parametrize("keys, shape", GIVEN)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_given_negatives_are_the_formula(backend, keys, shape, exclude_same_label):
-    given = torch.randint(N, shape, generator=torch.Generator().manual_seed(5))
-    given[..., 0] = given[..., 1]
-    labels = LABELS if exclude_same_label else None
-    criterion = make(
-        direction="both",
-        keys=keys,
-        exclude_same_label=exclude_same_label,
-        labels=labels,
-        backend=backend,
-    )
-    check(criterion, *batch(), labels, formula=DifferenceStep, given=given)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -15,8 +15,6 @@ B, DS, DT, N, K = 6, 5, 7, 20, 9
 LABELS = torch.arange(N) % 3
 PAIRED = [(d, k) for d in ("student", "teacher", "both") for k in ("stop_gradient", "live", "bank")]
 PAIRED.remove(("teacher", "bank"))
-GIVEN = [(k, s) for k in ("stop_gradient", "live", "bank") for s in ((K,), (B, K))]
-GIVEN.remove(("live", (B, K)))
 
 
 def make(dtype=torch.float64, seed=0, width=DT, **options):
@@ -81,23 +79,6 @@ def test_options_are_the_formula(backend, options):
         labels = LABELS
         options = {**options, "labels": labels}
     check(make(backend=backend, **options), *batch(), labels, formula=InstanceStep)
-
-
-@pytest.mark.parametrize("exclude_same_label", [False, True])
-@pytest.mark.parametrize("keys, shape", GIVEN)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_given_negatives_are_the_formula(backend, keys, shape, exclude_same_label):
-    given = torch.randint(N, shape, generator=torch.Generator().manual_seed(5))
-    given[..., 0] = given[..., 1]
-    labels = LABELS if exclude_same_label else None
-    criterion = make(
-        direction="both",
-        keys=keys,
-        exclude_same_label=exclude_same_label,
-        labels=labels,
-        backend=backend,
-    )
-    check(criterion, *batch(), labels, formula=InstanceStep, given=given)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -96,14 +96,6 @@ def test_options_are_the_formula(backend, options):
     check(make(backend=backend, **options), *batch(), labels)
 
 
-@pytest.mark.parametrize("keys", KEYS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_given_negatives_are_the_formula(backend, keys):
-    given = torch.randint(N, (K,), generator=torch.Generator().manual_seed(5))
-    given[0] = given[1]
-    check(make(direction="both", keys=keys, backend=backend), *batch(), given=given)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("keys", KEYS)
 def test_after_fill_the_formula_uses_the_filled_statistics_and_rows(backend, keys):

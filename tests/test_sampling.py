@@ -7,6 +7,9 @@ import itertools
 
 import pytest
 import torch
+from helpers import losses
+from helpers.cases import BACKENDS
+from helpers.loss_formula import DifferenceStep, InstanceStep, Step, check
 from helpers.sampling import chi_square_is_plausible
 
 from crrcd_ext import ClassTable, MemoryBank
@@ -248,3 +251,35 @@ def test_bad_draws_change_nothing(k, chosen, error, text):
 def test_a_bank_of_one_row_has_no_other():
     with pytest.raises(ValueError, match="k: expected at most 0"):
         MemoryBank(1, 1).sample(1, exclude=torch.zeros(1, dtype=torch.int64))
+
+
+# ---------------------------------------------------------------------------- the caller's choice
+
+FORMULAS = {"crrcd": Step, "crcd": DifferenceStep, "crd": InstanceStep}
+GIVEN = [
+    (kind, keys, shape)
+    for kind in losses.KINDS
+    for keys in ("stop_gradient", "live", "bank")
+    for shape in ((losses.K,), (losses.B, losses.K))
+    if len(shape) == 1 or (kind != "crrcd" and keys != "live")
+]
+
+
+@pytest.mark.parametrize("exclude_same_label", [False, True])
+@pytest.mark.parametrize("kind, keys, shape", GIVEN)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_given_negatives_are_the_formula(backend, kind, keys, shape, exclude_same_label):
+    labels = torch.arange(losses.N) % 3 if exclude_same_label else None
+    criterion = losses.make(
+        kind=kind,
+        direction="both",
+        keys=keys,
+        exclude_same_label=exclude_same_label,
+        labels=labels,
+        bank_dtype=torch.float64,
+        backend=backend,
+    ).double()
+    given = torch.randint(losses.N, shape, generator=torch.Generator().manual_seed(5))
+    given[..., 0] = given[..., 1]
+    student, teacher, index = losses.batch(0, torch.float64)
+    check(criterion, student, teacher, index, labels, formula=FORMULAS[kind], given=given)

@@ -284,8 +284,10 @@ class ContrastiveStep(Critic):
         given: Tensor | None = None,
     ) -> Tensor | None:
         """int64 [K] or [B, K], the rows of this step's negatives; None for the whole bank."""
-        if bank is None or given is not None:
-            return None if bank is None else given
+        if bank is None:
+            return None
+        if given is not None:
+            return given
         if self.negatives == "all":
             return None if bank.full else bank.draw(None)
         if self.negative_sampling == "shared" and not self.distinct:

@@ -829,33 +829,19 @@ void shared_pass(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, in
 // ---------------------------------------------------------------------------- each query's own
 // negatives
 
-// Four sums: one would have to wait for itself.
-template <typename T>
-CRRCD_INLINE T squared_distance(int64_t n, const T* x, const T* y) {
+// |x - y|^2 or <x, y>, in four sums: one would have to wait for itself.
+template <typename T, Compare kCompare>
+CRRCD_INLINE T compare_rows(int64_t n, const T* x, const T* y) {
   constexpr int kLanes = Simd<T>::kLanes;
   typename Simd<T>::V sum[4] = {};
+  const auto add = [&](int64_t at, typename Simd<T>::V& to) {
+    const auto level = load(x + at), other = load(y + at), w = level - other;
+    to += kCompare == Compare::kProduct ? level * other : w * w;
+  };
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes)
-    for (int j = 0; j < 4; ++j) {
-      const auto difference = load(x + i + j * kLanes) - load(y + i + j * kLanes);
-      sum[j] += difference * difference;
-    }
-  for (; i < n; i += kLanes) {
-    const auto difference = load(x + i) - load(y + i);
-    sum[0] += difference * difference;
-  }
-  return horizontal_sum<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
-}
-
-// <x, y>
-template <typename T>
-CRRCD_INLINE T product(int64_t n, const T* x, const T* y) {
-  constexpr int kLanes = Simd<T>::kLanes;
-  typename Simd<T>::V sum[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
-    for (int j = 0; j < 4; ++j) sum[j] += load(x + i + j * kLanes) * load(y + i + j * kLanes);
-  for (; i < n; i += kLanes) sum[0] += load(x + i) * load(y + i);
+    for (int j = 0; j < 4; ++j) add(i + j * kLanes, sum[j]);
+  for (; i < n; i += kLanes) add(i, sum[0]);
   return horizontal_sum<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
@@ -983,8 +969,9 @@ __attribute__((noinline)) void own_entries(const DifferenceParams<T>& p,
     for (int64_t i = bucket.begin[local]; i < bucket.begin[local + 1]; ++i) {
       const int64_t b = bucket.entries[i] >> p.bucket_shift;
       const T* query = p.query_seen + b * p.ldD;
-      const T half_distance =
-          norms.far ? -product(p.Dp, query, m) : T(0.5) * squared_distance(p.Dp, query, m);
+      const T half_distance = norms.far
+                                  ? -compare_rows<T, Compare::kProduct>(p.Dp, query, m)
+                                  : T(0.5) * compare_rows<T, Compare::kDistance>(p.Dp, query, m);
       V total{};
       for (int64_t begin = 0; begin < p.Ap; begin += most) {
         const int64_t end = begin + most < p.Ap ? begin + most : p.Ap;
