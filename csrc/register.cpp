@@ -93,10 +93,10 @@ py::dict plan(int64_t anchors, int64_t queries, int64_t keys, int64_t hidden, in
   const int64_t used = threads.value_or(at::get_num_threads());
   const auto describe = [&](auto p, auto scratch_bytes) {
     const crrcd::Kernels& kernels = crrcd::active_kernels();
-    crrcd::describe(p, anchors, queries, keys, hidden, relation_dim, bank_dim,
-                    crrcd::needs_of(need), used, kernels.vector_bytes);
-    p.projected = false;
     if constexpr (sizeof(p.scale) == 4) p.pairs = dtype == "bfloat16" && kernels.bf16_pairs;
+    crrcd::describe(p, anchors, queries, keys, hidden, relation_dim, bank_dim,
+                    crrcd::needs_of(need), used, kernels);
+    p.projected = false;
     static const char* const forms[] = {"gram", "triangular", "direct"};
     py::dict out;
     out["form"] = forms[static_cast<int>(p.form)];

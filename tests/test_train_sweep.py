@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import idx_files
 
 from crrcd_train import config, runs, sweep
 from crrcd_train.__main__ import main
@@ -79,3 +80,24 @@ def test_a_sweep_of_faces(tmp_path: Path, capsys):
     assert main(arguments) == 0  # goes on, which here is nothing
     assert made.stat().st_mtime_ns == before
     assert "results are there already" in capsys.readouterr().out
+
+
+def test_a_sweep_of_classification(tmp_path: Path, capsys):
+    files = idx_files.write(tmp_path / "files", train=120, test=40)
+    arguments = [
+        *("sweep", "classification", "--output", str(tmp_path / "out"), "--set"),
+        *(f"data.source={files}", f"data.root={tmp_path / 'data'}", "data.validation=20"),
+        *("data.labels=60", "teacher.model=cnn3", "teacher.width=4", "teacher.optim.epochs=1"),
+        *("student.width=4", "optim.epochs=1", "study.seeds=[0, 1]", "study.workers=1"),
+        *('sweep.methods=["crcd"]', 'sweep.negatives=[16,"all"]', "sweep.temperature=[0.1]"),
+        "crcd.negatives=32",
+    ]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert said.count("| crcd |") == 3 and "| ce |" in said
+    out = tmp_path / "out"
+    assert {path.name for path in (out / "report").iterdir()} == {
+        *("table.md", "sweep.png", "report.html")
+    }
+    result = runs.read_result(out / "7x7" / "crcd negatives=16" / "seed1")
+    assert result["config"]["crcd"]["negatives"] == 16

@@ -21,6 +21,12 @@ struct InstanceScratch {
   T* partial;        // [kChunk, lanes] products of a row's vectors (own)
   uint64_t* ids;     // [kFilterWords] which query ids and labels may occur (shared)
   uint64_t* labels;  // the same
+  // with tile registers; pairs of bfloat16
+  uint32_t* query_pairs;  // [query_parts, D / 2, ldB]
+  uint32_t* row_pairs;    // [kKeyTile, pair_stride(D)] along the columns
+  uint32_t* key_pairs;    // [kKeyTile / 2, ldD] of neighbouring rows
+  uint32_t* z_pairs;      // [gradient_parts, kQueryBlock, pair_stride(kKeyTile)]
+  T* sum;                 // [kStrip, ldD]
 };
 
 template <typename T>
@@ -60,6 +66,12 @@ size_t carve(const InstanceParams<T>& p, std::byte* base, InstanceScratch<T>& s)
   s.partial = c.take<T>(shared ? 0 : kChunk * Simd<T>::kLanes);
   s.ids = c.take<uint64_t>(shared && p.query_id ? kFilterWords : 0);
   s.labels = c.take<uint64_t>(shared && p.query_label ? kFilterWords : 0);
+  const int64_t depth = (p.D + 31) / 32 * 32, wanted = p.tile_registers ? 1 : 0;
+  s.query_pairs = c.take<uint32_t>(wanted * p.query_parts * depth / 2 * p.ldB);
+  s.row_pairs = c.take<uint32_t>(wanted * kKeyTile * pair_stride(depth));
+  s.key_pairs = c.take<uint32_t>(wanted * kKeyTile / 2 * p.ldD);
+  s.z_pairs = c.take<uint32_t>(wanted * p.gradient_parts * kQueryBlock * pair_stride(kKeyTile));
+  s.sum = c.take<T>(wanted * kStrip * p.ldD);
   return c.used;
 }
 
@@ -294,13 +306,16 @@ void shared_logits(const InstanceParams<T>& p, const InstanceScratch<T>& s, int6
   if (kPass == Pass::kSoftmax) shared_softmax<T, kMasked>(p, s, m, b0, width, ld);
 }
 
-template <typename T, Pass kPass>
+#include "instance_tiles.h"
+
+template <typename T, Pass kPass, bool kTiles>
 void shared_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t part,
                  NceSums<T>& sums) {
   const int64_t tiles = (p.K + kKeyTile - 1) / kKeyTile, ld = z_stride(p);
   const int64_t end = tiles * (part + 1) / p.parts * kKeyTile;
   const int64_t stop = end < p.K ? end : p.K;
-  constexpr int64_t kStrip = 16;
+  const TileRegisters registers(kTiles);
+  if constexpr (kTiles) split_queries(p, s);
   const int64_t ld_rows = rows_in_place(p) ? p.bank.row_stride : p.ldD;
   for (int64_t b = 0; b < p.Bp; ++b) s.live[b] = b < p.B ? T(1) : T(0);
   if (p.query_id) fill_filter(p.B, p.query_id, s.ids);
@@ -308,7 +323,10 @@ void shared_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_
   for (int64_t first = tiles * part / p.parts * kKeyTile; first < stop; first += kKeyTile) {
     const int64_t m = stop - first < kKeyTile ? stop - first : kKeyTile;
     const T* rows = s.rows;
-    if (rows_in_place(p))
+    TileRows tile;
+    if constexpr (kTiles)
+      tile = load_pairs(p, s, first, m);
+    else if (rows_in_place(p))
       rows = static_cast<const T*>(p.bank.data) + first * p.bank.row_stride;
     else
       for (int64_t n = 0; n < m; ++n) load_row<T>(p.bank, first + n, p.D, p.Dp, s.rows + n * p.ldD);
@@ -317,8 +335,11 @@ void shared_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_
       const int64_t count = p.B - b0 < width ? p.B - b0 : width;
       for (int64_t n = 0; n < m; n += kStrip) {
         const int64_t strip = m - n < kStrip ? m - n : kStrip;
-        dense_gemm<T>(strip, width, p.D, rows + n * ld_rows, ld_rows, p.query_t + b0, p.ldB,
-                      s.z + n * ld, ld, true);
+        if constexpr (kTiles)
+          tile_products(p, s, tile, n, strip, b0, width, s.z + n * ld, ld);
+        else
+          dense_gemm<T>(strip, width, p.D, rows + n * ld_rows, ld_rows, p.query_t + b0, p.ldB,
+                        s.z + n * ld, ld, true);
         // the next tile's rows come while this one is multiplied
         for (int64_t k = first + kKeyTile + n; b0 == 0 && k < first + kKeyTile + n + strip; ++k)
           if (k < stop) prefetch_row(p.bank, p.bank.index ? p.bank.index[k] : k, p.D);
@@ -327,9 +348,14 @@ void shared_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_
         shared_logits<T, kPass, true>(p, s, m, b0, width, ld, part, sums);
       else
         shared_logits<T, kPass, false>(p, s, m, b0, width, ld, part, sums);
-      if (p.need_query && kPass != Pass::kSoftmax)
-        dense_gemm<T, Product::kFull, true>(count, p.Dp, m, s.z, ld, rows, ld_rows,
-                                            p.d_query + (part * p.B + b0) * p.ldD, p.ldD, false);
+      T* d_query = p.d_query + (part * p.B + b0) * p.ldD;
+      if (p.need_query && kPass != Pass::kSoftmax) {
+        if constexpr (kTiles)
+          tile_query_gradient(p, s, tile, m, count, width, s.z, ld, d_query);
+        else
+          dense_gemm<T, Product::kFull, true>(count, p.Dp, m, s.z, ld, rows, ld_rows, d_query,
+                                              p.ldD, false);
+      }
       if (p.d_rows && kPass != Pass::kLogSumExp)
         dense_gemm<T>(m, p.Dp, count, s.z, ld, p.query + b0 * p.ldD, p.ldD, p.d_rows + first * p.Dp,
                       p.Dp, b0 == 0);
@@ -622,7 +648,13 @@ void instance_pass(const InstanceParams<T>& p, int64_t part) {
   NceSums<T> sums;
   switch (p.order) {
     case Order::kShared:
-      shared_pass<T, kPass>(p, s, part, sums);
+      if constexpr (kHasTiles && sizeof(T) == 4) {
+        if (p.tile_registers) {
+          shared_pass<T, kPass, true>(p, s, part, sums);
+          break;
+        }
+      }
+      shared_pass<T, kPass, false>(p, s, part, sums);
       break;
     case Order::kDirect:
       direct_pass<T, kPass>(p, s, part, sums);

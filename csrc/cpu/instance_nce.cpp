@@ -130,6 +130,12 @@ class InstanceNce {
     const int64_t work = x.B * x.K * std::max<int64_t>(x.D, 16) / kProductsOfAPart;
     p.parts = std::clamp<int64_t>(work, 1, at::get_num_threads());
 
+    // fewer queries do not fill a register
+    constexpr int64_t kLeastQueries = 16;
+    p.tile_registers = kernels.tile_registers && sizeof(T) == 4 && p.order == Order::kShared &&
+                       p.bank.storage == Storage::kBFloat16 && x.B >= kLeastQueries;
+    if (x.query.scalar_type() == at::kBFloat16) p.query_parts = 1, p.gradient_parts = 2;
+
     query_padded = padded(query, dtype, x.B, p.ldD);
     p.query = pointer<T>(query_padded);
     if (p.order == Order::kShared) {

@@ -28,6 +28,9 @@ struct InstanceParams {
   // kSoftmax: the bank's gradient, with the normaliser known
   Pass pass = Pass::kNce;
   bool need_query = false;
+  bool tile_registers = false;  // shared negatives are multiplied in them (instance_tiles.h):
+  int query_parts = 3;          // bfloat16 whose sum a number of a query is,
+  int gradient_parts = 3;       // and those that are taken of a derivative
 
   BankView bank;  // with the index of shared negatives
   // each query's own negatives: that of (b, k) is own[b * own_stride + k * own_step]

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -36,6 +37,7 @@ namespace {
 #include "simd.h"
 #include "softplus.h"
 #include "gemm.h"
+#include "tile_registers.h"
 #include "relation_kernel.h"
 #include "pairwise_kernel.h"
 #include "instance_kernel.h"
@@ -49,6 +51,7 @@ const Kernels& kernels() {
       CRRCD_ISA_NAME,
       CRRCD_VECTOR_BYTES,
       kHasPairs,
+      kHasTiles,
       nce_scratch<float>,
       nce_scratch<double>,
       nce<float>,

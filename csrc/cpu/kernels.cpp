@@ -4,7 +4,30 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef CRRCD_HAS_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace crrcd {
+
+namespace {
+
+#ifdef CRRCD_HAS_AMX
+// The processor has tiles of bfloat16 and the kernel of the system lets this process use them,
+// which it wants to be asked for once (Documentation/arch/x86/xstate.rst in its sources).
+bool tiles_permitted() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kTileAndBf16 = 1u << 24 | 1u << 22;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTileAndBf16) != kTileAndBf16) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted;
+}
+#endif
+
+}  // namespace
 
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> found;
@@ -12,7 +35,11 @@ std::vector<const Kernels*> available_kernels() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("bmi2");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::kernels());
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#ifdef CRRCD_HAS_AMX
+  if (bf16 && tiles_permitted()) found.push_back(&amx_bf16::kernels());
+#endif
+  if (bf16) found.push_back(&avx512_bf16::kernels());
   if (avx512) found.push_back(&avx512::kernels());
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("bmi2"))

@@ -6,6 +6,11 @@
 
 #include "relation_params.h"
 
+// Compilers that know the tile registers (AMX), on systems that are asked for them.
+#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#define CRRCD_HAS_AMX
+#endif
+
 namespace crrcd {
 
 namespace baseline {
@@ -15,6 +20,11 @@ const Kernels& kernels();
 namespace avx2 {
 const Kernels& kernels();
 }
+#ifdef CRRCD_HAS_AMX
+namespace amx_bf16 {
+const Kernels& kernels();
+}
+#endif
 namespace avx512_bf16 {
 const Kernels& kernels();
 }

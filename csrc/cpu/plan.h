@@ -38,32 +38,39 @@ struct Plan {
   int64_t anchor_parts = 1;
 };
 
-// The form with the fewest multiplications, zeros of hid skipped.
-inline Form choose_form(int64_t A, int64_t B, int64_t K, int64_t H, int64_t R, const Needs& need) {
-  const double sparse = 0.62, sparse_t = 0.7;  // measured shares of a dense product's time
+// The form whose products take the least time. Tile registers multiply what the Gram and the
+// triangular form need at several times the rate of the direct one, and do not skip zeros of hid.
+inline Form choose_form(int64_t A, int64_t B, int64_t K, int64_t H, int64_t R, const Needs& need,
+                        bool registers) {
+  // measured shares of a dense product's time
+  const double sparse = registers ? 1 : 0.62, sparse_t = registers ? 1 : 0.7;
+  const double rate = registers ? 8 : 1;
   const double a = double(A), b = double(B), k = double(K), h = double(H), r = double(R);
   const double rank = std::min(h, r);
   const bool inner = need.key || need.anchor;
   const double pairs = std::max(a * k, 1.0);
   // Q W, its transpose and the gradients that come back through them, once a call
   const double once = a * b * h * r * (need.query ? 2 : 1) + (need.weight ? a * b * h * r : 0);
-  double gram = sparse * h * (h + b) + (inner ? b * h : 0) +
-                (need.query || need.weight ? sparse_t * b * h : 0) +
-                (need.weight ? sparse_t * 0.75 * h * h : 0) + (once + r * h * h) / pairs;
-  double triangular = 0.7 * sparse * h * rank + sparse * h * b +
-                      (need.query ? sparse_t * b * h : 0) + (once + 8 * r * h * rank) / pairs;
-  double direct = sparse * h * r + r * b + (need.query ? r * b : 0) +
+  double gram = (sparse * h * (h + b) + (inner ? b * h : 0) +
+                 (need.query || need.weight ? sparse_t * b * h : 0) +
+                 (need.weight ? sparse_t * 0.75 * h * h : 0)) /
+                    rate +
+                (once + r * h * h) / pairs;
+  double triangular =
+      (0.7 * sparse * h * rank + sparse * h * b + (need.query ? sparse_t * b * h : 0)) / rate +
+      (once + 8 * r * h * rank) / pairs;
+  double direct = 0.62 * h * r + r * b + (need.query ? r * b : 0) +
                   (inner || need.weight ? r * b : 0) + (inner ? h * r : 0) +
-                  (need.weight ? sparse_t * h * r : 0);
+                  (need.weight ? 0.7 * h * r : 0);
   if (inner || need.weight) return direct < gram ? Form::kDirect : Form::kGram;
   if (direct < gram && direct < triangular) return Form::kDirect;
   return triangular < gram ? Form::kTriangular : Form::kGram;
 }
 
 inline Plan make_plan(int64_t A, int64_t B, int64_t K, int64_t H, int64_t R, const Needs& need,
-                      int64_t element_size, int64_t threads) {
+                      int64_t element_size, int64_t threads, bool registers) {
   Plan plan;
-  plan.form = choose_form(A, B, K, H, R, need);
+  plan.form = choose_form(A, B, K, H, R, need, registers);
   // What one tile needs at a time should stay within about half a megabyte.
   const int64_t row_bytes = element_size * (5 * H + 2 * B + 2 * R);
   plan.tile = K > 64 && 128 * row_bytes <= 640 * 1024 ? 128 : 64;
@@ -81,12 +88,12 @@ inline Plan make_plan(int64_t A, int64_t B, int64_t K, int64_t H, int64_t R, con
   return plan;
 }
 
-// Writes sizes, strides and the plan into p.
+// Writes sizes, strides and the plan into p, whose `pairs` is known.
 template <typename T>
 void describe(NceParams<T>& p, int64_t A, int64_t B, int64_t K, int64_t H, int64_t R, int64_t D,
-              const Needs& need, int64_t threads, int64_t vector_bytes) {
+              const Needs& need, int64_t threads, const Kernels& kernels) {
   constexpr int64_t kSize = sizeof(T);
-  const int64_t lanes = vector_bytes / kSize;
+  const int64_t lanes = kernels.vector_bytes / kSize;
   p.A = A, p.B = B, p.K = K, p.H = H, p.R = R, p.D = D;
   p.Bp = round_up(B, lanes), p.Hp = round_up(H, lanes);
   p.Rp = round_up(R, lanes), p.Dp = round_up(D, lanes);
@@ -94,7 +101,8 @@ void describe(NceParams<T>& p, int64_t A, int64_t B, int64_t K, int64_t H, int64
   p.ldR = leading_dimension(p.Rp, kSize), p.ldD = leading_dimension(p.Dp, kSize);
   p.need_query = need.query, p.need_key = need.key;
   p.need_anchor = need.anchor, p.need_weight = need.weight;
-  const Plan plan = make_plan(A, B, K, H, R, need, kSize, threads);
+  const Plan plan =
+      make_plan(A, B, K, H, R, need, kSize, threads, p.pairs && kernels.tile_registers);
   p.form = plan.form;
   p.tile = plan.tile;
   p.tiles_per_chunk = plan.tiles_per_chunk;

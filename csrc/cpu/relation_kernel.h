@@ -21,6 +21,7 @@ struct ChunkScratch {
   T* hid;            // [tile, ldH]
   T* hid_t;          // [Hp, ldM]
   T* norm;           // [tile, ldH] G hid, or T hid
+  T* d_hid;          // [kStrip, ldH] ds QW, with tile registers
   T* weighted;       // [tile, ldH] k hid
   T* z;              // [tile, ldB] <q_b, w>
   T* ds;             // [tile, ldB]
@@ -37,14 +38,18 @@ struct ChunkScratch {
   uint64_t* mask;    // [tile, ceil(Hp / 64)] hid > 0
   uint64_t* mask_t;  // [Hp, tile / 64]
   // bfloat16 pairs (bf16_kernel.h)
-  uint32_t* hid_pairs;       // [tile, ldH / 2] along h
-  uint32_t* hid_t_pairs;     // [Hp, ldM / 2] along n
-  uint32_t* ds_pairs;        // [tile, ldB / 2] along b
+  uint32_t* hid_pairs;       // [tile, pair_stride(Hp)] along h
+  uint32_t* hid_t_pairs;     // [Hp, pair_stride(tile)] along n
+  uint32_t* ds_pairs;        // [tile, pair_stride(Bp)] along b
   uint32_t* ds_t_pairs;      // [tile / 2, ldB] along n
   uint32_t* weighted_pairs;  // [tile / 2, ldH] along n
   uint64_t* pair_mask;       // [tile, ceil(Hp / 128)]
   uint64_t* pair_mask_t;     // [Hp, ceil(tile / 128)]
 };
+
+// Rows that go through several steps at a time with tile registers, of which they fill two: they
+// stay in the first level of the cache.
+constexpr int64_t kStrip = 32;
 
 // Carves typed arrays out of one allocation; with a null base it only measures.
 struct Carver {
@@ -64,6 +69,9 @@ CRRCD_INLINE int64_t odd_lines(int64_t n) {
   const int64_t per_line = 64 / sizeof(T);
   return ((n + per_line - 1) / per_line | 1) * per_line;
 }
+
+// Pairs of a row of n bfloat16.
+CRRCD_INLINE int64_t pair_stride(int64_t n) { return odd_lines<uint32_t>((n + 1) / 2); }
 
 CRRCD_INLINE int64_t words_of(int64_t n) { return (n + 63) / 64; }
 
@@ -89,6 +97,7 @@ size_t carve(const NceParams<T>& p, std::byte* base, ChunkScratch<T>& s) {
   s.ds = c.take<T>(m * p.ldB);
   s.ds_t = c.take<T>(direct && p.need_query ? p.Bp * ld_m : 0);
   s.w = c.take<T>(m * p.ldR);
+  s.d_hid = c.take<T>(kHasTiles && p.pairs && !direct && key_side ? kStrip * p.ldH : 0);
   s.d_w = c.take<T>(direct && (key_side || p.need_weight) ? m * p.ldR : 0);
   s.d_gram = c.take<T>(!direct && p.need_weight ? p.Hp * p.ldH : 0);
   s.d_hid_sum = c.take<T>(p.ldH);
@@ -100,9 +109,9 @@ size_t carve(const NceParams<T>& p, std::byte* base, ChunkScratch<T>& s) {
   s.mask = c.take<uint64_t>(m * words_of(p.Hp));
   s.mask_t = c.take<uint64_t>(p.Hp * (m / 64));
   const bool pairs = p.pairs && !direct;
-  s.hid_pairs = c.take<uint32_t>(pairs ? m * p.ldH / 2 : 0);
-  s.hid_t_pairs = c.take<uint32_t>(pairs && transposed ? p.Hp * ld_m / 2 : 0);
-  s.ds_pairs = c.take<uint32_t>(pairs && key_side ? m * p.ldB / 2 : 0);
+  s.hid_pairs = c.take<uint32_t>(pairs ? m * pair_stride(p.Hp) : 0);
+  s.hid_t_pairs = c.take<uint32_t>(pairs && transposed ? p.Hp * pair_stride(m) : 0);
+  s.ds_pairs = c.take<uint32_t>(pairs && key_side ? m * pair_stride(p.Bp) : 0);
   s.ds_t_pairs = c.take<uint32_t>(pairs ? m / 2 * p.ldB : 0);
   s.weighted_pairs = c.take<uint32_t>(pairs && p.need_weight ? m / 2 * p.ldH : 0);
   s.pair_mask = c.take<uint64_t>(pairs ? m * words_of(p.Hp / 2) : 0);
@@ -471,8 +480,9 @@ void triangular_norms(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m
   }
 }
 
-// The same from G hid in s.norm: |w|^2 = hid' G hid, or from w itself where that cancels.
-template <typename T>
+// The same from G hid in s.norm: |w|^2 = hid' G hid, or from w itself where that cancels. Without
+// masks every unit of hid is walked then.
+template <typename T, bool kMasks = true>
 void gram_norms(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m) {
   using V = typename Simd<T>::V;
   constexpr int kLanes = Simd<T>::kLanes;
@@ -492,8 +502,11 @@ void gram_norms(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m) {
     if (!(total > p.cancellation * (horizontal_sum<T>(length) + p.norm_constant))) {
       T* w = s.w + n * p.ldR;
       if (p.bias) fill_rows(1, p.Rp, p.bias, w, p.ldR);
-      sparse_gemm<T>(1, p.Rp, p.Hp, hid, p.ldH, s.mask + n * words, words, p.weight_t, p.ldR, w,
-                     p.ldR, !p.bias, false);
+      if (kMasks)
+        sparse_gemm<T>(1, p.Rp, p.Hp, hid, p.ldH, s.mask + n * words, words, p.weight_t, p.ldR, w,
+                       p.ldR, !p.bias, false);
+      else
+        dense_gemm<T>(1, p.Rp, p.Hp, hid, p.ldH, p.weight_t, p.ldR, w, p.ldR, !p.bias);
       total = dot(p.Rp, w, w);
     }
     s.inverse[n] = inverse_norm_of(total);
@@ -589,6 +602,10 @@ void forward_products(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t m
                  p.ldB, !p.qc, true);
 }
 
+// Columns of a block of d_gram, of whose blocks those above the diagonal are not made.
+template <typename T>
+constexpr int64_t kGramBlock = 4 * Simd<T>::kLanes;
+
 // ds' hid into d_qw_t and hid' (k hid) into d_gram, Gram and triangular form.
 template <typename T, Product kProduct>
 void transposed_products(const NceParams<T>& p, int64_t k, const T* hid_t, int64_t ld_hid_t,
@@ -598,7 +615,7 @@ void transposed_products(const NceParams<T>& p, int64_t k, const T* hid_t, int64
     sparse_gemm<T, kProduct>(p.H, p.Bp, k, hid_t, ld_hid_t, mask_t, words, ds, p.ldB,
                              p.d_qw_t + slice * p.Hp * p.ldB, p.ldB, false, false);
   if (p.need_weight) {
-    constexpr int64_t kWidth = 4 * Simd<T>::kLanes;
+    constexpr int64_t kWidth = kGramBlock<T>;
     for (int64_t j = 0; j < p.H; j += kWidth)  // symmetric: rows from the diagonal block on
       sparse_gemm<T, kProduct>(p.H - j, p.Hp - j < kWidth ? p.Hp - j : kWidth, k,
                                hid_t + j * ld_hid_t, ld_hid_t, mask_t + j * words, words,
@@ -765,6 +782,7 @@ CRRCD_INLINE int64_t keys_in(const NceParams<T>& p, int64_t tile) {
 
 template <typename T, Pass kPass>
 void nce_pass(const NceParams<T>& p, int64_t part) {
+  const TileRegisters registers(kHasPairs && p.pairs);
   ChunkScratch<T> s;
   carve(p, p.scratch + part * p.scratch_bytes, s);
   const int64_t key_part = part / p.anchor_parts, anchor_part = part % p.anchor_parts;

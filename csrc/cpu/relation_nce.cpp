@@ -84,8 +84,7 @@ class RelationNce {
 
  private:
   void set_up() {
-    describe(p, x.A, x.B, x.K, x.H, x.R, x.D, needs_of(x.need), at::get_num_threads(),
-             kernels.vector_bytes);
+    describe(p, x.A, x.B, x.K, x.H, x.R, x.D, needs_of(x.need), at::get_num_threads(), kernels);
     parts = p.key_parts * p.anchor_parts;
 
     bank = x.bank.stride(1) == 1 ? x.bank : x.bank.contiguous();

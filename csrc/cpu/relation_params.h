@@ -138,7 +138,8 @@ struct DifferenceParams;  // difference_params.h
 struct Kernels {
   const char* isa;
   int vector_bytes;
-  bool bf16_pairs;  // multiplies bfloat16 operands as they are
+  bool bf16_pairs;      // multiplies bfloat16 operands as they are
+  bool tile_registers;  // and does so in tile registers
   size_t (*nce_scratch_f32)(const NceParams<float>&);
   size_t (*nce_scratch_f64)(const NceParams<double>&);
   void (*nce_f32)(const NceParams<float>&, int64_t part);

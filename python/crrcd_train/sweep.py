@@ -98,7 +98,7 @@ class FacesSweep(_Swept, faces.FacesConfig):
         found.check()
         return found
 
-    def run(self, output: Path, fresh: bool, command: str) -> None:
+    def carry_out(self, output: Path, fresh: bool, command: str) -> None:
         faces.run(self.expanded(), output, fresh=fresh, command=command)
 
     def measured(self, output: Path) -> dict[str, list[dict[str, float]]]:
@@ -135,7 +135,7 @@ class ClassificationSweep(_Swept, Config):
         found.check()
         return found
 
-    def run(self, output: Path, fresh: bool, command: str) -> None:
+    def carry_out(self, output: Path, fresh: bool, command: str) -> None:
         study.run(self.expanded(), output, fresh=fresh, command=command)
 
     def measured(self, output: Path) -> dict[str, list[dict[str, float]]]:
@@ -155,7 +155,7 @@ KINDS: dict[str, Any] = {"faces": FacesSweep, "classification": ClassificationSw
 
 def run(config: Any, output: Path, *, fresh: bool, command: str) -> None:
     """Runs what is left of the sweep; raises what the study of its kind raises."""
-    config.run(output, fresh, command)
+    config.carry_out(output, fresh, command)
 
 
 def report(
