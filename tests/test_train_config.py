@@ -115,8 +115,8 @@ def test_the_shipped_study_of_faces_is_valid() -> None:
     (path,) = set(FILES) - set(STUDIES)
     read = config.load(path, (), faces.FacesConfig)
     assert set(read.faces.rivals) < set(read.faces.methods)
-    method, own = faces.resolve(read, "crd, tau 0.1")
-    assert (method, own.crd.temperature, read.crd.temperature) == ("crd", 0.1, 0.2)
+    method, own = faces.resolve(read, "crd, as published")
+    assert (method, own.crd.temperature, read.crd.temperature) == ("crd", 0.07, 0.2)
 
 
 def test_settings_of_one_method_and_size(tmp_path: Path) -> None:

@@ -6,8 +6,7 @@
 constexpr bool kHasTiles = true;
 
 // Every register holds 16 rows of 64 bytes: of A, 16 rows of 16 pairs; of B, 16 pairs of rows of 16
-// columns; of C, 16 x 16 sums. A thread has them, if it wants
-// them, as long as this lives.
+// columns; of C, 16 x 16 sums. A thread that wants them has them as long as this lives.
 class TileRegisters {
  public:
   explicit TileRegisters(bool wanted) : used(wanted) {

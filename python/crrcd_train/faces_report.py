@@ -26,7 +26,7 @@ NAMES = {
     "cosine": "cosine regression",
     "cosine+rkd": "cosine regression + RKD",
     "crd": "CRD",
-    "crcd": "CRCD, as published",
+    "crcd": "CRCD",
     "crrcd": "CRRCD, FRM",
     "crrcd-difference": "CRRCD, difference",
     "ce": "cross-entropy with labels",
