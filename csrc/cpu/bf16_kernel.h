@@ -66,6 +66,18 @@ CRRCD_INLINE const float* as_float(const uint32_t* pairs) {
   return reinterpret_cast<const float*>(pairs);
 }
 
+// C (+)= A B of pairs: by tiles, which multiply faster than zeros can be skipped and do not read
+// the mask, or by sparse_gemm.
+inline void pair_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,
+                      const uint64_t* mask, int64_t words, const float* b, int64_t ldb, float* c,
+                      int64_t ldc, bool zero) {
+#ifdef CRRCD_TILE_REGISTERS
+  tile_gemm(m, n, k, a, lda, b, ldb, c, ldc, zero);
+#else
+  sparse_gemm<float, Product::kPairs>(m, n, k, a, lda, mask, words, b, ldb, c, ldc, zero, false);
+#endif
+}
+
 // forward_products of pairs.
 inline void products_of_pairs(const NceParams<float>& p, const ChunkScratch<float>& s, int64_t m,
                               int64_t a) {
@@ -79,22 +91,20 @@ inline void products_of_pairs(const NceParams<float>& p, const ChunkScratch<floa
   if (p.form == Form::kTriangular && kHasTiles) {
     constexpr int64_t kPanel = 64;
     for (int64_t j = 0; j < rank; j += kPanel)  // T[i, h] = 0 for h < i
-      masked_gemm<float, kPairs>(m, rank - j < kPanel ? rank - j : kPanel, (p.Hp - j) / 2,
-                                 hid + j / 2, stride, nullptr, 0, norm_pairs + j / 2 * p.ldH + j,
-                                 p.ldH, s.norm + j, p.ldH, !p.norm_bias, false);
+      pair_gemm(m, rank - j < kPanel ? rank - j : kPanel, (p.Hp - j) / 2, hid + j / 2, stride,
+                nullptr, 0, norm_pairs + j / 2 * p.ldH + j, p.ldH, s.norm + j, p.ldH, !p.norm_bias);
     triangular_norms(p, s, m);
   } else if (p.form == Form::kTriangular) {
     triangular_product<float, kPairs>(m, rank, p.Hp / 2, 2, hid, stride, s.pair_mask, pair_words,
                                       norm_pairs, p.ldH, s.norm, p.ldH, !p.norm_bias);
     triangular_norms(p, s, m);
   } else {
-    masked_gemm<float, kPairs>(m, p.Hp, p.Hp / 2, hid, stride, s.pair_mask, pair_words, norm_pairs,
-                               p.ldH, s.norm, p.ldH, !p.norm_bias, false);
+    pair_gemm(m, p.Hp, p.Hp / 2, hid, stride, s.pair_mask, pair_words, norm_pairs, p.ldH, s.norm,
+              p.ldH, !p.norm_bias);
     gram_norms<float, !kHasTiles>(p, s, m);
   }
-  masked_gemm<float, kPairs>(m, p.Bp, p.Hp / 2, hid, stride, s.pair_mask, pair_words,
-                             as_float(p.qw_t_pairs + a * p.Hp / 2 * p.ldB), p.ldB, s.z, p.ldB,
-                             !p.qc, false);
+  pair_gemm(m, p.Bp, p.Hp / 2, hid, stride, s.pair_mask, pair_words,
+            as_float(p.qw_t_pairs + a * p.Hp / 2 * p.ldB), p.ldB, s.z, p.ldB, !p.qc);
 }
 
 // f(first, count) for strips of n.
@@ -190,8 +200,8 @@ inline void backward_pairs(const NceParams<float>& p, const ChunkScratch<float>&
     const int64_t stride = pair_stride(p.Bp);
     if (kHasTiles)
       for_strips(m, [&](int64_t n, int64_t count) {
-        masked_gemm<float, kPairs>(count, p.Hp, p.Bp / 2, ds + n * stride, stride, nullptr, 0, qw,
-                                   p.ldH, s.d_hid, p.ldH, true, false);
+        pair_gemm(count, p.Hp, p.Bp / 2, ds + n * stride, stride, nullptr, 0, qw, p.ldH, s.d_hid,
+                  p.ldH, true);
         cut_gradient(count, p.Hp, s.d_hid, s.norm + n * p.ldH, s.hid + n * p.ldH, p.ldH,
                      s.coefficient + n, d_x ? d_x + n * p.ldH : nullptr, d_anchor);
       });
@@ -207,14 +217,12 @@ inline void backward_pairs(const NceParams<float>& p, const ChunkScratch<float>&
     for_strips(p.H, [&](int64_t h, int64_t count) {
       hidden_column_pairs(p.tile, count, anchor + h, x_t + h * ld_m, ld_m, s.hid_t_pairs, nullptr);
       if (p.need_query)
-        masked_gemm<float, kPairs>(count, p.Bp, p.tile / 2, hid_t, stride_m, nullptr, 0,
-                                   as_float(s.ds_t_pairs), p.ldB,
-                                   p.d_qw_t + (slice * p.Hp + h) * p.ldB, p.ldB, false, false);
+        pair_gemm(count, p.Bp, p.tile / 2, hid_t, stride_m, nullptr, 0, as_float(s.ds_t_pairs),
+                  p.ldB, p.d_qw_t + (slice * p.Hp + h) * p.ldB, p.ldB, false);
       const int64_t width = (h / kGramBlock<float> + 1) * kGramBlock<float>;
       if (p.need_weight)
-        masked_gemm<float, kPairs>(count, p.Hp < width ? p.Hp : width, p.tile / 2, hid_t, stride_m,
-                                   nullptr, 0, as_float(s.weighted_pairs), p.ldH,
-                                   s.d_gram + h * p.ldH, p.ldH, false, false);
+        pair_gemm(count, p.Hp < width ? p.Hp : width, p.tile / 2, hid_t, stride_m, nullptr, 0,
+                  as_float(s.weighted_pairs), p.ldH, s.d_gram + h * p.ldH, p.ldH, false);
     });
   } else {
     hidden_column_pairs(p.tile, p.H, anchor, x_t, ld_m, s.hid_t_pairs, s.pair_mask_t);

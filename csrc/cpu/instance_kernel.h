@@ -51,6 +51,9 @@ CRRCD_INLINE int64_t tile_rows(const InstanceParams<T>& p) {
   return int64_t(1) << p.tile_shift;
 }
 
+// What tile registers read of n rows or columns: those that are missing are zero.
+CRRCD_INLINE int64_t whole_strips(int64_t n) { return (n + kStrip - 1) / kStrip * kStrip; }
+
 template <typename T>
 size_t carve(const InstanceParams<T>& p, std::byte* base, InstanceScratch<T>& s) {
   Carver c{base};
@@ -66,7 +69,7 @@ size_t carve(const InstanceParams<T>& p, std::byte* base, InstanceScratch<T>& s)
   s.partial = c.take<T>(shared ? 0 : kChunk * Simd<T>::kLanes);
   s.ids = c.take<uint64_t>(shared && p.query_id ? kFilterWords : 0);
   s.labels = c.take<uint64_t>(shared && p.query_label ? kFilterWords : 0);
-  const int64_t depth = (p.D + 31) / 32 * 32, wanted = p.tile_registers ? 1 : 0;
+  const int64_t depth = whole_strips(p.D), wanted = p.tile_registers ? 1 : 0;
   s.query_pairs = c.take<uint32_t>(wanted * p.query_parts * depth / 2 * p.ldB);
   s.row_pairs = c.take<uint32_t>(wanted * kKeyTile * pair_stride(depth));
   s.key_pairs = c.take<uint32_t>(wanted * kKeyTile / 2 * p.ldD);

@@ -105,15 +105,10 @@ CRRCD_INLINE void with_parts(int parts, const F& f) {
   if (parts == 3) f.template operator()<3>();
 }
 
-inline int64_t depth(const InstanceParams<float>& p) { return (p.D + 31) / 32 * 32; }
-
-// Rows of a tile that registers read: what is missing of them is zero.
-CRRCD_INLINE int64_t padded_rows(int64_t m) { return (m + 31) / 32 * 32; }
-
 inline void split_queries(const InstanceParams<float>& p, const InstanceScratch<float>& s) {
   with_parts(p.query_parts, [&]<int kParts>() {
-    split_columns<kParts>(p.D, depth(p), p.Bp, p.query_t, p.ldB, s.query_pairs, p.ldB,
-                          depth(p) / 2 * p.ldB);
+    split_columns<kParts>(p.D, whole_strips(p.D), p.Bp, p.query_t, p.ldB, s.query_pairs, p.ldB,
+                          whole_strips(p.D) / 2 * p.ldB);
   });
 }
 
@@ -125,8 +120,9 @@ struct TileRows {
 inline TileRows load_pairs(const InstanceParams<float>& p, const InstanceScratch<float>& s,
                            int64_t first, int64_t m) {
   const auto* bank = static_cast<const uint16_t*>(p.bank.data);
-  const int64_t rows = padded_rows(m);
-  TileRows tile{{as_float(s.row_pairs), pair_stride(depth(p))}, {as_float(s.key_pairs), p.ldD}};
+  const int64_t rows = whole_strips(m);
+  TileRows tile{{as_float(s.row_pairs), pair_stride(whole_strips(p.D))},
+                {as_float(s.key_pairs), p.ldD}};
   if (!p.bank.index && m == rows && p.D % 32 == 0 && p.bank.row_stride % 2 == 0) {
     tile.along.at = reinterpret_cast<const float*>(bank + first * p.bank.row_stride);
     tile.along.ld = p.bank.row_stride / 2;
@@ -136,7 +132,7 @@ inline TileRows load_pairs(const InstanceParams<float>& p, const InstanceScratch
       const int64_t row = n >= m ? 0 : p.bank.index ? p.bank.index[first + n] : first + n;
       const int64_t width = n < m ? p.D : 0;
       __builtin_memcpy(out, bank + row * p.bank.row_stride, width * sizeof(uint16_t));
-      __builtin_memset(out + width, 0, (depth(p) - width) * sizeof(uint16_t));
+      __builtin_memset(out + width, 0, (whole_strips(p.D) - width) * sizeof(uint16_t));
     }
   }
   const auto* pairs = reinterpret_cast<const uint16_t*>(tile.along.at);
@@ -157,9 +153,10 @@ inline void tile_products(const InstanceParams<float>& p, const InstanceScratch<
                           const TileRows& tile, int64_t n, int64_t count, int64_t b0, int64_t width,
                           float* z, int64_t ld) {
   const Pairs rows{tile.along.at + n * tile.along.ld, tile.along.ld};
-  const Pairs queries{as_float(s.query_pairs) + b0, p.ldB, depth(p) / 2 * p.ldB};
+  const Pairs queries{as_float(s.query_pairs) + b0, p.ldB, whole_strips(p.D) / 2 * p.ldB};
   with_parts(p.query_parts, [&]<int kParts>() {
-    tile_product<1, kParts>(padded_rows(count), width, depth(p) / 2, rows, queries, z, ld, true);
+    tile_product<1, kParts>(whole_strips(count), width, whole_strips(p.D) / 2, rows, queries, z, ld,
+                            true);
   });
 }
 
@@ -167,7 +164,7 @@ inline void tile_products(const InstanceParams<float>& p, const InstanceScratch<
 inline void tile_query_gradient(const InstanceParams<float>& p, const InstanceScratch<float>& s,
                                 const TileRows& tile, int64_t m, int64_t count, int64_t width,
                                 const float* z, int64_t ld, float* d_query) {
-  const int64_t rows = padded_rows(m), ld_pairs = pair_stride(kKeyTile);
+  const int64_t rows = whole_strips(m), ld_pairs = pair_stride(kKeyTile);
   const int64_t distance = kQueryBlock * ld_pairs;
   with_parts(p.gradient_parts, [&]<int kParts>() {
     split_transposed<kParts>(rows, width, z, ld, s.z_pairs, ld_pairs, distance);

@@ -127,16 +127,3 @@ struct TileRegisters {
 };
 
 #endif
-
-// C (+)= A B by sparse_gemm, or of pairs by tiles, which multiply faster than zeros can be skipped:
-// the mask is not read then.
-template <typename T, Product kProduct>
-CRRCD_INLINE void masked_gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda,
-                              const uint64_t* mask, int64_t words, const T* b, int64_t ldb, T* c,
-                              int64_t ldc, bool zero, bool pair_rows) {
-#ifdef CRRCD_TILE_REGISTERS
-  if constexpr (kProduct == Product::kPairs)
-    return tile_gemm(m, n, k, a, lda, b, ldb, c, ldc, zero);
-#endif
-  sparse_gemm<T, kProduct>(m, n, k, a, lda, mask, words, b, ldb, c, ldc, zero, pair_rows);
-}
