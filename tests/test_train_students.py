@@ -134,6 +134,25 @@ def test_views_table_equals_live(channels: int, resize: str) -> None:
     assert 0 <= float(live.all().min()) < float(live.all().max()) <= 255 or resize == "bicubic"
 
 
+@pytest.mark.parametrize("megabytes", [0, 512])
+def test_views_of_some_of_the_images(megabytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = settings().pixels
+    pixels.cache_megabytes = megabytes
+    every, rows = students.Views(canvases(), 5, pixels), torch.tensor([7, 2, 2, 11])
+    expected, plain = every.all()[:, rows], every.plain(rows)
+    if megabytes:  # looked up, not made again
+        monkeypatch.setattr(students.Views, "_make", None)
+    some = every.keep(rows)
+    assert len(some) == 4 and torch.equal(some.all(), expected)
+    assert torch.equal(plain, expected[0])
+
+
+def test_plain_views_need_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(students.Views, "_every", None)
+    views = students.Views(canvases(), 8, settings().pixels)
+    assert torch.equal(views.plain(torch.arange(12)), F.avg_pool2d(canvases().float(), 2))
+
+
 def test_views_shift_and_mirror() -> None:
     images = canvases()
     views = students.Views(images, 8, settings().pixels)

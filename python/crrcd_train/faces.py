@@ -288,9 +288,26 @@ def _material(path: Path, modified: int, pixels: tuple[tuple[str, Any], ...]) ->
     return Material(found, canvases, stored["vectors"], stored["small"])
 
 
-def material(config: FacesConfig, output: Path) -> Material:
+@functools.lru_cache(maxsize=1)
+def _views(
+    path: Path, modified: int, pixels: tuple[tuple[str, Any], ...], size: int
+) -> students.Views:
+    canvases = _material(path, modified, pixels).canvases
+    return students.Views(canvases, size, students.Pixels(**dict(pixels)))
+
+
+def _read(config: FacesConfig, output: Path) -> tuple[Path, int, tuple[tuple[str, Any], ...]]:
     path = output / TEACHER
-    return _material(path, path.stat().st_mtime_ns, tuple(asdict(config.pixels).items()))
+    return path, path.stat().st_mtime_ns, tuple(asdict(config.pixels).items())
+
+
+def material(config: FacesConfig, output: Path) -> Material:
+    return _material(*_read(config, output))
+
+
+def views(config: FacesConfig, output: Path, size: int) -> students.Views:
+    """What students of `size` see of all pictures; kept from one split to the next."""
+    return _views(*_read(config, output), size)
 
 
 def _work(job: Job, watcher: Watcher, say: Callable[[str], None]) -> dict[str, Any]:
@@ -298,9 +315,8 @@ def _work(job: Job, watcher: Watcher, say: Callable[[str], None]) -> dict[str, A
     identity = checkpoint.load(job.output / TEACHER)["identity"]
     job.folder.mkdir(parents=True, exist_ok=True)
     gallery, probes = people.split(own.people, job.enrolled, config.faces.probes, job.split)
-    views = students.Views(own.canvases[gallery], job.size, config.pixels)
-    shown = students.Views(own.canvases[probes], job.size, config.pixels)
-    images = shown.plain(torch.arange(len(probes)))
+    every = views(config, job.output, job.size)
+    shown, images = every.keep(gallery), every.plain(probes)
     steps = config.optim.steps * sum(
         resolve(config, label)[0] not in CLOSED for label in job.methods
     )
@@ -308,7 +324,7 @@ def _work(job: Job, watcher: Watcher, say: Callable[[str], None]) -> dict[str, A
     for label in job.methods:
         started = time.monotonic()
         result, kept = _evaluate(
-            label, job, own, gallery, probes, views, images, pool.Part(watcher)
+            label, job, own, gallery, probes, shown, images, pool.Part(watcher)
         )
         result["seconds"] = round(time.monotonic() - started, 2)
         result["settings"] = used_settings(config, label, identity)
@@ -327,7 +343,7 @@ def _evaluate(
     own: Material,
     gallery: Tensor,
     probes: Tensor,
-    views: students.Views,
+    shown: students.Views,
     images: Tensor,
     watcher: Watcher,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -347,12 +363,12 @@ def _evaluate(
         kept["embedded"] = students.space(own.small[str(job.size)][probes], center)
         scores = kept["embedded"] @ entries.T
     elif method == "ridge":
-        regression = students.ridge(views, own.vectors[gallery], config.ridge.alpha)
+        regression = students.ridge(shown, own.vectors[gallery], config.ridge.alpha)
         kept["embedded"] = regression(images)
         scores = kept["embedded"] @ entries.T
     else:
         trained = students.train(
-            views,
+            shown,
             own.vectors[gallery],
             labels[gallery],
             config,

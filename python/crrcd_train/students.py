@@ -6,10 +6,11 @@ is compared with the teacher's embeddings of large ones. Nothing here knows what
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -165,31 +166,46 @@ def on_canvas(image: Any, pixels: Pixels) -> Tensor:
 class Views:
     """A student's images of canvases uint8 [N, C, canvas, canvas], in every variant.
 
-    Made beforehand where they fit in pixels.cache_megabytes, else when a batch asks for them.
+    The variants are made together, at the first batch, where they fit in pixels.cache_megabytes,
+    else when a batch asks for them.
     """
 
     def __init__(self, canvases: Tensor, size: int, pixels: Pixels) -> None:
-        self.canvases, self.size, self.mode = canvases, size, pixels.resize
+        self.canvases, self.size, self.pixels = canvases, size, replace(pixels)
         self.variants = Variants.of(pixels, padding="replicate")
-        count, channels = canvases.shape[:2]
-        bytes_needed = 4 * len(self.variants) * count * channels * size**2
-        self.table: Tensor | None = None
-        if bytes_needed <= pixels.cache_megabytes * 2**20:
-            every = torch.arange(count)
-            self.table = torch.stack(
-                [
-                    torch.cat([self._make(part, variant) for part in every.split(256)])
-                    for variant in range(len(self.variants))
-                ]
-            )
 
     def __len__(self) -> int:
         return len(self.canvases)
 
+    @functools.cached_property
+    def table(self) -> Tensor | None:
+        """Every variant of every image [V, N, C, size, size], None where that is too much."""
+        count, channels = self.canvases.shape[:2]
+        bytes_needed = 4 * len(self.variants) * count * channels * self.size**2
+        return self._every() if bytes_needed <= self.pixels.cache_megabytes * 2**20 else None
+
+    def keep(self, rows: Tensor) -> Views:
+        """The views of some of the images; a table of all is not made again."""
+        found = Views(self.canvases[rows], self.size, self.pixels)
+        if self.table is not None:
+            found.table = self.table[:, rows]
+        return found
+
+    def _every(self) -> Tensor:
+        every = torch.arange(len(self))
+        return torch.stack([self._make(every, v) for v in range(len(self.variants))])
+
     def _make(self, rows: Tensor, variant: int | Tensor) -> Tensor:
         chosen = torch.as_tensor(variant).expand(len(rows))
-        images = self.variants.apply(self.canvases[rows].float(), chosen)
-        return resize(images, self.size, self.mode)
+        parts = [
+            resize(
+                self.variants.apply(self.canvases[some].float(), which),
+                self.size,
+                self.pixels.resize,
+            )
+            for some, which in zip(rows.split(256), chosen.split(256), strict=True)
+        ]
+        return torch.cat(parts)
 
     def batch(self, rows: Tensor, variants: Tensor) -> Tensor:
         """Float [B, C, size, size] in [0, 255]."""
@@ -198,14 +214,11 @@ class Views:
         return self._make(rows, variants)
 
     def plain(self, rows: Tensor) -> Tensor:
-        return self.batch(rows, torch.zeros_like(rows))
+        return self._make(rows, 0)
 
     def all(self) -> Tensor:
         """Every variant of every image [V, N, C, size, size]; for closed forms on small sets."""
-        if self.table is not None:
-            return self.table
-        every = torch.arange(len(self))
-        return torch.stack([self._make(every, v) for v in range(len(self.variants))])
+        return self._every() if self.table is None else self.table
 
 
 class Student(nn.Module):
