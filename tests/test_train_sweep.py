@@ -28,13 +28,19 @@ def test_every_point_is_a_variant_with_one_number_changed():
         sweep.FacesSweep,
     )
     study = read.expanded()
-    points = 2 * (2 + len(read.sweep.temperature))
-    assert len(study.faces.variants) == points and len(study.faces.methods) == points + 1
+    # "all" is the setting as it is, and 0.1 too: one run for both.
+    points = 2 * (2 + len(read.sweep.temperature) - 2)
+    assert len(study.faces.variants) == points
+    assert study.faces.methods[0] == "cosine"
+    assert set(study.faces.methods[1:]) == {"crd", "crrcd-difference", *study.faces.variants}
+    assert len(study.faces.methods) == 1 + 2 + points
     variant = study.faces.variants["crrcd-difference negatives=8"]
     assert (variant.method, variant.set) == ("crrcd-difference", {"difference.negatives": 8})
-    other = config.load(None, [], sweep.ClassificationSweep).expanded()
+    other = config.load(None, ["crcd.temperature=0.05"], sweep.ClassificationSweep).expanded()
     assert other.study.methods[0] == "ce"
     assert other.study.variants["crcd temperature=0.02"].set == {"crcd.temperature": 0.02}
+    assert "crcd temperature=0.05" not in other.study.variants
+    assert other.study.variants["crcd temperature=0.1"].set == {"crcd.temperature": 0.1}
 
 
 @pytest.mark.parametrize(

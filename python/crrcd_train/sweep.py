@@ -30,14 +30,10 @@ class Sweep:
         return [(axis, value) for axis in AXES for value in getattr(self, axis)]
 
 
-def _label(method: str, axis: str, value: Any) -> str:
-    return f"{method} {axis}={value}"
-
-
 class _Swept:
     """What the two kinds share: a table `sweep`, beside the settings of the study they are."""
 
-    LOSSES: ClassVar[tuple[str, ...]]
+    TABLES: ClassVar[dict[str, str]]  # every loss and the table of its settings
     BASELINE: ClassVar[str]
     UNIT: ClassVar[str]
     sweep: Sweep
@@ -45,9 +41,9 @@ class _Swept:
     def check_sweep(self) -> None:
         wanted = self.sweep
         for method in wanted.methods:
-            if method not in self.LOSSES:
+            if method not in self.TABLES:
                 raise UserError(
-                    f"config key sweep.methods: expected some of {', '.join(self.LOSSES)}, "
+                    f"config key sweep.methods: expected some of {', '.join(self.TABLES)}, "
                     f"got {method!r}"
                 )
         if not wanted.points():
@@ -62,8 +58,24 @@ class _Swept:
 
     def grid(self) -> list[tuple[str, str, Any]]:
         """Method, axis and value of every point."""
-        methods = self.sweep.methods or self.LOSSES
+        methods = self.sweep.methods or self.TABLES
         return [(method, *point) for method in methods for point in self.sweep.points()]
+
+    def label(self, method: str, axis: str, value: Any) -> str:
+        """Names a point; the one that changes nothing is the method as it is, on both axes."""
+        unchanged = value == getattr(getattr(self, self.TABLES[method]), axis)
+        return method if unchanged else f"{method} {axis}={value}"
+
+    def variants(self) -> dict[str, Variant]:
+        return {
+            label: Variant(method, {f"{self.TABLES[method]}.{axis}": value})
+            for method, axis, value in self.grid()
+            if (label := self.label(method, axis, value)) != method
+        }
+
+    def methods(self) -> list[str]:
+        points = (self.label(*point) for point in self.grid())
+        return [self.BASELINE, *dict.fromkeys(points)]
 
     def without_sweep(self) -> dict[str, Any]:
         return {key: value for key, value in settings.to_dict(self).items() if key != "sweep"}
@@ -73,7 +85,7 @@ class _Swept:
 class FacesSweep(_Swept, faces.FacesConfig):
     """At one size and one number of enrolled pictures; what is "all" depends on the latter."""
 
-    LOSSES = tuple(students.LOSSES)
+    TABLES: ClassVar = {loss: table for loss, (_, table) in students.LOSSES.items()}
     BASELINE = "cosine"
     UNIT = "rank-1, %"
     faces: faces.Faces = field(
@@ -88,13 +100,7 @@ class FacesSweep(_Swept, faces.FacesConfig):
     def expanded(self) -> faces.FacesConfig:
         """The study that this sweep is: a variant for every point of the grid."""
         found = settings.from_dict(self.without_sweep(), faces.FacesConfig)
-        found.faces.variants = {
-            _label(method, axis, value): Variant(
-                method, {f"{students.LOSSES[method][1]}.{axis}": value}
-            )
-            for method, axis, value in self.grid()
-        }
-        found.faces.methods = ["cosine", *found.faces.variants]
+        found.faces.variants, found.faces.methods = self.variants(), self.methods()
         found.check()
         return found
 
@@ -115,7 +121,7 @@ class FacesSweep(_Swept, faces.FacesConfig):
 
 @dataclass
 class ClassificationSweep(_Swept, Config):
-    LOSSES = tuple(CONTRASTIVE)
+    TABLES: ClassVar = {loss: loss for loss in CONTRASTIVE}
     BASELINE = "ce"
     UNIT = "accuracy, %"
     study: settings.Study = field(default_factory=lambda: settings.Study(sizes=[7]))
@@ -127,11 +133,7 @@ class ClassificationSweep(_Swept, Config):
 
     def expanded(self) -> Config:
         found = settings.from_dict(self.without_sweep(), Config)
-        found.study.variants = {
-            _label(method, axis, value): Variant(method, {f"{method}.{axis}": value})
-            for method, axis, value in self.grid()
-        }
-        found.study.methods = ["ce", *found.study.variants]
+        found.study.variants, found.study.methods = self.variants(), self.methods()
         found.check()
         return found
 
@@ -171,7 +173,7 @@ def report(
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     curves: dict[str, dict[str, list[tuple[Any, list[float], list[float]]]]] = {}
     for method, axis, value in config.grid():
-        mine = measured.get(_label(method, axis, value))
+        mine = measured.get(config.label(method, axis, value))
         if not mine:
             continue
         scores, times = [m["accuracy"] for m in mine], [m["ms"] for m in mine]
