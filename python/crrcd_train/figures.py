@@ -378,11 +378,12 @@ def embeddings(
         axis.set_title(title)
         axis.set_xticks([])
         axis.set_yticks([])
-    if len(classes) <= 20:
+    named = len(classes) <= 20
+    if named:
         handles, names = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, names, loc="lower center", ncols=5, markerscale=3, fontsize=9)
     figure.suptitle(heading)
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.tight_layout(rect=(0, 0.09 if named else 0, 1, 1))
     return figure
 
 
