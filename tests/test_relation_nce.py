@@ -200,6 +200,19 @@ def test_error_budget_with_an_ill_conditioned_weight(backend, dtype, objective, 
     assert_within_budget(cases, backend, dtype)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="Triton is not installed")
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [DIFFERENTIABLE, ("query",)], ids=["all", "query"])
+def test_error_budget_of_several_blocks(dtype, objective, wanted, monkeypatch):
+    from crrcd_ext.triton import configs
+
+    small = configs.Config(16, 4, 1, queries=16, features=32, depth=16)
+    monkeypatch.setattr(configs, "INTERPRETER", small)
+    cases = [make(2, 20, 40, 40, 36, 10, 50, objective=objective, ids=True)]
+    assert_within_budget(cases, "triton", dtype, wanted=wanted)
+
+
 def null_space_case(objective: str, seed: int, distance_to_it: float, bias: bool) -> dict:
     """Hidden vectors that the weight all but annihilates, so that |W hid|^2 cancels."""
     case = make(4, 6, 40, 24, 16, 24, 40, bias=False, objective=objective, seed=seed)

@@ -16,8 +16,9 @@ log = logging.getLogger("crrcd_ext")
 
 class Config(NamedTuple):
     """Keys that a program takes at a time, warps, stages of the pipeline, the largest blocks of
-    queries, of features or hidden units, and of anchors, and how many registers NVIDIA's ptxas may
-    give a thread (None: what it thinks best)."""
+    queries, of features or hidden units, and of anchors, how many registers NVIDIA's ptxas may give
+    a thread (None: what it thinks best), and the largest block of hidden units whose products with
+    the weight are summed at a time."""
 
     keys: int
     warps: int
@@ -26,6 +27,7 @@ class Config(NamedTuple):
     features: int = 128
     anchors: int = 1
     registers: int | None = None
+    depth: int = 128
 
 
 INTERPRETER = Config(keys=32, warps=4, stages=1)
@@ -41,19 +43,23 @@ DEFAULTS: dict[str, dict[str, Config]] = {
         "bfloat16": Config(128, 8, 1),
         "sm_80 bfloat16": Config(64, 4, 1),
         "tf32": Config(32, 8, 1),
-        "float32": Config(32, 8, 1, queries=16, features=32, registers=255),
+        "float32": Config(16, 8, 1, registers=255, depth=16),
         "float64": Config(16, 4, 1, queries=16, features=32),
     },
     "live_logits": {  # of keys that want gradients
         "bfloat16": Config(128, 8, 1),
         "sm_90 bfloat16": Config(64, 8, 1),
         "tf32": Config(32, 8, 1),
-        "float32": Config(32, 8, 1, queries=16, features=32, registers=255),
+        "float32": Config(16, 8, 1, queries=32, registers=128, depth=16),
         "float64": Config(16, 4, 1, queries=16, features=32),
     },
     "norms": {
         "bfloat16": Config(128, 8, 1),
         "tf32": Config(64, 8, 1),
+    },
+    "direct_keys": {
+        "float32": Config(32, 8, 1, depth=16),
+        "float64": Config(16, 4, 1, queries=16, features=32, depth=16),
     },
     "keys": {
         "bfloat16": Config(64, 8, 1),
@@ -71,14 +77,14 @@ DEFAULTS: dict[str, dict[str, Config]] = {
         "bfloat16": Config(64, 4, 1, features=64),
         "tf32": Config(32, 4, 1, features=64),
     },
+    "weight": {
+        "float32": Config(16, 8, 1, queries=32, registers=255, depth=16),
+        "float64": Config(16, 4, 1, queries=16, features=32, depth=16),
+    },
     "own_keys": {
         "interpreter": Config(64, 4, 1, anchors=16),
         "bfloat16": Config(8, 1, 1),
         "float64": Config(4, 1, 1),
-    },
-    "weight": {
-        "float32": Config(32, 8, 1, queries=32, features=32, registers=255),
-        "float64": Config(16, 4, 1, queries=16, features=32),
     },
     "relation": {
         "bfloat16": Config(16, 4),
@@ -87,7 +93,7 @@ DEFAULTS: dict[str, dict[str, Config]] = {
         "bfloat16": Config(64, 4),
         "sm_100 bfloat16": Config(128, 8, 1),
         "tf32": Config(32, 8, 1),
-        "float32": Config(32, 8, queries=16),
+        "float32": Config(32, 8, queries=16, registers=96),
         "float64": Config(16, 4, 1, queries=16, features=32),
     },
     "shared_wide": {  # of rows that take more registers
@@ -103,13 +109,14 @@ DEFAULTS: dict[str, dict[str, Config]] = {
     "own": {  # keys of 128 columns
         "interpreter": Config(64, 4, 1),
         "bfloat16": Config(16, 4, features=4096),
+        "float32": Config(16, 4, features=4096, registers=96),
         "float64": Config(8, 4, features=2048),
     },
 }
-"""By kernel and type, which may follow an architecture; a type without a row has bfloat16's. Those
-of bfloat16 spill no register at widths of 128 on sm_80, sm_90 and sm_100 by Triton 3.8. Those of
-float32, whose products become long straight code, spill some; ptxas would settle for 32 registers
-there and spill thousands."""
+"""By kernel and type, which may follow an architecture; a type without a row has bfloat16's. By
+Triton 3.8 those of bfloat16 and float32 spill no register at widths of 128 on sm_80, sm_90 and
+sm_100. Products of float32 at full precision become long straight code, for which ptxas settles for
+fewer registers than there are, and spills, where it is not told how many it may take."""
 
 
 class Place(NamedTuple):

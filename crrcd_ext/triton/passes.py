@@ -30,6 +30,8 @@ WHOLE = 128
 
 LN2 = math.log(2)
 DIRECT, GRAM, DIFFERENCE = (f.value for f in (features.DIRECT, features.GRAM, features.DIFFERENCE))
+KEYS = ("direct_keys", "gram_keys", "keys")
+"""Names of the keys' pass in the table of configurations, by form."""
 NCE, NORMALISER, INFONCE = (m.value for m in (tile.NCE, tile.NORMALISER, tile.INFONCE))
 
 
@@ -129,7 +131,12 @@ class Passes:
         chosen = launch.config(kernel, self.types, self.device, B, max(F, H, R))
         most = chosen.features
         BF, BH, BR = (launch.block(size, most) for size in (F, H, R))
+        BD = launch.block(H, min(BH, chosen.depth))
         if self.form == DIRECT:
+            if kernel == "direct_keys":
+                BR = launch.block(R, chosen.depth)
+            elif kernel != "weight":  # no hidden units of their own
+                BH = BD
             BF = BR
         else:
             BF = BH
@@ -150,7 +157,7 @@ class Passes:
             }
         if kernel not in ("gram", "norms"):
             constants["BB"] = launch.block(B, chosen.queries)
-        if kernel in ("logits", "live_logits", "keys", "gram_keys"):
+        if kernel in ("logits", "live_logits", *KEYS):
             constants |= {
                 "FORM": self.form,
                 "NAMED": self.masks.key_id is not None,
@@ -159,8 +166,12 @@ class Passes:
                 "BF": BF,
                 "NF": launch.blocks(F, BF),
             }
-        if kernel in ("keys", "gram_keys", "weight"):
-            constants["NB"] = launch.blocks(B, constants["BB"])
+        if kernel in ("weight", *KEYS):
+            constants |= {
+                "NB": launch.blocks(B, constants["BB"]),
+                "BD": BD,
+                "ND": launch.blocks(H, BD),
+            }
         return constants, chosen
 
     def _slices(self, others: int, most_tiles: int, tile_keys: int) -> tuple[int, int]:
@@ -393,7 +404,7 @@ class Passes:
 
     def _keys(self, first: int, keys: int, rows: tuple, norms: tuple) -> None:
         A, B, F, H, R = self.sizes
-        constants, chosen = self._constants("gram_keys" if self.form == GRAM else "keys")
+        constants, chosen = self._constants(KEYS[self.form])
         tiles = launch.blocks(keys, chosen.keys)
         d_rows = self._empty(keys, H) if self.wants_keys else None
         part_anchor = self._empty(tiles, A, H) if self.wants_anchor else None

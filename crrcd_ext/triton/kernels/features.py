@@ -102,18 +102,18 @@ def relation_block(
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """w [n, r]; hid_first are the first block's hidden units [n, h] in the operands' dtype, and
-    weight_first is W' of the first block of both [h, r]."""
+    """w [n, r]. hid_first are the hidden units [n, h] in the operands' dtype, where one block of
+    them is all there is, and weight_first is W' [h, r], where one of features is, too."""
     w = tl.zeros([at.shape[0], r.shape[0]], WIDE)
-    for block in tl.static_range(NH):
-        h = block * BH + tl.arange(0, BH)
-        if block == 0:
-            hid = hid_first
-        else:
+    if NH == 1 and NF == 1:
+        w = dot(hid_first, weight_first, w, PRECISION)
+    elif NH == 1:
+        h = tl.arange(0, BH)
+        w = dot(hid_first, tl.trans(matrix(weight, r, R, h, H)), w, PRECISION)
+    else:  # a loop: at full precision a product is long code as it is
+        for block in range(NH):
+            h = block * BH + tl.arange(0, BH)
             hid = hidden(anchor, a, rows, at, stride, h, H, DTYPE, WIDE, FAST)
-        if NH == 1 and NF == 1:
-            w = dot(hid, weight_first, w, PRECISION)
-        else:
             w = dot(hid, tl.trans(matrix(weight, r, R, h, H)), w, PRECISION)
     if BIAS:
         w += tl.load(bias + r, mask=r < R, other=0).to(WIDE)[None, :]
@@ -124,6 +124,59 @@ def relation_block(
 def binary(scale, WIDE: tl.constexpr):
     """The scale of logits in units of log 2, rounded once: what it is off, all logits are."""
     return (tl.load(scale).to(tl.float64) * LOG2E).to(WIDE)
+
+
+@triton.jit
+def product_block(
+    block,
+    q,  # of the queries, this block of features [b, f]
+    square,
+    product,
+    anchor,
+    a,
+    rows,
+    at,
+    stride,
+    weight,
+    bias,
+    root,
+    F,
+    H,
+    R,
+    hid,
+    weight_first,
+    EPS: tl.constexpr,
+    FORM: tl.constexpr,
+    UNIT: tl.constexpr,
+    BIAS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
+    NF: tl.constexpr,
+    NH: tl.constexpr,
+    NR: tl.constexpr,
+    BF: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """(features [n, f], square, product) with one more block of features; see products."""
+    columns = block * BF + tl.arange(0, BF)
+    if FORM == DIRECT:
+        f = relation_block(
+            anchor, a, rows, at, stride, weight, bias, columns, R, H, hid, weight_first,
+            BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION, FAST,
+        )  # fmt: skip
+    elif FORM == GRAM:
+        f = hid
+        if NF > 1:
+            f = hidden(anchor, a, rows, at, stride, columns, F, DTYPE, WIDE, FAST)
+    else:
+        f = difference(anchor, a, rows, at, stride, columns, F, EPS, WIDE)
+        if UNIT:
+            f *= root[:, None]
+    if FORM != GRAM:
+        square += tl.sum(f * f, 1)
+    return f, square, dot(narrow(f, DTYPE), tl.trans(q), product, PRECISION)
 
 
 @triton.jit
@@ -161,31 +214,28 @@ def products(
     BH: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """(<query, feature> [n, b], the features' squares [n], and their last block [n, f]).
+    """(<query, feature> [n, b], the features' squares [n], and the features, where one block is all
+    there is, [n, f]).
 
     With UNIT features are first multiplied by ``root``.
     """
     square = tl.zeros([at.shape[0]], WIDE)
     product = tl.zeros([at.shape[0], b.shape[0]], WIDE)
-    for block in tl.static_range(NF):
-        columns = block * BF + tl.arange(0, BF)
-        if FORM == DIRECT:
-            f = relation_block(
-                anchor, a, rows, at, stride, weight, bias, columns, R, H, hid, weight_first,
-                BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION, FAST,
+    f = hid
+    if NF == 1:
+        f, square, product = product_block(
+            0, query_first, square, product, anchor, a, rows, at, stride, weight, bias, root,
+            F, H, R, hid, weight_first,
+            EPS, FORM, UNIT, BIAS, DTYPE, WIDE, PRECISION, FAST, NF, NH, NR, BF, BH,
+        )  # fmt: skip
+    else:
+        for block in range(NF):
+            q = matrix(query_row, b, B, block * BF + tl.arange(0, BF), F)
+            _, square, product = product_block(
+                block, q, square, product, anchor, a, rows, at, stride, weight, bias, root,
+                F, H, R, hid, weight_first,
+                EPS, FORM, UNIT, BIAS, DTYPE, WIDE, PRECISION, FAST, NF, NH, NR, BF, BH,
             )  # fmt: skip
-        elif FORM == GRAM:
-            f = hid
-            if NF > 1:
-                f = hidden(anchor, a, rows, at, stride, columns, F, DTYPE, WIDE, FAST)
-        else:
-            f = difference(anchor, a, rows, at, stride, columns, F, EPS, WIDE)
-            if UNIT:
-                f *= root[:, None]
-        if FORM != GRAM:
-            square += tl.sum(f * f, 1)
-        q = query_first if NF == 1 else matrix(query_row, b, B, columns, F)
-        product = dot(narrow(f, DTYPE), tl.trans(q), product, PRECISION)
     if FORM == GRAM and BIAS:
         product += constant[None, :]
     return product, square, f

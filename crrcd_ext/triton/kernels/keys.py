@@ -50,7 +50,7 @@ def slopes(
     query_block,
     n,
     keys,
-    hid,  # the first block of hidden units [n, h], where it is all there is
+    hid,  # hidden units [n, h] and W' [h, r], where one block of them is all there is
     weight_first,
     EPS: tl.constexpr,
     FORM: tl.constexpr,
@@ -70,7 +70,8 @@ def slopes(
     BR: tl.constexpr,
     BB: tl.constexpr,
 ):
-    """(d, f): derivatives [n, b] of the loss by <query, feature>, and the last block of features.
+    """(d, f): derivatives [n, b] of the loss by <query, feature>, and the features, where one block
+    is all there is.
 
     Logits once more, with the keys first, which is how the products want their derivatives.
     """
@@ -79,9 +80,6 @@ def slopes(
     pair = a * B + b
     query_row = query + a * B * F
     query_first = matrix(query_row, b, B, tl.arange(0, BF), F)
-    if FORM == DIRECT and NH > 1:
-        h = tl.arange(0, BH)
-        hid = hidden(anchor, a, rows, at, stride, h, H, DTYPE, WIDE, FAST)
     constant = tl.zeros([BB], WIDE)
     if FORM == GRAM and BIAS:
         constant = tl.load(query_bias + pair, mask=b < B, other=0).to(WIDE)
@@ -152,13 +150,15 @@ def keys(
     NH: tl.constexpr,
     NR: tl.constexpr,
     NB: tl.constexpr,
+    ND: tl.constexpr,
     BF: tl.constexpr,
     BH: tl.constexpr,
     BR: tl.constexpr,
     BB: tl.constexpr,
     BN: tl.constexpr,
+    BD: tl.constexpr,
 ):
-    """A tile of keys, a block of hidden units.
+    """A tile of keys, a block of hidden units; W meets BD hidden units at a time.
 
     With w the key's features, d_w = sum_b d q + coefficient w, and through W to the hidden units;
     in the Gram form W'w = W'W hid + W'c.
@@ -171,7 +171,7 @@ def keys(
     here, at, step = rows_of(rows, stride, position, tile, PROJECTED, BN)
     touched = tl.load(flags + tile) != 0
     weight_first = tl.zeros([BH, BR], DTYPE)
-    if FORM == DIRECT and NF == 1:
+    if FORM == DIRECT and NF == 1 and ND == 1:
         weight_first = tl.trans(matrix(weight, tl.arange(0, BR), R, tl.arange(0, BH), H))
     gram_first = tl.zeros([BH, BH], DTYPE)
     if FORM == GRAM and NH == 1:
@@ -198,37 +198,32 @@ def keys(
             if BIAS:
                 d_hid += tl.load(gram_bias + h, mask=h < H, other=0).to(WIDE)[None, :]
             d_hid *= c[:, None]
-        for query_block in tl.static_range(NB):
+        for query_block in range(NB):
             d, f = slopes(
                 query, query_bias, anchor, here, step, at, position, weight, bias, beta,
                 touched, kept_bits, words, anchor_id, key_id, root, scale,
                 A, B, F, H, R, a, query_block, n, keys,
                 own, weight_first, EPS, FORM, MODE, BIAS, NAMED, ANCHORS,
-                DTYPE, WIDE, PRECISION, FAST, NF, NH, NR, BF, BH, BR, BB,
+                DTYPE, WIDE, PRECISION, FAST, NF, ND, NR, BF, BD, BR, BB,
             )  # fmt: skip
             d = narrow(d, DTYPE)
             b = query_block * BB + tl.arange(0, BB)
             query_row = query + a * B * F
             if FORM == DIRECT:
-                for block in tl.static_range(NF):
+                for block in range(NF):
                     r = block * BF + tl.arange(0, BF)
                     d_w = dot(d, matrix(query_row, b, B, r, F), tl.zeros([BN, BF], WIDE), PRECISION)
                     if query_block == 0:
-                        if NF > 1:
-                            first_h = tl.arange(0, BH)
-                            x = hidden(anchor, a, here, at, step, first_h, H, DTYPE, WIDE, FAST)
-                            f = relation_block(
+                        if NF == 1:
+                            w = f
+                        else:
+                            w = relation_block(
                                 anchor, a, here, at, step, weight, bias, r, R, H,
-                                x, weight_first,
-                                BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION, FAST,
+                                own, weight_first,
+                                BD, ND, NR, BIAS, DTYPE, WIDE, PRECISION, FAST,
                             )  # fmt: skip
-                        d_w += c[:, None] * f
-                    if NF == 1 and NH == 1:
-                        d_hid = dot(narrow(d_w, DTYPE), tl.trans(weight_first), d_hid, PRECISION)
-                    else:
-                        d_hid = dot(
-                            narrow(d_w, DTYPE), matrix(weight, r, R, h, H), d_hid, PRECISION
-                        )
+                        d_w += c[:, None] * w
+                    d_hid = dot(narrow(d_w, DTYPE), matrix(weight, r, R, h, H), d_hid, PRECISION)
             else:
                 d_hid = dot(d, matrix(query_row, b, B, h, F), d_hid, PRECISION)
         if FORM == DIFFERENCE:

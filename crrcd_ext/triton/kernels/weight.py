@@ -118,18 +118,20 @@ def weight(
     NH: tl.constexpr,
     NR: tl.constexpr,
     NB: tl.constexpr,
+    ND: tl.constexpr,
     BH: tl.constexpr,
     BR: tl.constexpr,
     BB: tl.constexpr,
     BN: tl.constexpr,
+    BD: tl.constexpr,
 ):
     """A slice of the tiles of keys, a block of features, one of hidden units: d_w hid' as it is."""
     part = tl.program_id(0)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     h = tl.program_id(2) * BH + tl.arange(0, BH)
-    weight_first = tl.zeros([BH, BR], DTYPE)
-    if NR == 1:
-        weight_first = tl.trans(matrix(weight, tl.arange(0, BR), R, tl.arange(0, BH), H))
+    weight_first = tl.zeros([BD, BR], DTYPE)
+    if NR == 1 and ND == 1:
+        weight_first = tl.trans(matrix(weight, tl.arange(0, BR), R, tl.arange(0, BD), H))
     outer = tl.zeros([BR, BH], WIDE)
     once = tl.zeros([BR], WIDE)
     begin = part * tiles
@@ -143,20 +145,20 @@ def weight(
             place = a * keys + n
             root = tl.load(inverse_norm + place, mask=n < keys, other=0)
             c = tl.load(coefficient + place, mask=n < keys, other=0)
-            first_h = tl.arange(0, BH)
+            first_h = tl.arange(0, BD)
             x = hidden(anchor, a, here, at, step, first_h, H, DTYPE, WIDE, FAST)
             w = relation_block(
                 anchor, a, here, at, step, weight, bias, r, R, H, x, weight_first,
-                BH, NH, NR, BIAS, DTYPE, WIDE, PRECISION, FAST,
+                BD, ND, NR, BIAS, DTYPE, WIDE, PRECISION, FAST,
             )  # fmt: skip
             d_w = c[:, None] * w
-            for query_block in tl.static_range(NB):
+            for query_block in range(NB):
                 d, _ = slopes(
                     query, query_bias, anchor, here, step, at, position, weight, bias,
                     beta, touched, kept_bits, words, anchor_id, key_id, root, scale,
                     A, B, R, H, R, a, query_block, n, keys,
                     x, weight_first, 0.0, DIRECT, MODE, BIAS, False, False,
-                    DTYPE, WIDE, PRECISION, FAST, NR, NH, NR, BR, BH, BR, BB,
+                    DTYPE, WIDE, PRECISION, FAST, NR, ND, NR, BR, BD, BR, BB,
                 )  # fmt: skip
                 b = query_block * BB + tl.arange(0, BB)
                 q = matrix(query + a * B * R, b, B, r, R)
