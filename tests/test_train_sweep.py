@@ -43,6 +43,17 @@ def test_every_point_is_a_variant_with_one_number_changed():
     assert other.study.variants["crcd temperature=0.1"].set == {"crcd.temperature": 0.1}
 
 
+def test_a_point_that_a_size_changes_is_a_run_of_its_own():
+    read = config.load(None, ['sweep.methods=["crd"]'], sweep.FacesSweep)
+    assert read.label("crd", "temperature", 0.1) == "crd"
+    read.size_overrides = {"8": {"crd.temperature": 0.2}}
+    assert read.label("crd", "temperature", 0.1) == "crd temperature=0.1"
+    assert read.label("crd", "negatives", "all") == "crd"
+    other = config.load(None, [], sweep.ClassificationSweep)
+    other.study.size_overrides = {"7": {"crd": {"negatives": 64}}}
+    assert other.label("crd", "negatives", 512) == "crd negatives=512"
+
+
 @pytest.mark.parametrize(
     "change",
     [

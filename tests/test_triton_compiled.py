@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Calls that are compiled here; `python -m bench static --backend triton` has more of them.
 CALLS = {
     "sm_80": "relation_nce (bf16|float)|bf16 all( own)? nce",
-    "sm_90": "bf16|_nce float query (own )?nce|relation_nce float|(relation|bank_update_) float",
+    "sm_90": "bf16|_nce float|(relation|bank_update_) float",
     "sm_100": "relation_nce (bf16|float .* nce)|(difference|instance)_nce bf16 all nce",
     "sm_120": "relation_nce bf16 .* nce",
     "gfx942": "relation_nce bf16 .* nce|instance_nce bf16 query nce",

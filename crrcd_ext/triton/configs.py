@@ -18,7 +18,7 @@ class Config(NamedTuple):
     """Keys that a program takes at a time, warps, stages of the pipeline, the largest blocks of
     queries, of features or hidden units, and of anchors, how many registers NVIDIA's ptxas may give
     a thread (None: what it thinks best), and the largest block of hidden units whose products with
-    the weight are summed at a time."""
+    the weight are summed at a time (of direct_keys also that of features)."""
 
     keys: int
     warps: int
@@ -57,11 +57,11 @@ DEFAULTS: dict[str, dict[str, Config]] = {
         "bfloat16": Config(128, 8, 1),
         "tf32": Config(64, 8, 1),
     },
-    "direct_keys": {
+    "direct_keys": {  # at full precision, as weight
         "float32": Config(32, 8, 1, depth=16),
         "float64": Config(16, 4, 1, queries=16, features=32, depth=16),
     },
-    "keys": {
+    "keys": {  # of difference_nce
         "bfloat16": Config(64, 8, 1),
         "tf32": Config(32, 8, 1),
         "float32": Config(16, 8, 1, features=32, registers=255),

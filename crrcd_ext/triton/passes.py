@@ -151,10 +151,11 @@ class Passes:
         if kernel != "gram":
             constants |= {
                 "BIAS": self.bias is not None,
-                "NH": launch.blocks(H, BH),
                 "NR": launch.blocks(R, BR),
                 "BR": BR,
             }
+        if kernel not in ("gram", "weight"):
+            constants["NH"] = launch.blocks(H, BH)
         if kernel not in ("gram", "norms"):
             constants["BB"] = launch.block(B, chosen.queries)
         if kernel in ("logits", "live_logits", *KEYS):

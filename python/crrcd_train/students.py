@@ -166,8 +166,8 @@ def on_canvas(image: Any, pixels: Pixels) -> Tensor:
 class Views:
     """A student's images of canvases uint8 [N, C, canvas, canvas], in every variant.
 
-    The variants are made together, at the first batch, where they fit in pixels.cache_megabytes,
-    else when a batch asks for them.
+    The variants are made together, when the first is wanted, where they fit in
+    pixels.cache_megabytes, else when a batch asks for them.
     """
 
     def __init__(self, canvases: Tensor, size: int, pixels: Pixels) -> None:

@@ -63,8 +63,12 @@ class _Swept:
 
     def label(self, method: str, axis: str, value: Any) -> str:
         """Names a point; the one that changes nothing is the method as it is, on both axes."""
-        unchanged = value == getattr(getattr(self, self.TABLES[method]), axis)
-        return method if unchanged else f"{method} {axis}={value}"
+        table = self.TABLES[method]
+        of_sizes = [settings.flatten(changes) for changes in self.overrides().values()]
+        unchanged = value == getattr(getattr(self, table), axis)
+        if unchanged and not any(f"{table}.{axis}" in changes for changes in of_sizes):
+            return method
+        return f"{method} {axis}={value}"
 
     def variants(self) -> dict[str, Variant]:
         return {
@@ -104,6 +108,9 @@ class FacesSweep(_Swept, faces.FacesConfig):
         found.check()
         return found
 
+    def overrides(self) -> dict[str, dict[str, Any]]:
+        return self.size_overrides
+
     def carry_out(self, output: Path, fresh: bool, command: str) -> None:
         faces.run(self.expanded(), output, fresh=fresh, command=command)
 
@@ -136,6 +143,9 @@ class ClassificationSweep(_Swept, Config):
         found.study.variants, found.study.methods = self.variants(), self.methods()
         found.check()
         return found
+
+    def overrides(self) -> dict[str, dict[str, Any]]:
+        return self.study.size_overrides
 
     def carry_out(self, output: Path, fresh: bool, command: str) -> None:
         study.run(self.expanded(), output, fresh=fresh, command=command)

@@ -197,7 +197,7 @@ def products(
     F,
     H,
     R,
-    hid,  # hidden units [n, h] of the first block, DIRECT or where it is all there is
+    hid,  # hidden units [n, h], where one block of them is all there is
     weight_first,
     EPS: tl.constexpr,
     FORM: tl.constexpr,

@@ -81,7 +81,9 @@ def norms(
         n = tile * BN + tl.arange(0, BN)
         position = positions(n, first, keys, index, INDEXED)
         here, at, step = rows_of(rows, stride, position, tile, PROJECTED, BN)
-        hid = hidden(anchor, a, here, at, step, h, H, DTYPE, WIDE, FAST)
+        hid = weight_first
+        if NH == 1:
+            hid = hidden(anchor, a, here, at, step, h, H, DTYPE, WIDE, FAST)
         square = tl.zeros([BN], WIDE)
         for block in tl.static_range(NR):
             r = block * BR + tl.arange(0, BR)
@@ -204,7 +206,7 @@ def logits(
                 x = difference(anchor, a, here, at, step, columns, F, EPS, WIDE)
                 square += tl.sum(x * x, 1)
             root = inverse_root(square, FAST)
-        elif FORM == DIRECT or (FORM == GRAM and NH == 1):
+        elif FORM != DIFFERENCE and NH == 1:
             hid = hidden(anchor, a, here, at, step, first_h, H, DTYPE, WIDE, FAST)
         logit, own_square, f = products(
             query_row, query_first, constant, anchor, a, here, at, step, weight, bias, root,

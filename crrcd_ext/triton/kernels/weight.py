@@ -115,7 +115,6 @@ def weight(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
-    NH: tl.constexpr,
     NR: tl.constexpr,
     NB: tl.constexpr,
     ND: tl.constexpr,
@@ -145,10 +144,9 @@ def weight(
             place = a * keys + n
             root = tl.load(inverse_norm + place, mask=n < keys, other=0)
             c = tl.load(coefficient + place, mask=n < keys, other=0)
-            first_h = tl.arange(0, BD)
-            x = hidden(anchor, a, here, at, step, first_h, H, DTYPE, WIDE, FAST)
+            hid = hidden(anchor, a, here, at, step, h, H, DTYPE, WIDE, FAST)
             w = relation_block(
-                anchor, a, here, at, step, weight, bias, r, R, H, x, weight_first,
+                anchor, a, here, at, step, weight, bias, r, R, H, hid, weight_first,
                 BD, ND, NR, BIAS, DTYPE, WIDE, PRECISION, FAST,
             )  # fmt: skip
             d_w = c[:, None] * w
@@ -157,13 +155,12 @@ def weight(
                     query, query_bias, anchor, here, step, at, position, weight, bias,
                     beta, touched, kept_bits, words, anchor_id, key_id, root, scale,
                     A, B, R, H, R, a, query_block, n, keys,
-                    x, weight_first, 0.0, DIRECT, MODE, BIAS, False, False,
+                    hid, weight_first, 0.0, DIRECT, MODE, BIAS, False, False,
                     DTYPE, WIDE, PRECISION, FAST, NR, ND, NR, BR, BD, BR, BB,
                 )  # fmt: skip
                 b = query_block * BB + tl.arange(0, BB)
                 q = matrix(query + a * B * R, b, B, r, R)
                 d_w = dot(narrow(d, DTYPE), q, d_w, PRECISION)
-            hid = hidden(anchor, a, here, at, step, h, H, DTYPE, WIDE, FAST)
             outer = dot(tl.trans(narrow(d_w, DTYPE)), hid, outer, PRECISION)
             once += tl.sum(d_w, 0)
     cells = (r < R)[:, None] & (h < H)[None, :]
