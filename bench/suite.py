@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -156,36 +157,45 @@ class Patience:
         return self.known.get((case.with_keys(0), name), 0.0) * case.shape.keys
 
 
-def _difference(gradients: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
-    """Largest relative L2 distance of a gradient."""
-    return max(
+def difference(gradients: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
+    """Largest relative L2 distance of a gradient; infinite where one is not finite."""
+    distances = [
         float((gradients[name] - truth[name]).norm() / truth[name].norm().clamp_min(1e-30))
         for name in truth
-    )
+    ]
+    return max(distances) if all(map(math.isfinite, distances)) else math.inf
 
 
-def _warm(case: Case, problem: Problem, steps: dict[str, Step]) -> dict[str, float]:
-    """Run each step once and return how far its gradients lie from the first step's."""
-    differences: dict[str, float] = {}
+def _warm(case: Case, problem: Problem, steps: dict[str, Step]) -> dict[str, dict[str, Any]]:
+    """Run each step once: how far its gradients lie from the first step's, or what is wrong with
+    it, which is a result like others and does not keep the rest from being timed."""
+    found: dict[str, dict[str, Any]] = {}
     first: dict[str, torch.Tensor] | None = None
     for name, step in steps.items():
-        truth = case.truth(problem, name)
-        step()
-        gradients = problem.gradients()
+        try:
+            truth = case.truth(problem, name)
+            step()
+            gradients = problem.gradients()
+        except torch.OutOfMemoryError:
+            found[name] = {"skipped": "out of memory"}
+            continue
+        except RuntimeError as error:
+            found[name] = {"skipped": f"FAILED: {(str(error).splitlines() or [''])[0]}"}
+            found[name]["wrong"] = True
+            continue
         if not case.comparable(name):
-            differences[name] = 0.0
+            found[name] = {"difference": 0.0}
             if not all(gradient.isfinite().all() for gradient in gradients.values()):
-                raise RuntimeError(f"{name} leaves gradients that are not finite at {case}")
+                found[name] = {"skipped": "WRONG: gradients are not finite", "wrong": True}
             continue
         first = first or gradients
-        differences[name] = _difference(gradients, truth or first)
-        if not differences[name] <= case.tolerance:
+        differs = difference(gradients, truth or first)
+        found[name] = {"difference": differs}
+        if not differs <= case.tolerance:
             other = "its formula" if truth else next(iter(steps))
-            raise RuntimeError(
-                f"{name} and {other} disagree at {case.shape}, {case.label}: gradients "
-                f"differ by {differences[name]:.1e}, allowed {case.tolerance:.0e}"
-            )
-    return differences
+            words = f"WRONG: gradients differ by {differs:.1e} from those of {other}, allowed"
+            found[name] |= {"skipped": f"{words} {case.tolerance:.0e}", "wrong": True}
+    return found
 
 
 def run_case(
@@ -201,6 +211,9 @@ def run_case(
     patience: Patience | None = None,
 ) -> dict[str, Any]:
     """Times, memory and agreement of the variants of one case, as a dictionary for JSON.
+
+    A variant that cannot run, or whose gradients are not those of the first, says so under
+    "skipped"; the latter has "wrong" too.
 
     What is measured is made within `torch.device(device)` and run outside of it, where that costs
     no time.
@@ -227,7 +240,10 @@ def run_case(
                 steps[name] = case.make_step(problem, name, backend, chunk)
         except Absent as absent:
             results[name]["skipped"] = str(absent)
-    differences = _warm(case, problem, steps)
+    for name, found in _warm(case, problem, steps).items():
+        results[name] |= found
+        if "skipped" in found:
+            del steps[name]
 
     with torch.device(device):
         limits = case.limits(problem)
@@ -246,7 +262,6 @@ def run_case(
             "seconds": timing.seconds,
             "median_s": timing.median,
             "min_s": timing.minimum,
-            "difference": differences[name],
         }
         for limit, (meter, needed) in limits.items():
             # Rate over rate, round by round: (needed/time) / (meter's amount/meter's time).
@@ -381,7 +396,8 @@ def run(
     options: argparse.Namespace,
     patience: Patience | None = None,
 ) -> int:
-    """All cases one after the other, with tables as they come, files and pictures at the end."""
+    """All cases one after the other, with tables as they come, files and pictures at the end; 1
+    where a variant was wrong."""
     from bench import report
 
     about = begin(options)
@@ -410,4 +426,5 @@ def run(
             peak = peak_extra_memory(case, OPERATOR, backend_of(options), device=options.device)
             memory_only.append({**case.as_dict(), "peak_bytes": peak})
     report.finish(benchmark, options.output, about, results, memory_only)
-    return 0
+    variants = [variant for result in results for variant in result["variants"].values()]
+    return int(any(variant.get("wrong") for variant in variants))

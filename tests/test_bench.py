@@ -91,11 +91,35 @@ def test_disagreeing_variants_are_not_compared(monkeypatch):
         return wrong
 
     monkeypatch.setattr("bench.relation_nce.make_step", half)
-    with pytest.raises(
-        RuntimeError, match=r"eager and crrcd_ext disagree .* gradients differ by 5"
-    ):
-        case = RelationCase(SMALL, "float32", "all")
-        run_case(case, [OPERATOR, "eager"], backend="reference", memory=False)
+    case = RelationCase(SMALL, "float32", "all")
+    names = [OPERATOR, "eager", "chunks + backward"]
+    variants = run_case(case, names, backend="reference", memory=False)["variants"]
+    assert "median_s" in variants[OPERATOR]  # the rest is not lost with it
+    for name in names[1:]:
+        said = variants[name]["skipped"]
+        assert said.startswith("WRONG: gradients differ by 5") and "those of crrcd_ext" in said
+        assert variants[name]["wrong"] and "median_s" not in variants[name]
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "wrong"),
+    [
+        (torch.OutOfMemoryError("no memory"), "out of memory", False),
+        (RuntimeError("no kernel\nmore"), "FAILED: no kernel", True),
+    ],
+)
+def test_a_variant_that_fails_leaves_the_others(monkeypatch, error, said, wrong):
+    def failing(problem, name, dtype, backend="cpu", chunk=512):
+        def fail():
+            raise error
+
+        return fail if name == "eager" else make_step(problem, name, dtype, backend, chunk)
+
+    monkeypatch.setattr("bench.relation_nce.make_step", failing)
+    case = RelationCase(SMALL, "float32", "all")
+    variants = run_case(case, [OPERATOR, "eager"], backend="reference", memory=False)["variants"]
+    assert variants["eager"]["skipped"] == said and variants["eager"].get("wrong", False) == wrong
+    assert "median_s" in variants[OPERATOR]
 
 
 def test_peak_memory_sees_what_is_allocated():
