@@ -157,7 +157,7 @@ SYSTEM_SHARED = 1024  # bytes of shared memory of each block
 
 
 def generation(arch: str) -> int:
-    """sm_90a -> 90."""
+    """sm_90 -> 90, and so is sm_90a, which a build may name."""
     return int(re.search(r"\d+", arch)[0])
 
 
@@ -290,6 +290,21 @@ def width(instruction: Instruction) -> int:
     return int(found[1]) if found else 32
 
 
+SHARED_BYTES = 128  # that shared memory moves, a clock and multiprocessor
+
+
+def shared_clocks(instruction: Instruction) -> int:
+    """Clocks for which a warp's instruction has a multiprocessor's shared memory to itself: what
+    its lanes move by width, as if no two of them had the same address and none the same bank. Less
+    than 128 bytes take a clock too."""
+    if instruction.base == "LDSM":  # 8 x 8 matrices of two-byte elements
+        matrices = re.search(r"\.M[MT]?88\.(\d)", instruction.opcode)
+        return 128 * int(matrices[1] if matrices else 1) // SHARED_BYTES
+    if instruction.base in ("LDS", "STS", "LDGSTS"):
+        return max(32 * width(instruction) // 8 // SHARED_BYTES, 1)
+    return 0
+
+
 @dataclass
 class Counts:
     """How often each kind of instruction stands in some code."""
@@ -299,6 +314,7 @@ class Counts:
     tensor_operations: int = 0  # of one warp
     ldmatrix: int = 0
     async_copy: int = 0
+    shared_clocks: int = 0  # of one warp, see shared_clocks
     multiply_add: int = 0
     special: int = 0
     barrier: int = 0
@@ -320,6 +336,7 @@ def count(code: Iterable[Instruction]) -> Counts:
         found.tensor_core += is_tensor_core(instruction)
         found.tensor_operations += tensor_operations(instruction)
         found.multiply_add += is_multiply_add(instruction)
+        found.shared_clocks += shared_clocks(instruction)
         if base in widths:
             widths[base][width(instruction)] += 1
     found.ldmatrix = bases["LDSM"]
@@ -475,17 +492,17 @@ def loops(code: list[Instruction]) -> list[Loop]:
     return found
 
 
-def main_loop(code: list[Instruction]) -> Loop | None:
+def main_loop(found: Iterable[Loop]) -> Loop | None:
     """The loop with the most tensor-core work of its own; where none has any, the innermost one
     with the most multiply-adds."""
 
     def heat(loop: Loop) -> tuple:
         return loop.own.tensor_operations, loop.contains == 0, loop.own.multiply_add, loop.depth
 
-    return max(loops(code), key=heat, default=None)
+    return max(found, key=heat, default=None)
 
 
-def tile_loop(code: list[Instruction]) -> Loop | None:
+def tile_loop(found: Iterable[Loop]) -> Loop | None:
     """The outermost loop with the most tensor-core work, that of the loops within it included, or
     with the most such instructions, where they do not say how large they are."""
 
@@ -493,7 +510,20 @@ def tile_loop(code: list[Instruction]) -> Loop | None:
         counts = count(loop.code)
         return counts.tensor_operations, counts.tensor_core, -loop.depth
 
-    return max(loops(code), key=heat, default=None)
+    return max(found, key=heat, default=None)
+
+
+def inner_loop(found: Iterable[Loop], outer: Loop | None) -> Loop | None:
+    """The longest loop within another."""
+    inside = {i.address for i in outer.code} if outer else set()
+    within = [loop for loop in found if loop is not outer and loop.head in inside]
+    return max(within, key=lambda loop: len(loop.code), default=None)
+
+
+def special_loop(found: Iterable[Loop]) -> Loop | None:
+    """The innermost loop with the most special functions."""
+    innermost = [loop for loop in found if not loop.contains]
+    return max(innermost, key=lambda loop: loop.own.special, default=None)
 
 
 def _total(counts: Counts, name: str) -> int:
@@ -566,6 +596,8 @@ class Kernel:
     loop: Counts | None  # all of the main loop, loops within it once
     loop_contains: int = 0
     tile_loop: Loop | None = None
+    inner_loop: Loop | None = None  # of the tile loop
+    special_loop: Counts | None = None
 
 
 def architectures(module: Path) -> list[str]:
@@ -577,7 +609,8 @@ def resources(module: Path) -> dict[tuple[str, str], Resources]:
 
 
 def _kernel(arch: str, symbol: str, code: list[Instruction], use: Resources) -> Kernel:
-    loop = main_loop(code)
+    found = loops(code)
+    loop, tiles, special = main_loop(found), tile_loop(found), special_loop(found)
     return Kernel(
         arch,
         symbol,
@@ -586,7 +619,9 @@ def _kernel(arch: str, symbol: str, code: list[Instruction], use: Resources) -> 
         count(code),
         count(loop.code) if loop else None,
         loop.contains if loop else 0,
-        tile_loop(code),
+        tiles,
+        inner_loop(found, tiles),
+        special.own if special else None,
     )
 
 

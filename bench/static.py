@@ -94,17 +94,22 @@ kernel, not what is run. loop: instructions in the main loop, each branch once, 
 core, multiply-adds, special functions, loads of shared memory; the main loop is the one with the
 most tensor-core work, or the innermost with the most multiply-adds; +: it has loops within it."""
 
-MODEL_HEADER = ["model, not measured", "GPU", "MB", "x least", "GFLOP", "x least"]
-MODEL_HEADER += ["memory us", "tensor", "FMA", "special", "issue", "most ms", "sum ms"]
-MODEL_HEADER += ["clocks a pair", "work MB"]
+MODEL_HEADER = ["GPU", "MB", "x least", "memory", "tensor", "fp32", "fp64", "special"]
+MODEL_HEADER += ["issue", "shared", "bound by", "most ms", "sum ms", "launches", "host ms"]
+MODEL_HEADER += ["call ms", "a pair", "work MB"]
 MODEL_NOTES = """\
 Model, not measured. MB: to and from device memory by the plan; x least: over each input once and
-each output once. GFLOP: on tensor cores, over the least that the formula needs. Then the time of
-each limit alone, in microseconds; issue is the main loop's instructions as compiled, every branch
-of it taken, but of relation_nce's logits the usual way (blank: this build has no such kernel for
-that GPU). most: the longest of these, if all overlap; sum: if none does. clocks a pair: issue
-clocks of a multiprocessor for each (anchor, key) in the main loop of the logits. work MB: work
-space by the plan."""
+each output once, as GFLOP on tensor cores over the least that the formula needs. Then the time of
+each limit of the GPU alone, in microseconds. tensor: at the rate of mma.sync. issue, shared:
+instructions and shared memory of the main loops as compiled, every branch of them taken, but the
+usual way where a case says so (~: of code for another generation than the GPU's, which has none in
+this build; blank: there is no such code). Shared memory counts by the width of ldmatrix, loads,
+stores and cp.async: lanes that read one address take less, bank conflicts more. bound by: the
+longest, after "host" where the launches take longer. most: the longest of the GPU's limits, if all
+overlap; sum: if none does. launches: of PyTorch's kernels + ours, backward pass included; host:
+their time. call: at least the longer of most and host, at most one after the other; as a CUDA graph
+it is the GPU's time alone. a pair: clocks of issue/shared memory of a multiprocessor for each
+(anchor, key) in the main loop of the logits. work MB: work space by the plan."""
 
 
 def _widths(counts: dict[int, int]) -> str:
@@ -157,18 +162,25 @@ def modelled(kernels: Sequence[Kernel]) -> list[dict[str, object]]:
         for gpu in static_model.GPUS:
             work = case.on(gpu)
             times = static_model.seconds(work, gpu, kernels)
-            known = [time for time in times.values() if time is not None]
+            known = {name: time for name, time in times.items() if time is not None}
+            longest = max(known, key=known.get)
+            host = work.launches.seconds
             results.append(
                 {
                     "operator": case.operator,
                     "case": case.label,
                     "gpu": gpu.name,
                     "measured": False,
+                    "code": static_model.code_for(gpu, kernels),
+                    "own_code": static_model.runs_as_it_is(gpu, kernels),
                     "work": asdict(work),
                     "clocks_a_pair": static_model.clocks_a_pair(work, gpu, kernels),
                     "seconds": times,
-                    "most_s": max(known),
-                    "sum_s": sum(known),
+                    "bound_by": longest,
+                    "most_s": known[longest],
+                    "sum_s": sum(known.values()),
+                    "host_s": host,
+                    "call_s": [max(known[longest], host), known[longest] + host],
                 }
             )
     return results
@@ -178,28 +190,44 @@ def _ratio(value: float, least: float) -> str:
     return f"{value / least:.2f}" if least else ""
 
 
-def model_rows(results: Sequence[dict]) -> list[list[str]]:
-    rows = []
+def _microseconds(result: dict, name: str) -> str:
+    time = result["seconds"][name]
+    if not time:
+        return ""
+    other = name in ("issue", "shared") and not result["own_code"]
+    return ("~" if other else "") + f"{time * 1e6:,.1f}"
+
+
+def model_row(result: dict) -> list[str]:
+    work, pair = result["work"], result["clocks_a_pair"]
+    host_longer = result["host_s"] > result["most_s"]
+    least, most = (f"{time * 1e3:.3f}" for time in result["call_s"])
+    return [
+        result["gpu"],
+        f"{work['bytes'] / 1e6:,.1f}",
+        _ratio(work["bytes"], work["least_bytes"]),
+        *(_microseconds(result, name) for name in result["seconds"]),
+        ("host, " if host_longer else "") + result["bound_by"],
+        f"{result['most_s'] * 1e3:.3f}",
+        f"{result['sum_s'] * 1e3:.3f}",
+        f"{work['launches']['torch']} + {work['launches']['own']}",
+        f"{result['host_s'] * 1e3:.3f}",
+        f"{least}-{most}",
+        f"{pair['issue']:.1f}/{pair['shared']:.1f}" if pair else "",
+        f"{work['work_bytes'] / 1e6:,.1f}" if work["work_bytes"] else "",
+    ]
+
+
+def model_tables(results: Sequence[dict]) -> dict[str, list[list[str]]]:
+    """Rows of one table for each case, a GPU a row."""
+    found: dict[str, list[list[str]]] = {}
     for result in results:
-        work = result["work"]
-        tensor = sum(work["tensor"].values())
-        times = result["seconds"].values()
-        rows.append(
-            [
-                f"{result['operator']}, {result['case']}",
-                result["gpu"],
-                f"{work['bytes'] / 1e6:,.1f}",
-                _ratio(work["bytes"], work["least_bytes"]),
-                f"{tensor / 1e9:,.1f}" if tensor else "",
-                _ratio(tensor, work["least_tensor"]),
-                *("" if time is None else f"{time * 1e6:,.1f}" if time else "" for time in times),
-                f"{result['most_s'] * 1e3:.3f}",
-                f"{result['sum_s'] * 1e3:.3f}",
-                f"{result['clocks_a_pair']:.1f}" if result["clocks_a_pair"] else "",
-                f"{work['work_bytes'] / 1e6:,.1f}" if work["work_bytes"] else "",
-            ]
-        )
-    return rows
+        work, title = result["work"], f"{result['operator']}, {result['case']}"
+        if tensor := sum(work["tensor"].values()):
+            ratio = _ratio(tensor, work["least_tensor"])
+            title += f": {tensor / 1e9:,.1f} GFLOP on tensor cores, {ratio} x least"
+        found.setdefault(title, []).append(model_row(result))
+    return found
 
 
 def module_with_kernels() -> Path:
@@ -226,7 +254,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arch",
         nargs="+",
         metavar="SM",
-        help="architectures, as sm_90a, of Triton sm_90 or gfx942 (default: all there are)",
+        help="architectures, as sm_90, of Triton gfx942 too (default: all there are)",
     )
     parser.add_argument(
         "--kernel",
@@ -303,10 +331,14 @@ def main(options: argparse.Namespace) -> int:
     print("\n" + NOTES)
     results = modelled(kernels)
     if results:
-        rows, stated = model_rows(results), static_model.assumptions()
-        print(f"\n{terminal_table(MODEL_HEADER, rows)}\n\n{MODEL_NOTES}\n" + "\n".join(stated))
-        parts += ["## Model, not measured", markdown_table(MODEL_HEADER, rows), MODEL_NOTES]
-        parts += ["\n".join(f"- {line}" for line in stated)]
+        print("\nModel, not measured", flush=True)
+        parts.append("## Model, not measured")
+        for title, rows in model_tables(results).items():
+            print(f"\n{title}\n{terminal_table(MODEL_HEADER, rows)}", flush=True)
+            parts += [f"### {title}", markdown_table(MODEL_HEADER, rows)]
+        stated = static_model.assumptions()
+        print(f"\n{MODEL_NOTES}\n" + "\n".join(stated))
+        parts += [MODEL_NOTES, "\n".join(f"- {line}" for line in stated)]
     document = {"kernels": [describe(kernel) for kernel in kernels], "model": results}
     document["assumptions"] = static_model.assumptions()
     paths = report.write_files("static", options.output, about, document, parts)

@@ -5,12 +5,13 @@
 1. write a function that returns a :class:`Work` for a shape, as `instance_own` does: bytes that go
    to and from device memory by the plan and the least that they could be (each input once, each
    output once), operations on tensor cores by operand type and the least number of them, ordinary
-   multiply-adds and special functions, both counted for every thread that computes them;
+   multiply-adds, those in double precision (additions too) and special functions, all counted for
+   every thread that computes them, and the launches, which tests/test_launches.py counts;
 2. name in `main_loops` the kernels that do the bulk, each with the work that its main loop shares
    out: `tensor_operations` or `multiply_adds`, or, where the loop does more of these than the
    formula has, `passes`, how often a warp goes through it. The instructions of that loop in the
-   compiled kernel then give the time that issuing them takes. `stops` finds the way that a turn
-   of a loop with rare branches takes, see `sass.turn`;
+   compiled kernel then give the time that issuing them takes, and that of shared memory. `stops`
+   finds the way that a turn of a loop with rare branches takes, see `sass.turn`;
 3. add the shapes to CASES, kernels with dynamic shared memory to DYNAMIC_SHARED, and files whose
    names begin otherwise than those there to SOURCES.
 """
@@ -24,43 +25,96 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from bench import sass
-from bench.sass import Kernel, Name
+from bench.sass import Counts, Kernel, Name
 from crrcd_ext import _plan
 
 ISSUE = 4  # instructions of warps, a clock and multiprocessor
 SPECIAL = 16  # special functions, a clock and multiprocessor
+LAUNCH = 4e-6  # seconds of the host for each kernel, PyTorch's or ours, outside of a CUDA graph
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the maker states, of one chip."""
+    """What the maker states, of one chip, at the clock that its rates are stated for."""
 
     name: str
     arch: str
     multiprocessors: int
     gigahertz: float
     bandwidth: float  # GB/s
-    tensor: Mapping[str, float]  # operand type -> TFLOP/s, dense
+    tensor: Mapping[str, float]  # operand type -> TFLOP/s, dense, sums in fp32
+    mma_sync: float = 1  # what mma.sync, by which our kernels multiply, reaches of these rates
+    assumed: bool = False  # whether nobody here knows of a measurement of that
     multiply_adds: int = 128  # fp32, a clock and multiprocessor
+    doubles: int = 2  # multiply-adds of fp64, without tensor cores
+
+    @property
+    def clocks(self) -> float:
+        """Of all multiprocessors, a second."""
+        return self.multiprocessors * self.gigahertz * 1e9
 
 
+# Hopper's peak is wgmma's; mma.sync is known to reach about 63 % of it. On B200 the peak is that of
+# tcgen05, and what mma.sync reaches is an assumption: no more a clock than on Ampere, 2,048
+# operations a multiprocessor of 8,192. Elsewhere mma.sync is the way to tensor cores. An H200 can
+# run at 1.98 GHz, but not with its tensor cores at work.
+HOPPER = {"bf16": 989, "fp16": 989, "tf32": 495}
 GPUS = (
-    Gpu("A100", "sm_80", 108, 1.41, 2039, {"bf16": 312, "fp16": 312, "tf32": 156}, 64),
-    Gpu("H100", "sm_90a", 132, 1.83, 3350, {"bf16": 989, "fp16": 989, "tf32": 495}),
-    Gpu("B200", "sm_100a", 148, 1.85, 8000, {"bf16": 2250, "fp16": 2250, "tf32": 1100}),
+    Gpu(
+        "A100",
+        "sm_80",
+        108,
+        1.41,
+        2039,
+        {"bf16": 312, "fp16": 312, "tf32": 156},
+        multiply_adds=64,
+        doubles=32,
+    ),
+    Gpu("H100", "sm_90", 132, 1.83, 3350, HOPPER, 0.63, doubles=64),
+    Gpu("H200", "sm_90", 132, 1.83, 4800, HOPPER, 0.63, doubles=64),
+    Gpu(
+        "B200",
+        "sm_100",
+        148,
+        1.85,
+        8000,
+        {"bf16": 2250, "fp16": 2250, "tf32": 1100},
+        0.25,
+        assumed=True,
+        doubles=64,
+    ),
+    Gpu("RTX 4090", "sm_89", 128, 2.52, 1008, {"bf16": 165, "fp16": 165, "tf32": 82.6}),
+    Gpu("RTX 5090", "sm_120", 170, 2.41, 1792, {"bf16": 210, "fp16": 210, "tf32": 105}),
 )
 
 
 @dataclass(frozen=True)
+class Launches:
+    """Of kernels, for one call of the operator without its backward pass: PyTorch's and ours."""
+
+    torch: int = 0
+    own: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return LAUNCH * (self.torch + self.own)
+
+
+@dataclass(frozen=True)
 class MainLoop:
-    """Work of the kernel whose readable name the expression finds; one of the three is given.
-    stops: what a turn of the tile loop comes by (`sass.turn`), else the whole main loop counts."""
+    """Work of the kernel whose readable name the expression finds. Its main loop (`sass.main_loop`)
+    counts whole, as often as it takes for the operations, or `passes` times. special: so often the
+    innermost loop with the most special functions instead. stops: so often the way by them
+    (`sass.turn`) through the tile loop, or `within`, through the longest loop in that; tensor
+    operations that this leaves are made in the main loop, which lies on the way."""
 
     kernel: str
     tensor_operations: float = 0
     multiply_adds: float = 0
     passes: float = 0
+    special: bool = False
     stops: tuple[Mapping[str, int], ...] = ()
+    within: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +126,9 @@ class Work:
     tensor: Mapping[str, float] = field(default_factory=dict)
     least_tensor: float = 0
     multiply_adds: float = 0
+    doubles: float = 0
     special: float = 0
+    launches: Launches = Launches()
     main_loops: tuple[MainLoop, ...] = ()
     pairs: float = 0  # (anchor, key) of the first main loop
     work_bytes: int = 0  # work space by the plan
@@ -94,6 +150,7 @@ class Case:
 # Of exp, log1p and the division, in fp32 as nvcc compiles them.
 SOFTPLUS_MULTIPLY_ADDS, SOFTPLUS_SPECIAL = 20, 2
 BYTES = {"float": 4, "bf16": 2, "fp16": 2}
+INSTANCE_LAUNCHES = Launches(torch=6, own=3)
 
 
 def instance_own(B: int, K: int, D: int, N: int, storage: str) -> Work:
@@ -106,7 +163,9 @@ def instance_own(B: int, K: int, D: int, N: int, storage: str) -> Work:
         bytes=entries * row + ends,
         least_bytes=named * row + ends,
         multiply_adds=entries * (2 * D + 32 * SOFTPLUS_MULTIPLY_ADDS),
+        doubles=3 * entries,  # loss and scalars of each lane, a turn of 32 entries
         special=entries * 32 * SOFTPLUS_SPECIAL,
+        launches=INSTANCE_LAUNCHES,
         main_loops=(MainLoop(rf"own_entries<float, {storage}, 32, 4, kNce>", passes=entries / 4),),
     )
 
@@ -122,7 +181,9 @@ def instance_shared(B: int, K: int, D: int, N: int, storage: str) -> Work:
         bytes=tiles * K * row + ends,
         least_bytes=N * -math.expm1(-K / N) * row + ends,
         multiply_adds=products + B * K * SOFTPLUS_MULTIPLY_ADDS,
+        doubles=3 * 256 * tiles * -(-K // 64),  # of each thread, a tile
         special=B * K * SOFTPLUS_SPECIAL,
+        launches=INSTANCE_LAUNCHES,
         main_loops=(MainLoop(rf"shared_tiles<float, {storage}, kNce>", multiply_adds=products),),
     )
 
@@ -143,6 +204,27 @@ def logit_stops(stages: int, norms: bool) -> tuple[Mapping[str, int], ...]:
     return fetch + body if stages == 2 else body + fetch
 
 
+def key_stops() -> tuple[Mapping[str, int], ...]:
+    """What a warp of the keys' pass, which comes first, does with 16 keys and an anchor: hid, its
+    product with both halves of W'W, norms by them, the logits, their weights, what norms add, the
+    gradient of hid in two halves, and its sums, one for each 8 columns. Of the products' loops a
+    turn."""
+    product = {"tensor_core": 8, "ldmatrix": 5}
+    stops = [{"shared_stores": 8, "shared_loads": 8}, product, product]
+    stops += [{"multiply_add": 12, "shared_loads": 2}] * 16
+    stops += [product, *[{"special": 8}] * 8, {"global_loads": 64}, product, product]
+    stops += [{"shared_loads": 2}, {"shared_stores": 1}] * 16
+    return tuple(stops)
+
+
+def relation_launches(A: int, segments: int, anchor_parts: int, live: bool) -> Launches:
+    """Of operands that are kept as they are, without bias, masks and an index, where what blocks
+    and chunks add up is more than one part. at::addbmm makes a product for each anchor."""
+    if not live:
+        return Launches(torch=59, own=2 * segments)
+    return Launches(torch=91 + A + segments * (1 + (anchor_parts > 1)), own=4 * segments)
+
+
 def relation(gpu: Gpu, K: int, live: bool) -> Work:
     """relation_nce, A = B = 64, H = R = 128, everything in bfloat16, keys are rows. Memory: inputs
     and outputs once; keys as prepared, norms, partial sums and what else the plan keeps, once
@@ -150,9 +232,10 @@ def relation(gpu: Gpu, K: int, live: bool) -> Work:
     all, since the L2 cache holds a segment; torch's own steps on [A, B, H], of which each fits the
     cache, are left out. Tensor cores: for live keys W'W hid, of which norms come too, the logits
     twice, the gradients by them of keys and queries, a triangle for W'W's; else W hid, the logits,
-    the gradient of the queries. Issue: turns of the logits' loop where no key is left out, without
-    the logarithm of every second turn; of the other passes, live, the loop of their products
-    only."""
+    the gradient of the queries. Fp64: the product Q W,
+    W'W, and the sums of threads. Issue and shared memory: turns of the loops of the logits and,
+    where a block has all hidden units, of the keys, where no key is left out, without the logarithm
+    of every second turn; of the other passes, live, the loop of their products only."""
     A = B = 64
     H = R = 128
     gradients = _plan.GRADIENTS if live else ("query",)
@@ -165,6 +248,8 @@ def relation(gpu: Gpu, K: int, live: bool) -> Work:
     memory = least + 2 * 2 * K * H + 2 * 2 * A * B * H + 2 * 4 * logits["chunks"] * A * B * H
     of_queries = 2 * B * H
     pair, least_pair = (0 if live else H * R) + of_queries, H * H + of_queries
+    doubles = A * B * H * R + 4 * A * K  # Q W; four sums of a thread, every second turn
+    segments, anchor_parts = -(-K // made["segment"]), 1
     loops = [
         MainLoop(
             r"relation_logits<kBF16, kNce, 4>",
@@ -175,6 +260,8 @@ def relation(gpu: Gpu, K: int, live: bool) -> Work:
     if live:
         outputs = 2 * (K * H + A * H + R * H)
         keys, weight = made["keys"], made["weight"]
+        doubles += R * H * H
+        anchor_parts = keys["anchor_parts"]
         memory += outputs + 4 * A * K * (2 + 2)  # 1 / |w| and c, for one pass each
         memory += 2 * 4 * keys["anchor_parts"] * K * H + 2 * 4 * keys["key_parts"] * A * H
         memory += 2 * 4 * K * H + 2 * 4 * weight["chunks"] * H * H  # the keys' sum, G's gradient
@@ -182,8 +269,9 @@ def relation(gpu: Gpu, K: int, live: bool) -> Work:
         gram = sum(16 * (row + 16) for row in range(0, H, 16))  # rows of 16 up to the diagonal
         of_keys = H * H + 2 * B * H
         pair, least_pair = pair + of_keys + gram, least_pair + B * H + H * (H + 1) // 2
+        turns = {"passes": A * K / 16, "stops": key_stops(), "within": True} if keys["first"] else {}
         loops += [
-            MainLoop(rf"relation_keys<kBF16, kNce, {keys['warps']}>", 2 * A * K * of_keys),
+            MainLoop(rf"relation_keys<kBF16, kNce, {keys['warps']}>", 2 * A * K * of_keys, **turns),
             MainLoop(r"relation_gram<kBF16>", 2 * A * K * gram),
         ]
     return Work(
@@ -191,7 +279,9 @@ def relation(gpu: Gpu, K: int, live: bool) -> Work:
         least_bytes=least,
         tensor={"bf16": 2 * A * K * pair},
         least_tensor=2 * A * K * least_pair,
+        doubles=doubles,
         special=2 * A * B * K * (2 if live else 1),
+        launches=relation_launches(A, segments, anchor_parts, live),
         main_loops=tuple(loops),
         pairs=A * K,
         work_bytes=made["work_bytes"],
@@ -202,6 +292,7 @@ def relation(gpu: Gpu, K: int, live: bool) -> Work:
 # difference_nce, gradient of the query, NCE, shared negatives. csrc/cuda/difference.cuh
 
 LOGIT_MULTIPLY_ADDS, LOGIT_SPECIAL = 20, 2  # of law of cosines, softplus and sums, of a logit
+DIFFERENCE_LAUNCHES = {"float": Launches(torch=106, own=5), "bf16": Launches(torch=115, own=5)}
 
 
 def difference_shared(gpu: Gpu, K: int, operands: str) -> Work:
@@ -209,8 +300,8 @@ def difference_shared(gpu: Gpu, K: int, operands: str) -> Work:
     queries with tiles of 32 keys, whose rows come from device memory once; its sums, and a bit of
     every (anchor, key), are written once and read once. At full precision a distance takes a
     subtraction and a multiply-add a column, from two-byte rows it is a product on tensor cores;
-    weights times rows are multiply-adds in both. Issue: the loop over the logits only, at full
-    precision; with products on tensor cores that is not what counts as the main loop."""
+    weights times rows are multiply-adds in both. Fp64: the sums of threads. Issue
+    and shared memory: the loop over the logits only."""
     A = B = 64
     D, row = 128, 128 * BYTES[operands]
     tiles = -(-K // 32)
@@ -219,7 +310,10 @@ def difference_shared(gpu: Gpu, K: int, operands: str) -> Work:
     kept = chunks * 4 * (B * D + 2 * A * B) + 8 * K
     distances = (A + B) * K * D
     tensor = {} if operands == "float" else {operands: 2 * distances}
-    logits = MainLoop("difference_tiles<kF32, false, kNce>", passes=8 * K)  # 8 warps, each key
+    precision = {"float": "kF32", "bf16": "kBF16"}[operands]
+    logits = MainLoop(  # 8 warps, each key
+        f"difference_tiles<{precision}, false, kNce>", passes=8 * K, special=True
+    )
     return Work(
         bytes=K * row + ends + 2 * kept,
         least_bytes=K * row + ends,
@@ -228,8 +322,10 @@ def difference_shared(gpu: Gpu, K: int, operands: str) -> Work:
         multiply_adds=(0 if tensor else 2 * distances)
         + B * K * D
         + A * B * K * LOGIT_MULTIPLY_ADDS,
+        doubles=2 * 256 * tiles,  # of each thread, a tile
         special=A * B * K * LOGIT_SPECIAL,
-        main_loops=() if tensor else (logits,),
+        launches=DIFFERENCE_LAUNCHES[operands],
+        main_loops=(logits,),
     )
 
 
@@ -294,6 +390,7 @@ def _planned(part: str) -> Callable[[Name, str], int]:
 
     def memory(name: Name, arch: str) -> int:
         sizes = {"anchors": 64, "queries": 64, "keys": 16384, "hidden": 128, "relation_dim": 128}
+        arch = f"sm_{sass.generation(arch)}"
         if name.arguments[0] != "kBF16" or arch not in _plan.GPUS:
             return 0
         made = _plan.plan(arch, **sizes, gradients=_plan.GRADIENTS)[part]
@@ -317,62 +414,97 @@ DYNAMIC_SHARED: dict[str, Callable[[Name, str], int]] = {
 # The model
 
 
-def instructions(part: MainLoop, arch: str, kernels: Iterable[Kernel]) -> float | None:
-    """Instructions of warps that a main loop issues; None where it is not known."""
+def code_for(gpu: Gpu, kernels: Iterable[Kernel]) -> str:
+    """The architecture of a build whose code stands for what runs on the GPU: the newest that is
+    not newer; "" where there is none. A GPU runs the code of an older one of its own major version
+    as it is, and of other ones what the driver makes of it."""
+    archs = {k.arch for k in kernels if sass.generation(k.arch) <= sass.generation(gpu.arch)}
+    return max(archs, key=sass.generation, default="")
+
+
+def runs_as_it_is(gpu: Gpu, kernels: Iterable[Kernel]) -> bool:
+    """Whether the GPU runs that code itself."""
+    arch = code_for(gpu, kernels)
+    return bool(arch) and sass.generation(arch) // 10 == sass.generation(gpu.arch) // 10
+
+
+def issued(part: MainLoop, arch: str, kernels: Iterable[Kernel]) -> list[tuple[float, Counts]]:
+    """How often warps go through which code; empty where the build has no such kernel, or none
+    with that loop."""
     kernel = next(
         (k for k in kernels if k.arch == arch and re.search(part.kernel, str(k.name))), None
     )
     if kernel is None or kernel.loop is None:
-        return None
-    loop = kernel.loop
+        return []
+    if part.special:
+        return [(part.passes, kernel.special_loop)]
+    whole = kernel.loop
     if part.stops:
-        loop = kernel.tile_loop and sass.turn(kernel.tile_loop, part.stops)
-        if loop is None:
-            return None
-    passes = part.passes
-    if part.tensor_operations:
-        passes = part.tensor_operations / loop.tensor_operations
-    elif part.multiply_adds:
-        passes = part.multiply_adds / (32 * loop.multiply_add)
-    return passes * loop.instructions
+        loop = kernel.inner_loop if part.within else kernel.tile_loop
+        way = loop and sass.turn(loop, part.stops)
+        if way is None:
+            return []
+        left = max(part.tensor_operations - part.passes * way.tensor_operations, 0)
+        rest = [(left / whole.tensor_operations, whole)] if left else []
+        return [(part.passes, way), *rest]
+    if part.multiply_adds:
+        return [(part.multiply_adds / (32 * whole.multiply_add), whole)]
+    return [(part.passes or part.tensor_operations / whole.tensor_operations, whole)]
 
 
-def issue_seconds(work: Work, gpu: Gpu, kernels: Iterable[Kernel]) -> float | None:
-    """Time to issue the instructions of the main loops; None where a loop is not known."""
-    parts = [instructions(part, gpu.arch, kernels) for part in work.main_loops]
-    if not parts or None in parts:
+def loop_clocks(
+    parts: Iterable[MainLoop], gpu: Gpu, kernels: Iterable[Kernel]
+) -> dict[str, float] | None:
+    """Clocks, of all multiprocessors together, in which main loops issue their instructions and
+    in which their shared memory is at work; None where a loop is not known."""
+    arch = code_for(gpu, kernels)
+    found = [issued(part, arch, kernels) for part in parts]
+    if not found or not all(found):
         return None
-    return sum(parts) / (ISSUE * gpu.multiprocessors * gpu.gigahertz * 1e9)
+    all_code = [turns for of_part in found for turns in of_part]
+    return {
+        "issue": sum(passes * code.instructions for passes, code in all_code) / ISSUE,
+        "shared": sum(passes * code.shared_clocks for passes, code in all_code),
+    }
 
 
-def clocks_a_pair(work: Work, gpu: Gpu, kernels: Iterable[Kernel]) -> float | None:
-    """Issue clocks of a multiprocessor for each pair of the first main loop."""
-    issued = instructions(work.main_loops[0], gpu.arch, kernels) if work.pairs else None
-    return issued and issued / (ISSUE * work.pairs)
+def clocks_a_pair(work: Work, gpu: Gpu, kernels: Iterable[Kernel]) -> dict[str, float] | None:
+    """Clocks of a multiprocessor for each pair of the first main loop."""
+    clocks = loop_clocks(work.main_loops[:1], gpu, kernels) if work.pairs else None
+    return clocks and {name: count / work.pairs for name, count in clocks.items()}
 
 
 def seconds(work: Work, gpu: Gpu, kernels: Iterable[Kernel]) -> dict[str, float | None]:
-    """Time of each limit alone. The call takes their maximum at least, by the model, and their sum
-    where none overlaps another."""
-    clocks = gpu.multiprocessors * gpu.gigahertz * 1e9
+    """Time of each limit of the GPU alone. Its kernels take their maximum at least, by the model,
+    and their sum where none overlaps another."""
+    loops = loop_clocks(work.main_loops, gpu, kernels)
+    rates = {kind: gpu.mma_sync * rate * 1e12 for kind, rate in gpu.tensor.items()}
     return {
         "memory": work.bytes / (gpu.bandwidth * 1e9),
-        "tensor": sum(count / (gpu.tensor[kind] * 1e12) for kind, count in work.tensor.items()),
-        "multiply-add": work.multiply_adds / (gpu.multiply_adds * clocks),
-        "special": work.special / (SPECIAL * clocks),
-        "issue": issue_seconds(work, gpu, kernels),
+        "tensor": sum(count / rates[kind] for kind, count in work.tensor.items()),
+        "fp32": work.multiply_adds / (gpu.multiply_adds * gpu.clocks),
+        "fp64": work.doubles / (gpu.doubles * gpu.clocks),
+        "special": work.special / (SPECIAL * gpu.clocks),
+        "issue": loops and loops["issue"] / gpu.clocks,
+        "shared": loops and loops["shared"] / gpu.clocks,
     }
 
 
 def assumptions() -> list[str]:
     """What cases that follow a plan take for granted, and a line for each GPU."""
     lines = [" ".join(case.__doc__.split()) for case in (relation, difference_shared)]
+    lines.append(
+        f"All GPUs: {SPECIAL} special functions, {ISSUE} instructions and {sass.SHARED_BYTES} "
+        f"bytes of shared memory a clock and multiprocessor; {LAUNCH * 1e6:g} us of the host a "
+        "launch"
+    )
     for gpu in GPUS:
-        rates = ", ".join(f"{kind} {rate:,.0f}" for kind, rate in gpu.tensor.items())
+        rates = ", ".join(f"{kind} {rate:,g}" for kind, rate in gpu.tensor.items())
+        assumed = " (an assumption)" if gpu.assumed else ""
         lines.append(
             f"{gpu.name} ({gpu.arch}): {gpu.multiprocessors} multiprocessors at "
-            f"{gpu.gigahertz} GHz, {gpu.bandwidth:,.0f} GB/s, tensor cores {rates} TFLOP/s, "
-            f"{gpu.multiply_adds} fp32 multiply-adds, {SPECIAL} special functions and {ISSUE} "
-            "instructions a clock and multiprocessor"
+            f"{gpu.gigahertz} GHz, {gpu.bandwidth:,.0f} GB/s, tensor cores {rates} TFLOP/s, of "
+            f"which mma.sync reaches {gpu.mma_sync:.0%}{assumed}; {gpu.multiply_adds} fp32 and "
+            f"{gpu.doubles} fp64 multiply-adds a clock and multiprocessor"
         )
     return lines

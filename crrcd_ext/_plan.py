@@ -10,7 +10,7 @@ from crrcd_ext import _backend
 
 class Gpu(NamedTuple):
     """Limits of an architecture: kilobytes of shared memory that a block can ask for and that a
-    multiprocessor has; multiprocessors and megabytes of L2 cache of its best-known device."""
+    multiprocessor has; multiprocessors and megabytes of L2 cache of its best-known devices."""
 
     shared_block: int
     shared_processor: int
@@ -23,10 +23,10 @@ GPUS = {
     "sm_80": Gpu(163, 164, 108, 40, "A100"),
     "sm_86": Gpu(99, 100, 84, 6, "A40"),
     "sm_87": Gpu(163, 164, 16, 4, "Orin"),
-    "sm_89": Gpu(99, 100, 142, 96, "L40S"),
-    "sm_90a": Gpu(227, 228, 132, 50, "H100"),
-    "sm_100a": Gpu(227, 228, 148, 126, "B200"),
-    "sm_120a": Gpu(99, 100, 170, 96, "RTX 5090"),
+    "sm_89": Gpu(99, 100, 128, 72, "RTX 4090"),
+    "sm_90": Gpu(227, 228, 132, 50, "H100 or H200"),
+    "sm_100": Gpu(227, 228, 148, 126, "B200"),
+    "sm_120": Gpu(99, 100, 170, 96, "RTX 5090"),
 }
 PRECISIONS = ("float64", "float32", "tf32", "bfloat16", "float16")
 GRADIENTS = ("query", "keys", "anchor", "weight")
@@ -104,7 +104,7 @@ def describe(arch: str, made: dict) -> str:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m crrcd_ext plan", description=__doc__)
-    parser.add_argument("--arch", choices=GPUS, default="sm_90a")
+    parser.add_argument("--arch", choices=GPUS, default="sm_90")
     parser.add_argument("--anchors", type=int, default=64, help="A (default: %(default)s)")
     parser.add_argument("--queries", type=int, default=64, help="B (default: %(default)s)")
     parser.add_argument("--keys", type=int, default=16384, help="K (default: %(default)s)")

@@ -73,7 +73,7 @@ def test_widths_to_512_fit_everywhere(arch, precision, hidden, relation_dim):
     check_limits(arch, made)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_the_main_pass_has_two_blocks_and_everything_resident(arch, precision):
     made = _plan.plan(arch, **SIZES, precision=precision)
@@ -93,13 +93,13 @@ def test_work_space_does_not_grow_with_the_keys(arch, precision):
     assert max(made["work_bytes"] for made in (some, few, many)) <= 64 << 20
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_work_space_of_the_main_pass(arch):
     made = _plan.plan(arch, **SIZES | {"keys": 131_072}, precision="bfloat16")
     assert made["work_bytes"] <= 20 << 20
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("anchors", [48, 64, 100])
 @pytest.mark.parametrize("keys", [4096, 16384, 131_072])
 def test_keys_and_anchors_are_shared_out_evenly(arch, anchors, keys):
@@ -117,7 +117,7 @@ def test_keys_and_anchors_are_shared_out_evenly(arch, anchors, keys):
     assert logits["chunks"] * anchors <= 2 * processors * logits["blocks_a_multiprocessor"]
 
 
-@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 @pytest.mark.parametrize("keys", [16384, 131_072])
 def test_one_sum_a_key_where_there_are_keys_for_all(arch, keys):
     made = _plan.plan(arch, **SIZES | {"keys": keys}, gradients=EVERYTHING)
@@ -127,12 +127,12 @@ def test_one_sum_a_key_where_there_are_keys_for_all(arch, keys):
 @pytest.mark.parametrize(
     "arch, precision, hidden, queries, first",
     [
-        ("sm_90a", "bfloat16", 128, 64, 1),
+        ("sm_90", "bfloat16", 128, 64, 1),
         ("sm_80", "float16", 128, 64, 1),
-        ("sm_90a", "bfloat16", 129, 64, 0),
-        ("sm_90a", "bfloat16", 128, 65, 0),
-        ("sm_90a", "tf32", 64, 64, 1),
-        ("sm_90a", "tf32", 65, 64, 0),
+        ("sm_90", "bfloat16", 129, 64, 0),
+        ("sm_90", "bfloat16", 128, 65, 0),
+        ("sm_90", "tf32", 64, 64, 1),
+        ("sm_90", "tf32", 65, 64, 0),
         ("sm_86", "bfloat16", 128, 64, 0),  # no room for blocks of eight warps
         ("sm_86", "bfloat16", 64, 64, 1),
     ],
@@ -147,7 +147,7 @@ def test_the_keys_pass_comes_first_where_a_block_has_all(arch, precision, hidden
 def test_a_large_cache_holds_more_keys():
     few, many = (
         _plan.plan(arch, **SIZES | {"keys": 131_072}, gradients=EVERYTHING)["segment"]
-        for arch in ("sm_86", "sm_90a")
+        for arch in ("sm_86", "sm_90")
     )
     of_key = 2 * 128 + 8 + 64 * 2 * 4  # the key, its mask, norms and what belongs to them
     assert few * of_key <= 6 << 20 < 10 << 20 < many * of_key <= 16 << 20
