@@ -368,6 +368,29 @@ def test_relation_nce_traps_a_row_outside_of_the_bank(row, precision):
         functional.relation_nce(**case, backend="simt")
 
 
+def test_relation_nce_takes_more_panels_of_queries_than_a_grid_is_high():
+    case = make(1, 32 * 65535 + 1, 1, 1, 1, 1, 2, ids=True, bias=False)
+    assert_close(run(case, "simt", wanted=("query",)), truth(case, wanted=("query",)), 1e-11)
+
+
+def test_relation_nce_refuses_more_anchors_than_it_counts():
+    anchor = torch.zeros(1 << 23, 1, requires_grad=True)
+    query = torch.zeros(1 << 23, 1, 1)
+    message = "relation_nce: query: expected .* up to 4194304 anchors, got 1 and 8388608"
+    with pytest.raises(ValueError, match=message):
+        functional.relation_nce(
+            query,
+            query,
+            anchor,
+            torch.zeros(1024, 1),
+            torch.ones(1, 1),
+            scale=1.0,
+            offset=0.0,
+            self_pairs=True,
+            backend="simt",
+        )
+
+
 def test_relation_nce_wider_than_shared_memory_is_refused():
     case = cast(make(2, 3, 20, 400, 8, 5, 30), torch.float64)
     message = "relation_nce: anchor: expected widths whose tiles fit this GPU's shared memory"
