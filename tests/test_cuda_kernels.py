@@ -277,6 +277,18 @@ def test_relation_nce_in_several_segments(precision, objective):
     assert_close(got, true, tolerance, plain)
 
 
+@each_precision
+@pytest.mark.parametrize("keys, segment", [(150, 128), (300, 256)])
+def test_blocks_without_a_tile_leave_no_copy_under_way(precision, keys, segment):
+    """The last segment has fewer tiles, of the logits' and of the keys' pass, than blocks."""
+    dtype, setting, tolerance = precision
+    case = cast(settled(make(1, 8, keys, 40, 40, 24, 300, self_pairs=True)), dtype)
+    true, plain = truth(case), run(case, "reference")
+    with emulated_gpu(setting), segments_of(segment), emulation("simt"):
+        got = run(copied(case), "simt")
+    assert_close(got, true, tolerance, plain)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @each_precision
 def test_relation_nce_has_the_same_bits_in_every_order(precision, objective):

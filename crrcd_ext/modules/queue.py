@@ -142,7 +142,8 @@ class MemoryQueue(MemoryBank):
         self.pushed.add_(count)
         self._started = self._started or len(index) > 0
         # torch.compile would start anew for every other number; what is captured has not happened.
-        if not torch.compiler.is_compiling() and happened is None and not capturing(ids.device):
+        silent = torch.compiler.is_compiling() or happened is not None or self._full
+        if not silent and not capturing(ids.device):
             self._count(count)
 
     def _count(self, written: int) -> None:
