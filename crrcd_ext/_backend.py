@@ -170,11 +170,12 @@ def resolve(
 
 
 def does_not_fit(error: Exception) -> bool:
-    """Whether kernels say that tiles of the call's widths exceed what a GPU has on its chip.
+    """Whether kernels say that tiles of the call's widths exceed what a GPU has on its chip, or
+    blocks what its grids can have.
 
     They say so before they change anything.
     """
-    return "fit this GPU's shared memory" in str(error) or type(error).__name__ == "OutOfResources"
+    return "fit this GPU's" in str(error) or type(error).__name__ == "OutOfResources"
 
 
 def _first(

@@ -91,8 +91,20 @@ def check_scalar(operator: str, argument: str, x: float | Tensor, first: Tensor)
             fail(ValueError, operator, argument, SCALAR, got)
         if x.device.type != "cpu":
             check_device(operator, argument, x, first)
+        elif capturing(first.device):
+            expected = f"a tensor on {first.device}, or a number, while a CUDA graph is captured"
+            got = "a tensor on cpu, whose value the graph would keep"
+            fail(ValueError, operator, argument, expected, got)
     elif not isinstance(x, (int, float)):
         fail(TypeError, operator, argument, SCALAR, type(x).__name__)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being made of what is done on ``device`` now."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def check_update(

@@ -127,8 +127,9 @@ def relation_nce(
         bank: [N, D] rows in float64, float32, bfloat16 or float16 storage.
         weight: W, [R, H], of the module that makes the negatives.
         bias: c, [R], or None.
-        scale: 1 / temperature, a number or a 0-dim tensor.
-        offset: beta, a number or a 0-dim tensor.
+        scale: 1 / temperature, a number or a 0-dim tensor, which a captured CUDA graph has to have
+            on the device (of a number it keeps the value).
+        offset: beta, likewise.
         index: int64 [K], rows of the bank that are the negatives, duplicates allowed; None: all N.
         key_weight: Wb, [H, D]; None when the rows are projected already (D = H).
         anchor_id: int64 [A], needs query_id. A pair with anchor_id[a] == query_id[b] is a self
@@ -156,7 +157,8 @@ def relation_nce(
         TypeError: an argument that is no tensor, or of a dtype that is not supported.
         ValueError: a wrong shape, device, objective or momentum, an id or label whose counterpart
             is missing, an update of a bank that requires a gradient, an unknown backend.
-        IndexError: a row outside of the bank (on the CPU; elsewhere the device asserts).
+        IndexError: a row outside of the bank (on the CPU; elsewhere the device asserts, which
+            costs the process its tensors there).
         RuntimeError: a backend that this installation lacks; a second derivative on "cpu".
         Whatever is raised, the bank is as it was.
     """

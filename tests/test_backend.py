@@ -196,6 +196,7 @@ class OutOfResources(Exception):
     [
         OutOfResources("out of resource: shared memory"),
         ValueError("... fit this GPU's shared memory"),
+        ValueError("... fit this GPU's grid"),
     ],
 )
 def test_widths_that_do_not_fit_are_left_to_the_next(monkeypatch, caplog, error):
@@ -210,7 +211,7 @@ def test_widths_that_do_not_fit_are_left_to_the_next(monkeypatch, caplog, error)
         assert functional.relation(*tensors, backend="cpu,reference").shape == (2, 3, 4)
     said = "relation on cpu: backend reference (tiles of these widths do not fit the GPU with cpu)"
     assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [said]
-    with pytest.raises(type(error), match="shared memory"):
+    with pytest.raises(type(error), match=r"shared memory|grid"):
         functional.relation(*tensors, backend="cpu")
 
 

@@ -277,6 +277,18 @@ def test_relation_nce_in_several_segments(precision, objective):
     assert_close(got, true, tolerance, plain)
 
 
+@each_precision
+@pytest.mark.parametrize("keys, segment", [(150, 128), (300, 256)])
+def test_blocks_without_a_tile_leave_no_copy_under_way(precision, keys, segment):
+    """The last segment has fewer tiles, of the logits' and of the keys' pass, than blocks."""
+    dtype, setting, tolerance = precision
+    case = cast(settled(make(1, 8, keys, 40, 40, 24, 300, self_pairs=True)), dtype)
+    true, plain = truth(case), run(case, "reference")
+    with emulated_gpu(setting), segments_of(segment), emulation("simt"):
+        got = run(copied(case), "simt")
+    assert_close(got, true, tolerance, plain)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @each_precision
 def test_relation_nce_has_the_same_bits_in_every_order(precision, objective):
@@ -366,6 +378,29 @@ def test_relation_nce_traps_a_row_outside_of_the_bank(row, precision):
     message = r"relation_nce: index: expected rows of the bank in \[0, N\)"
     with emulated_gpu(setting), pytest.raises(RuntimeError, match=message):
         functional.relation_nce(**case, backend="simt")
+
+
+def test_relation_nce_takes_more_panels_of_queries_than_a_grid_is_high():
+    case = make(1, 32 * 65535 + 1, 1, 1, 1, 1, 2, ids=True, bias=False)
+    assert_close(run(case, "simt", wanted=("query",)), truth(case, wanted=("query",)), 1e-11)
+
+
+def test_relation_nce_refuses_more_anchors_than_it_counts():
+    anchor = torch.zeros(1 << 23, 1, requires_grad=True)
+    query = torch.zeros(1 << 23, 1, 1)
+    message = "relation_nce: query: expected .* up to 4194304 anchors, got 1 and 8388608"
+    with pytest.raises(ValueError, match=message):
+        functional.relation_nce(
+            query,
+            query,
+            anchor,
+            torch.zeros(1024, 1),
+            torch.ones(1, 1),
+            scale=1.0,
+            offset=0.0,
+            self_pairs=True,
+            backend="simt",
+        )
 
 
 def test_relation_nce_wider_than_shared_memory_is_refused():

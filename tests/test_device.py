@@ -6,6 +6,10 @@ same code runs on the CPU, so that it is right before there is a GPU.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import on_device
@@ -21,6 +25,7 @@ from helpers.cases import (
 )
 from helpers.cases import truth as truth_of
 from helpers.on_device import ON_DEVICE, placed
+from helpers.process import python
 
 import crrcd_ext
 from crrcd_ext import _backend, functional
@@ -33,6 +38,7 @@ OPERATORS = {
 }
 each_device = pytest.mark.parametrize("device", DEVICES)
 each_operator = pytest.mark.parametrize("operator", OPERATORS)
+each_loss = pytest.mark.parametrize("kind", ["CRRCDLoss", "CRCDLoss", "CRDLoss"])
 
 
 def back(result: dict) -> dict:
@@ -81,7 +87,7 @@ def test_update(device):
 
 
 @each_device
-@pytest.mark.parametrize("kind", ["CRRCDLoss", "CRCDLoss", "CRDLoss"])
+@each_loss
 def test_training_steps(device, kind):
     """Two steps of a loss on the device give what the CPU's reference gives."""
     generator = torch.Generator().manual_seed(3)
@@ -103,8 +109,91 @@ def test_training_steps(device, kind):
     assert losses["auto"] == pytest.approx(losses["reference"], rel=1e-4)
 
 
+@pytest.fixture(params=["cuda", "triton"])
+def kernels(request) -> str:
+    """A backend with kernels for the GPU."""
+    if f"on_{request.param}" not in ON_DEVICE:
+        pytest.skip(f"backend {request.param!r} cannot run here")
+    return request.param
+
+
+def captured(step: Callable[[], tuple]) -> tuple[torch.cuda.CUDAGraph, tuple]:
+    """What a step leaves, and the graph that makes it anew."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # kernels are loaded, and libraries take their memory
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph, result
+
+
+# Of 13 rows the 13th: the case, the argument that names it, and what stderr says.
+OUTSIDE = {
+    "relation_nce": ("make()", "index", "relation_nce: index"),
+    "difference_nce shared": ("make_difference(index='shared')", "index", "difference_nce: index"),
+    "difference_nce own": ("make_difference()", "index", "difference_nce: index"),
+    "instance_nce shared": ("make_instance(index='shared')", "index", "instance_nce: index"),
+    "instance_nce own": ("make_instance()", "index", "instance_nce: index"),
+    "instance_nce wide": ("make_instance(D=4100)", "index", "instance_nce: index"),
+    "an update": ("make_instance()", "update", r"(bank_update_: index|instance_nce: update index)"),
+}
+SCRIPT = """
+import sys
+import torch
+from crrcd_ext import functional
+from helpers.cases import cast, make, make_difference, make_instance
+
+case = cast({case}, torch.float32)
+case = {{k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in case.items()}}
+bank, wrong = case["bank"], {wrong!r}
+if wrong == "update":
+    index = torch.tensor([3, 13], device="cuda")
+    case["update"] = index, torch.ones(2, bank.shape[1], device="cuda"), 0.5
+elif wrong:
+    case[wrong] = case[wrong].clone()
+    case[wrong][(-1,) * case[wrong].dim()] = 13
+else:
+    torch._assert_async(torch.zeros(1, device="cuda"), "somebody else's")
+try:
+    loss = functional.{operator}(**case, backend={backend!r})
+    torch.cuda.synchronize()
+    print("returned", float(loss))
+except RuntimeError as error:
+    print("raised", error)
+try:
+    print("the bank is there", float(bank.sum()))
+except RuntimeError:
+    print("the bank is lost")
+torch.cuda.synchronize()
+"""
+
+
 @pytest.mark.skipif(not ON_DEVICE, reason="no GPU with a backend of its own")
 class TestGpu:
+    @pytest.mark.parametrize("what", OUTSIDE)
+    def test_a_row_outside_of_the_bank_ends_the_process(self, kernels, what):
+        """No loss comes back. What users see: CUDA's text of an assertion, and torch's error."""
+        case, wrong, text = OUTSIDE[what]
+        operator = "instance_nce" if wrong == "update" else what.split()[0]
+        names = {"case": case, "wrong": wrong, "operator": operator}
+        done = python(SCRIPT.format(**names, backend=kernels))
+        assert done.returncode != 0 and "returned" not in done.stdout, done
+        assert "raised" in done.stdout and "device-side assert" in done.stdout, done
+        assert "the bank is lost" in done.stdout, done
+        message = rf"crrcd_ext\.{text}: expected rows of the bank in \[0, (N|13)\)"
+        assert re.search(message, done.stderr), done
+
+    def test_the_errors_of_others_are_not_taken_for_ours(self, kernels):
+        names = {"case": "make_instance()", "wrong": "", "operator": "instance_nce"}
+        done = python(SCRIPT.format(**names, backend=kernels))
+        assert "somebody else's" in done.stderr, done
+        assert "raised" in done.stdout and "returned" not in done.stdout, done
+        if "crrcd_ext: kernel" in done.stdout:
+            assert "something earlier has failed" in done.stdout, done
+
     @each_operator
     def test_a_stream_of_the_callers(self, operator):
         case = moved(cast(OPERATORS[operator](), torch.float32), "cuda")
@@ -116,28 +205,93 @@ class TestGpu:
         stream.synchronize()
         assert_close(back(got), back(expected), 1e-5)
 
-    @pytest.mark.parametrize("index", ["own", "shared"])
-    def test_nothing_waits_for_the_device(self, index):
-        case = moved(cast(make_instance(6, 40, index=index), torch.float32), "cuda")
-        run(case, "cuda", wanted=("query",))
+    @each_operator
+    @pytest.mark.parametrize("objective", ["nce", "infonce"])
+    def test_nothing_waits_for_the_device(self, kernels, operator, objective):
+        case = moved(cast(OPERATORS[operator](objective=objective), torch.float32), "cuda")
+        run(case, kernels)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            run(case, "cuda", wanted=("query",))
+            run(case, kernels)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    @pytest.mark.parametrize("index", ["own", "shared"])
-    def test_a_graph_can_be_captured(self, index):
-        case = moved(cast(make_instance(6, 40, index=index), torch.float32), "cuda")
-        expected = functional.instance_nce(**case, backend="cuda")
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            loss = functional.instance_nce(**case, backend="cuda")
-        case["query"].neg_()
+    @each_operator
+    @pytest.mark.parametrize("objective", ["nce", "infonce"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_graph_can_be_captured(self, kernels, operator, objective, dtype):
+        """Replayed, it sees other operands, another scale and another offset."""
+        case = moved(cast(OPERATORS[operator](objective=objective), dtype), "cuda")
+        function = getattr(functional, operator)
+        leaves = [case[k].requires_grad_() for k in ("query", "scale", "offset")]
+
+        def step() -> tuple:
+            loss = function(**case, backend=kernels)
+            return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+        graph, results = captured(step)
         graph.replay()
-        assert not torch.equal(loss, expected)
-        torch.testing.assert_close(loss, functional.instance_nce(**case, backend="cuda"))
+        before = [x.clone() for x in results]
+        with torch.no_grad():
+            case["query"].neg_()
+            case["scale"].mul_(0.5)
+            case["offset"].add_(1)
+        graph.replay()
+        torch.testing.assert_close(results, step())
+        assert not torch.equal(results[0], before[0])
+
+    @each_operator
+    @pytest.mark.parametrize("argument", ["scale", "offset"])
+    def test_a_number_on_the_cpu_is_refused_while_a_graph_is_captured(
+        self, kernels, operator, argument
+    ):
+        case = moved(cast(OPERATORS[operator](), torch.float32), "cuda")
+        case[argument] = case[argument].cpu()
+        function = getattr(functional, operator)
+        function(**case, backend=kernels)
+        message = rf"crrcd_ext\.{operator}: {argument}: expected a tensor on cuda:0, or a number"
+        with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(ValueError, match=message):
+            function(**case, backend=kernels)
+        number = float(case[argument])
+        graph, (loss,) = captured(
+            lambda: (function(**{**case, argument: number}, backend=kernels),)
+        )
+        graph.replay()
+        torch.testing.assert_close(loss, function(**case, backend=kernels))
+
+    @each_loss
+    @pytest.mark.parametrize("options", [{}, {"capacity": 20}], ids=str)
+    def test_replayed_steps_are_eager_steps(self, kernels, kind, options):
+        """Bank, sampler and statistics go on from replay to replay as from step to step."""
+        torch.manual_seed(0)
+        batches = [(torch.randn(6, 5), torch.randn(6, 7), torch.randint(40, (6,))) for _ in "123"]
+        inputs = tuple(x.cuda() for x in batches[0])
+        torch.manual_seed(1)
+        made = getattr(crrcd_ext, kind)
+        replayed = made(5, 7, 40, embedding_dim=8, negatives=12, backend=kernels, **options).cuda()
+        with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(RuntimeError, match="Zbar"):
+            replayed(*inputs)
+        replayed(*inputs)  # gives Zbar
+        graph, (loss,) = captured(lambda: (replayed(*inputs).detach(),))
+        eager = made(5, 7, 40, embedding_dim=8, negatives=12, backend=kernels, **options).cuda()
+        eager.load_state_dict(replayed.state_dict())
+        for batch in batches:
+            for static, x in zip(inputs, batch, strict=True):
+                static.copy_(x)
+            graph.replay()
+            torch.testing.assert_close(loss, eager(*inputs).detach())
+        there = eager.state_dict()
+        for name, x in replayed.state_dict().items():
+            torch.testing.assert_close(x, there[name], msg=name)
+
+    def test_the_recipe_of_a_step_in_a_graph(self):
+        recipes = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
+        scripts = re.findall(r"```python\n(.*?)```", recipes.read_text(), re.DOTALL)
+        (script,) = (text for text in scripts if text.startswith("# graph.py"))
+        done = python(script)
+        assert done.returncode == 0, done
+        first, last = (float(line) for line in done.stdout.split())
+        assert 0 < last < first
 
     def test_tensors_on_two_devices_are_refused(self):
         case = cast(make_instance(), torch.float32)

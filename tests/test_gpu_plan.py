@@ -153,6 +153,14 @@ def test_a_large_cache_holds_more_keys():
     assert few * of_key <= 6 << 20 < 10 << 20 < many * of_key <= 16 << 20
 
 
+@pytest.mark.parametrize("size", ["hidden", "relation_dim", "queries"])
+def test_bytes_are_not_counted_around_32_bits(size):
+    for more in (1 << 24, 1 << 26):  # 64 rows of so many numbers are 2^32 bytes, or a multiple
+        sizes = SIZES | {size: more}
+        made = _plan.plan("sm_90a", **sizes, precision="float32", gradients=EVERYTHING)
+        assert made == {"fits": False}
+
+
 def test_what_does_not_fit_is_told():
     made = _plan.plan("sm_86", **SIZES | {"hidden": 20_000}, precision="float64")
     assert made == {"fits": False}

@@ -60,7 +60,7 @@ ALLOWED = {
     "triton": {"_schema", "_check", "reference", "triton"},
     "functional": {"_schema", "reference", "autograd", "_check", "_backend"},
     "_pages": set(),
-    "modules": {"functional", "reference", "modules", "_pages", "_backend"},
+    "modules": {"_check", "functional", "reference", "modules", "_pages", "_backend"},
     "compat": {"functional", "modules", "_pages"},
     "__init__": {"functional", "_backend", "modules"},
     "_plan": {"_backend"},

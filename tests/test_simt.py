@@ -226,6 +226,13 @@ def test_an_invalid_address_ends_the_launch_alone():
     assert "invalid address 0x40" in done.stdout
 
 
+@pytest.mark.parametrize("committed", [0, 1])
+def test_a_copy_that_nobody_waits_for_ends_the_launch(emulator, committed):
+    numbers = torch.arange(4.0)
+    with pytest.raises(RuntimeError, match=r"async_left: .*ended with a cp.async under way"):
+        emulator.call("run_async_left", *watched(emulator, numbers=numbers), committed)
+
+
 def test_trap_tells_its_message_and_thread(emulator):
     with pytest.raises(RuntimeError, match=r"thread \(33, 0, 0\): trap: id 12 is outside") as error:
         emulator.call("run_trap_at", 33)
@@ -398,7 +405,8 @@ def test_every_wrapper_is_its_instruction(tmp_path):
 
 def test_only_gpu_cuh_knows_the_compiler():
     files = [p for p in build.CUDA.iterdir() if p.suffix in (".cu", ".cuh", ".h", ".cpp")]
-    assert [p.name for p in files if "__CUDACC__" in p.read_text()] == ["gpu.cuh"]
+    found = sorted(p.name for p in files if "__CUDACC__" in p.read_text())
+    assert found == ["both.h", "gpu.cuh"]
 
 
 def test_kernels_include_no_torch():

@@ -301,6 +301,8 @@ class _Loss(nn.Module):
         In float64 and in pieces, once in a run.
         """
         contrast = self.contrast
+        expected = "a step, whose batch gives the normalising constants,"
+        _checks.before_capture(self._where, "f_s, f_t", expected, contrast.params.device)
         query, anchor = side.query.to(torch.float64), side.memory[idx].to(torch.float64)
         total, count = query.new_zeros(()), 0
         queries = min(len(idx), max(1, _PIECE // anchor.numel()))

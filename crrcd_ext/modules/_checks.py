@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from crrcd_ext._check import capturing
+
 
 def fail(kind: type[Exception], where: str, argument: str, expected: str, got: object) -> None:
     """Raise `kind` with "crrcd_ext.WHERE: ARGUMENT: expected EXPECTED, got GOT"."""
@@ -70,6 +72,12 @@ def integers(where: str, argument: str, x: object, size: int, device: torch.devi
     if x.device != device:
         fail(ValueError, where, argument, f"a tensor on {device} (where the module is)", x.device)
     return x.to(torch.int64)
+
+
+def before_capture(where: str, argument: str, expected: str, device: torch.device) -> None:
+    """RuntimeError where a CUDA graph is captured that would keep what is still to come."""
+    if capturing(device):
+        fail(RuntimeError, where, argument, f"{expected} before a CUDA graph is captured", "none")
 
 
 def may_read(x: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crrcd_ext._check import capturing
 from crrcd_ext.modules import _checks
 from crrcd_ext.modules.bank import MemoryBank
 
@@ -140,8 +141,9 @@ class MemoryQueue(MemoryBank):
         self.ids.index_copy_(0, places, ids)
         self.pushed.add_(count)
         self._started = self._started or len(index) > 0
-        # torch.compile would start anew for every other number.
-        if not torch.compiler.is_compiling() and happened is None:
+        # torch.compile would start anew for every other number; what is captured has not happened.
+        silent = torch.compiler.is_compiling() or happened is not None or self._full
+        if not silent and not capturing(ids.device):
             self._count(count)
 
     def _count(self, written: int) -> None:

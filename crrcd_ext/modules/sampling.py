@@ -56,9 +56,15 @@ class ClassTable(KeepsBufferDtype):
     @torch.no_grad()
     def set_(self, labels: Tensor) -> None:
         """Sort anew by ``labels``, int64 [N]; a negative one means unknown."""
-        self.label, self.order = labels.sort(stable=True)
-        self.place = torch.empty_like(self.order)
-        self.place[self.order] = torch.arange(len(labels), device=labels.device)
+        label, order = labels.sort(stable=True)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(labels), device=labels.device)
+        for name, new in (("label", label), ("order", order), ("place", place)):
+            old = getattr(self, name)
+            if old is not None and old.shape == new.shape and old.device == new.device:
+                old.copy_(new)  # where it lies, for CUDA graphs that read it
+            else:
+                setattr(self, name, new)
 
     def around(self, index: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The places that the queries ``index`` of classes ``label`` (int64 [B]) leave.

@@ -350,6 +350,8 @@ class ContrastiveStep(Critic):
         """beta; where this batch has to give Zbar, its logarithm goes into ``log_zbar``."""
         if not self._awaits_zbar():
             return self._beta(self.log_zbar[side.slot])
+        expected = "a training step, whose batch gives Zbar,"
+        _checks.before_capture(self.NAME, "normalizer", expected, self.step.device)
         if not self._has_pair(size) or not side.bank.started:
             return self._beta(0.0)
         query = side.arguments["query"]

@@ -8,16 +8,17 @@ from torch import Tensor
 from crrcd_ext._check import check_range
 
 
-def check(name: str, index: Tensor | None, bank: Tensor) -> None:
+def check(name: str, argument: str, index: Tensor | None, bank: Tensor) -> None:
     """An index outside of the bank: IndexError on the CPU, an assertion of the device elsewhere."""
     if index is None or index.numel() == 0:
         return
     if index.device.type == "cpu":
-        check_range(name, "index", index, bank)
+        check_range(name, argument, index, bank)
     else:
         inside = (index >= 0) & (index < len(bank))
         # The one assertion of torch that does not wait for the device; it has no public name.
-        torch._assert_async(inside.all(), f"crrcd_ext.{name}: a row outside of the bank")
+        expected = f"expected rows of the bank in [0, {len(bank)})"
+        torch._assert_async(inside.all(), f"crrcd_ext.{name}: {argument}: {expected}")
 
 
 def with_units(bank: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ def bank_update_(
     bank: Tensor, index: Tensor, value: Tensor, momentum: float, normalize: bool
 ) -> None:
     """``crrcd_triton::bank_update_``."""
-    bank_rows.check("bank_update_", index, bank)
+    bank_rows.check("bank_update_", "index", index, bank)
     updates, columns = value.shape
     # The numbers of the update that each row of the bank is last named by.
     last = torch.full((len(bank),), -1, dtype=torch.int64, device=bank.device)

@@ -65,9 +65,9 @@ def difference_nce_(
 ) -> tuple[Tensor, ...]:
     """``crrcd_triton::difference_nce_``, and without ``update`` the operator that changes
     nothing."""
-    bank_rows.check("difference_nce", index, bank)
+    bank_rows.check("difference_nce", "index", index, bank)
     if update:
-        bank_rows.check("difference_nce", update[0], bank)
+        bank_rows.check("difference_nce", "update index", update[0], bank)
     inputs = (query, positive, anchor, bank, scale, offset)
     # They may come from the CPU.
     scale, offset = scale.to(query.device), offset.to(query.device)

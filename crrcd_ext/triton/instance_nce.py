@@ -41,9 +41,9 @@ def instance_nce_(
     *update,
 ) -> tuple[Tensor, ...]:
     """``crrcd_triton::instance_nce_``, and without ``update`` the operator that changes nothing."""
-    bank_rows.check("instance_nce", index, bank)
+    bank_rows.check("instance_nce", "index", index, bank)
     if update:
-        bank_rows.check("instance_nce", update[0], bank)
+        bank_rows.check("instance_nce", "update index", update[0], bank)
     inputs = (query, positive, bank, scale, offset)
     wide = wide_dtype(query.dtype)
     # They may come from the CPU.

@@ -102,10 +102,19 @@ LAUNCHED: list | None = None
 """The compiled kernels of launches, while something listens."""
 
 
+MOST = 65535
+"""Programs that a grid can have in its second and third direction."""
+
+
 def run(kernel, grid: tuple, chosen: Config, *arguments, **constants) -> None:
     """Launches on the current stream of the arguments' device; an empty grid is no launch."""
     if 0 in grid:
         return
+    if max(grid[1:], default=0) > MOST:
+        raise ValueError(
+            f"crrcd_ext: kernel {kernel.__name__}: expected sizes whose blocks fit this GPU's grid "
+            f"(up to {MOST} in its second and third direction), got {grid}; choose backend 'cuda'"
+        )
     device = next(x.device for x in arguments if isinstance(x, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):

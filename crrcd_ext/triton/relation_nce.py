@@ -41,9 +41,9 @@ def relation_nce_(
     *update,
 ) -> tuple[Tensor, ...]:
     """``crrcd_triton::relation_nce_``, and without ``update`` the operator that changes nothing."""
-    bank_rows.check("relation_nce", index, bank)
+    bank_rows.check("relation_nce", "index", index, bank)
     if update:
-        bank_rows.check("relation_nce", update[0], bank)
+        bank_rows.check("relation_nce", "update index", update[0], bank)
     inputs = (query, positive, anchor, bank, key_weight, weight, bias, scale, offset)
     # They may come from the CPU.
     scale, offset = scale.to(query.device), offset.to(query.device)

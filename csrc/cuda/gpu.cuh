@@ -13,6 +13,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -27,25 +29,45 @@ extern "C" __host__ __device__ void __assert_fail(const char* assertion, const c
 
 namespace crrcd::gpu {
 
-inline void check(const char* name, cudaError_t error) {
+// What CUDA says as a kernel is started. Errors of kernels come late, so that this may be the place
+// where another's is noticed.
+inline void check(const char* name, const char* when, cudaError_t error) {
   if (error == cudaSuccess) return;
-  throw std::runtime_error("crrcd_ext: kernel " + std::string(name) + ": " +
-                           cudaGetErrorString(error));
+  throw std::runtime_error(
+      std::string("crrcd_ext: kernel ") + name + ": noticed " + when +
+      " it was started: " + cudaGetErrorString(error) +
+      "; unless this is about the start itself, something earlier has failed, of any library "
+      "(CUDA_LAUNCH_BLOCKING=1 shows what; the text of an assertion is on stderr)");
+}
+
+// Lets a kernel have so much dynamic shared memory on the current device. Never less than it has
+// been given: another thread, or a graph, may be about to start it with that.
+inline void allow_shared(const char* name, const void* kernel, std::size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, std::size_t> allowed;
+  int device = 0;
+  check(name, "before", cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::size_t& most = allowed[{kernel, device}];
+  if (bytes <= most) return;
+  check(name, "before",
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(bytes)));
+  most = bytes;
 }
 
 // Starts a kernel on a stream without waiting for it. Throws std::runtime_error where it cannot be
-// started.
+// started, or where something has failed before.
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
             std::size_t shared_bytes, void* stream, Args&&... args) {
   constexpr std::size_t kWithoutAsking = 48 * 1024;
-  if (shared_bytes > kWithoutAsking) {
-    check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(shared_bytes)));
-  }
+  check(name, "before", cudaGetLastError());
+  if (shared_bytes > kWithoutAsking)
+    allow_shared(name, reinterpret_cast<const void*>(kernel), shared_bytes);
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
       static_cast<Params>(std::forward<Args>(args))...);
-  check(name, cudaGetLastError());
+  check(name, "as", cudaGetLastError());
 }
 
 __device__ __forceinline__ int lane_id() {

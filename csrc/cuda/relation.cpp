@@ -31,7 +31,9 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& anchor, const at::T
     const PairsLayout layouts[] = {{kPrecision, kPrecision == Precision::kF64 ? 1 : 4, p.Hp},
                                    {kPrecision, 1, p.Hp},
                                    {kPrecision, 1, p.Hp, 1}};
-    const auto fits = [&](const PairsLayout& x) { return x.bytes() <= gpu.shared_block; };
+    const auto fits = [&](const PairsLayout& x) {
+      return weight.size(1) <= kTooWide && x.bytes() <= gpu.shared_block;
+    };
     const auto* found = std::find_if(std::begin(layouts), std::end(layouts), fits);
     TORCH_CHECK_VALUE(
         found != std::end(layouts), "crrcd_ext.", kOp,

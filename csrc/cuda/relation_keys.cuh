@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
                  p.Hp, kQueries, width_of(k));
     gpu::cp_async_commit();
   };
-  if (layout.resident)
+  if (layout.resident && begin < end)  // a block without tiles would leave copies under way
     for (int i = 0; i < gram_pieces; ++i) {
       int k = 0;
       const S* from = place(i, 0, k);

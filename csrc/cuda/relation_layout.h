@@ -46,6 +46,9 @@ CRRCD_BOTH int padded_hidden(int64_t hidden) {
 
 constexpr int kKeysOfWarp = 16;
 
+// Layouts count bytes in 32 bits, which a tile of rows this wide would leave; none fits a GPU.
+constexpr int64_t kTooWide = int64_t(1) << 20;
+
 // Whether products are made as they stand on paper, <Q, W hid>: at full precision, where <QW, hid>
 // and W'W would cancel for hidden vectors that W all but annihilates.
 CRRCD_BOTH bool is_direct(Precision precision) {

@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 4 ? 2 : 1)
     return layout.resident ? pieces + i * kQueries * ld_piece
                            : stream.next(i, count, address, stride_of, columns_of);
   };
-  if (layout.resident)
+  if (layout.resident && begin < end)  // a block without tiles would leave copies under way
     for (int i = 0; i < count; ++i)
       fetch_rows(pieces + i * layout.piece(), ld_piece, address(i), stride_of(i), kQueries,
                  columns_of(i));

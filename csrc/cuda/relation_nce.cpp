@@ -115,6 +115,12 @@ class RelationNce {
                       device.limits().shared_block, " bytes a block), got ", x.H, " hidden units, ",
                       x.R, " of the relation and ", x.B,
                       " queries; choose backend 'reference', smaller ones or a lower precision");
+    // what kernels count in 32 bits
+    constexpr int64_t kWords = int64_t(1) << 32;
+    TORCH_CHECK_VALUE(x.B < kWords / 4 && (!wanted.live() || x.A * plan.segment <= kWords),
+                      "crrcd_ext.", kOp, ": query: expected fewer than ", kWords / 4,
+                      " queries, and for the gradients wanted up to ", kWords / plan.segment,
+                      " anchors, got ", x.B, " and ", x.A, "; split the batch");
     p.A = x.A, p.B = x.B, p.D = x.D, p.N = x.N;
     p.H = static_cast<int>(x.H), p.R = static_cast<int>(x.R);
     p.Hp = plan.logit.hidden, p.Rp = plan.logit.relation;

@@ -104,6 +104,11 @@ KeySplit split_keys(int64_t keys, int64_t fewest, int64_t tile, int64_t anchors,
 
 inline RelationPlan plan_relation(const RelationShape& x, const GpuLimits& gpu) {
   RelationPlan plan;
+  const bool rows_of_relations = is_direct(x.precision);
+  const bool rows_of_queries = rows_of_relations && x.live();
+  if (x.H > kTooWide || (rows_of_relations && x.R > kTooWide) ||
+      (rows_of_queries && x.B > kTooWide))
+    return plan;
   const int size = stored_bytes(x.precision), sum = sum_bytes(x.precision);
   const int panel = panel_rows(x.precision), piece = piece_columns(x.precision);
   const int hidden = padded_hidden(x.H);
@@ -119,9 +124,12 @@ inline RelationPlan plan_relation(const RelationShape& x, const GpuLimits& gpu) 
   int count = 0;
   for (const int warps : {4, 1})
     for (const bool resident : {true, false})
-      for (const int stages : {2, 1})
-        if (warps == 1 || wide)
-          logits[count++] = {{x.precision, warps, hidden, relation, stages, resident}, warps};
+      for (const int stages : {2, 1}) {
+        const LogitLayout layout{x.precision, warps, hidden, relation, stages, resident};
+        const int64_t matrices = int64_t(layout.pieces()) * layout.piece() * layout.size();
+        if ((warps == 1 || wide) && (!resident || matrices <= gpu.shared_block))
+          logits[count++] = {layout, warps};
+      }
   logits[count++] = {{x.precision, 1, hidden, relation, 1, false, 1}, 1};
   struct Range {
     LogitChoice *first, *last;

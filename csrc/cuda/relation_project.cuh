@@ -106,9 +106,11 @@ __global__ void __launch_bounds__(32 * ProjectLayout::kWarps, 2)
 
 template <typename T>
 __global__ void __launch_bounds__(128, 4) relation_keep(RelationNceParams<T> p, int panel_rows) {
-  const int64_t key = int64_t(blockIdx.x) * 128 + threadIdx.x;
+  // block = panel of queries * blocks of keys + block of keys
+  const int64_t blocks = (p.keys + 127) / 128, panel = blockIdx.x / blocks;
+  const int64_t key = blockIdx.x % blocks * 128 + threadIdx.x;
   if (key >= p.keys) return;
-  const int64_t row = bank_position(p, key), first = int64_t(blockIdx.y) * panel_rows;
+  const int64_t row = bank_position(p, key), first = panel * panel_rows;
   const int64_t id = p.key_id ? p.key_id[row] : row;
   const int64_t label = p.query_label ? p.key_label[row] : 0;
   std::uint64_t bits = ~std::uint64_t(0);
@@ -117,7 +119,7 @@ __global__ void __launch_bounds__(128, 4) relation_keep(RelationNceParams<T> p, 
                      (p.query_label && p.query_label[first + b] == label);
     if (out) bits &= ~(std::uint64_t(1) << b);
   }
-  p.keep[blockIdx.y * p.Kp + key] = bits;
+  p.keep[panel * p.Kp + key] = bits;
 }
 
 template <Precision kPrecision>
@@ -129,10 +131,9 @@ void launch_project(const RelationNceParams<SumOf<kPrecision>>& p, void* stream)
               dim3(32 * ProjectLayout::kWarps),
               static_cast<std::size_t>(p.key_weight ? layout.bytes() : 0), stream, p);
   if (p.keep)
-    gpu::launch(
-        "relation_keep", relation_keep<SumOf<kPrecision>>,
-        dim3(static_cast<unsigned>((p.keys + 127) / 128), static_cast<unsigned>(p.query_panels())),
-        dim3(128), 0, stream, p, panel_rows(kPrecision));
+    gpu::launch("relation_keep", relation_keep<SumOf<kPrecision>>,
+                dim3(static_cast<unsigned>((p.keys + 127) / 128 * p.query_panels())), dim3(128), 0,
+                stream, p, panel_rows(kPrecision));
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdarg>
 #include <cstdio>
@@ -217,6 +218,10 @@ void collective(const char* name, Collective run, unsigned mask, void* arguments
 void thread_main() {
   sanitizer::in_thread();
   running.invoke(running.arguments);
+  const auto under_way = [](const std::vector<AsyncCopy>& group) { return !group.empty(); };
+  if (under_way(self->open_group) ||
+      std::any_of(self->groups.begin(), self->groups.end(), under_way))
+    fail(self->pc, *self, "the thread ended with a cp.async under way");
   Warp& warp = *self->warp;
   park(State::done);
   warp.live &= ~(1u << self->lane);

@@ -75,6 +75,7 @@ __global__ void async_wait_off_by_one(const float* in, float* out) {
     sum += buffer[stage % 2 * kThreads + (threadIdx.x + 5) % kThreads];
     __syncthreads();
   }
+  gpu::cp_async_wait<0>();
   out[threadIdx.x] = sum;
 }
 

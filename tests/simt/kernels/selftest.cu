@@ -143,6 +143,13 @@ __global__ void async_sum(const float* in, float* out, int tiles) {
   out[thread] = sum;
 }
 
+// Ends without waiting for what it has fetched.
+__global__ void async_left(const float* in, int committed) {
+  __shared__ __align__(16) float buffer[4];
+  gpu::cp_async16(buffer, in);
+  if (committed) gpu::cp_async_commit();
+}
+
 __device__ __forceinline__ std::uint32_t pair_of(const __nv_bfloat16* p) {
   return *reinterpret_cast<const std::uint32_t*>(p);
 }
@@ -307,6 +314,12 @@ ENTRY run_reverse_in_shared(const unsigned* in, unsigned* out, int64_t words) {
 ENTRY run_async_sum(const float* in, float* out, int64_t tiles) {
   return guarded([=] {
     gpu::launch("async_sum", async_sum, 1, 128, 0, nullptr, in, out, static_cast<int>(tiles));
+  });
+}
+
+ENTRY run_async_left(const float* in, int64_t committed) {
+  return guarded([=] {
+    gpu::launch("async_left", async_left, 1, 1, 0, nullptr, in, static_cast<int>(committed));
   });
 }
 
