@@ -90,26 +90,26 @@ def emulated_gpu(precision: str = "highest", shared_kilobytes: int = 99) -> Iter
     """torch's setting of float32 products, and a GPU whose blocks have so much shared memory."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
-    for library in emulated.LIBRARIES.values():
-        library.set_shared_bytes(shared_kilobytes * 1024)
+    for name in emulated.NAMES:
+        emulated.library(name).set_shared_bytes(shared_kilobytes * 1024)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-        for library in emulated.LIBRARIES.values():
-            library.set_shared_bytes(99 * 1024)
+        for name in emulated.NAMES:
+            emulated.library(name).set_shared_bytes(99 * 1024)
 
 
 @contextmanager
 def segments_of(keys: int) -> Iterator[None]:
     """relation_nce works off so many keys at a time."""
-    for library in emulated.LIBRARIES.values():
-        library.set_segment(keys)
+    for name in emulated.NAMES:
+        emulated.library(name).set_segment(keys)
     try:
         yield
     finally:
-        for library in emulated.LIBRARIES.values():
-            library.set_segment(0)
+        for name in emulated.NAMES:
+            emulated.library(name).set_segment(0)
 
 
 @contextmanager
@@ -170,7 +170,7 @@ def test_either_order_of_the_passes_of_relation_nce(precision, queries, hidden):
         emulated_gpu(setting, shared_kilobytes=227),
         emulation(CHECKED, "random", seed=queries, late=True),
     ):
-        library = emulated.LIBRARIES[CHECKED]
+        library = emulated.library(CHECKED)
         library.launched()
         got = run(copied(case), CHECKED)
     passes = [name for name in library.launched() if name in ("relation_keys", "relation_logits")]

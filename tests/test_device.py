@@ -9,7 +9,16 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import on_device
-from helpers.cases import BACKENDS, assert_close, cast, make, make_difference, make_instance, run
+from helpers.cases import (
+    BACKENDS,
+    assert_close,
+    cast,
+    make,
+    make_difference,
+    make_instance,
+    moved,
+    run,
+)
 from helpers.cases import truth as truth_of
 from helpers.on_device import ON_DEVICE, placed
 
@@ -26,10 +35,6 @@ each_device = pytest.mark.parametrize("device", DEVICES)
 each_operator = pytest.mark.parametrize("operator", OPERATORS)
 
 
-def on(device: str, case: dict) -> dict:
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
-
-
 def back(result: dict) -> dict:
     return {k: v.cpu() for k, v in result.items()}
 
@@ -40,7 +45,7 @@ def back(result: dict) -> dict:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_operators_on_tensors_of_the_device(device, operator, objective, dtype):
     case = cast(OPERATORS[operator](objective=objective), dtype)
-    got = run(on(device, case), "auto")
+    got = run(moved(case, device), "auto")
     assert got["loss"].device.type == device
     assert all(got[k].device.type == device for k in got)
     tolerance = {torch.float64: 1e-10, torch.float32: 5e-5}.get(dtype, 5e-2)
@@ -59,9 +64,9 @@ def test_auto_takes_the_devices_own_kernels(device):
 @each_operator
 def test_autocast(device, operator):
     case = cast(OPERATORS[operator](), torch.float32)
-    expected = run(on(device, cast(case, torch.bfloat16)), "auto", wanted=("query",))
+    expected = run(moved(cast(case, torch.bfloat16), device), "auto", wanted=("query",))
     with torch.autocast(device, dtype=torch.bfloat16):
-        got = run(on(device, case), "auto", wanted=("query",))
+        got = run(moved(case, device), "auto", wanted=("query",))
     assert_close(back(got), back(expected), 2e-2)
 
 
@@ -102,7 +107,7 @@ def test_training_steps(device, kind):
 class TestGpu:
     @each_operator
     def test_a_stream_of_the_callers(self, operator):
-        case = on("cuda", cast(OPERATORS[operator](), torch.float32))
+        case = moved(cast(OPERATORS[operator](), torch.float32), "cuda")
         expected = run(case, "auto", wanted=("query",))
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -113,7 +118,7 @@ class TestGpu:
 
     @pytest.mark.parametrize("index", ["own", "shared"])
     def test_nothing_waits_for_the_device(self, index):
-        case = on("cuda", cast(make_instance(6, 40, index=index), torch.float32))
+        case = moved(cast(make_instance(6, 40, index=index), torch.float32), "cuda")
         run(case, "cuda", wanted=("query",))
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -123,7 +128,7 @@ class TestGpu:
 
     @pytest.mark.parametrize("index", ["own", "shared"])
     def test_a_graph_can_be_captured(self, index):
-        case = on("cuda", cast(make_instance(6, 40, index=index), torch.float32))
+        case = moved(cast(make_instance(6, 40, index=index), torch.float32), "cuda")
         expected = functional.instance_nce(**case, backend="cuda")
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

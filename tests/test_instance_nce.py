@@ -15,13 +15,14 @@ from helpers.cases import (
     cast,
     distance,
     make_instance,
+    moved,
     run,
     strided,
     truth,
 )
 from helpers.emulated import EMULATED
 from helpers.interpreted import INTERPRETED
-from helpers.on_device import ON_DEVICE
+from helpers.on_device import ON_DEVICE, native
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -746,18 +747,19 @@ def test_inputs_stay_as_they_are(backend, how):
 
 @pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("order", ["direct", "bucketed", "shared"])
-def test_a_bank_beyond_31_bits_of_elements(backend, order):
-    # Virtual memory alone: of these 4 GiB only the pages of the rows in use come to be.
+def test_a_bank_beyond_31_bits_of_elements(backend, order, large_bank):
+    backend, device = native(backend)
     rows, dim = 2**24 + 64, 130
-    bank = torch.empty(rows, dim, dtype=torch.bfloat16)
+    assert rows * dim > 2**31
+    bank = large_bank(rows, dim, device)
     kind = "shared" if order == "shared" else "own"
-    case = cast(make_instance(4, 6, dim, 6, index=kind), torch.float32)
-    place = torch.tensor([0, 5, 2**23, 2**31 // dim + 1, rows - 2, rows - 1])
+    case = moved(cast(make_instance(4, 6, dim, 6, index=kind), torch.float32), device)
+    place = torch.tensor([0, 5, 2**23, 2**31 // dim + 1, rows - 2, rows - 1], device=device)
     small = case["bank"].bfloat16()
     bank[place] = small
-    value = torch.ones(2, dim)
-    near = {**case, "bank": small.clone(), "update": (torch.tensor([5, 3]), value, 0.5)}
-    far = {**case, "bank": bank, "update": (place[[5, 3]], value, 0.5)}
+    value, written = torch.ones(2, dim, device=device), torch.tensor([5, 3], device=device)
+    near = {**case, "bank": small.clone(), "update": (written, value, 0.5)}
+    far = {**case, "bank": bank, "update": (place[written], value, 0.5)}
     far["index"] = place[case["index"]]
     if kind == "own":
         force_order(order)

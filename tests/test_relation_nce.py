@@ -16,6 +16,7 @@ from helpers.cases import (
     cast,
     distance,
     make,
+    moved,
     run,
     strided,
     truth,
@@ -23,6 +24,7 @@ from helpers.cases import (
 )
 from helpers.emulated import EMULATED
 from helpers.interpreted import INTERPRETED
+from helpers.on_device import native
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -200,7 +202,7 @@ def test_error_budget_with_an_ill_conditioned_weight(backend, dtype, objective, 
     assert_within_budget(cases, backend, dtype)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="Triton is not installed")
+@pytest.mark.skipif(not INTERPRETED, reason="about interpreted kernels")
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wanted", [DIFFERENTIABLE, ("query",)], ids=["all", "query"])
@@ -831,20 +833,21 @@ def test_inputs_stay_as_they_are(backend):
 
 
 @pytest.mark.parametrize("backend", COMPILED)
-def test_a_bank_beyond_31_bits_of_elements(backend):
-    # Virtual memory alone: of these 4 GiB only the pages of the rows in use come to be.
+def test_a_bank_beyond_31_bits_of_elements(backend, large_bank):
+    backend, device = native(backend)
     rows, dim = 2**24 + 64, 130
     assert rows * dim > 2**31
-    bank = torch.empty(rows, dim, dtype=torch.bfloat16)
-    small = cast(make(3, 4, 6, 7, 8, dim, 6), torch.bfloat16)["bank"]
-    place = torch.tensor([0, 5, 2**23, 2**31 // dim + 1, rows - 2, rows - 1])
+    bank = large_bank(rows, dim, device)
+    case = moved(cast(make(3, 4, 6, 7, 8, dim, 6), torch.float32), device)
+    small = case["bank"].bfloat16()
+    place = torch.tensor([0, 5, 2**23, 2**31 // dim + 1, rows - 2, rows - 1], device=device)
     bank[place] = small
-    case = cast(make(3, 4, 6, 7, 8, dim, 6), torch.float32)
     wanted = ("query", "key_weight", "weight")
-    near = {**case, "bank": small.clone(), "index": torch.arange(6), "query_id": torch.arange(4)}
+    order = torch.arange(6, device=device)
+    near = {**case, "bank": small.clone(), "index": order, "query_id": order[:4]}
     far = {**case, "bank": bank, "index": place, "query_id": place[:4]}
-    value = torch.ones(2, dim)
-    near["update"], far["update"] = (torch.tensor([5, 3]), value, 0.5), (place[[5, 3]], value, 0.5)
+    value, written = torch.ones(2, dim, device=device), torch.tensor([5, 3], device=device)
+    near["update"], far["update"] = (written, value, 0.5), (place[written], value, 0.5)
     expected, got = (run(x, backend, wanted=wanted) for x in (near, far))
     assert all(torch.equal(got[k], expected[k]) for k in expected)
     assert torch.equal(bank[place], near["bank"])

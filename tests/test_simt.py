@@ -12,13 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import emulated
 from simt import build
 
-try:
-    build.compiler()
-    build.toolkit_include()
-except build.Unavailable as error:
-    pytest.skip(str(error), allow_module_level=True)
+if emulated.missing is not None:
+    pytest.skip(f"no emulation: {emulated.missing}", allow_module_level=True)
 
 KERNELS = Path(__file__).parent / "simt" / "kernels"
 MODES = list(itertools.product(build.SCHEDULES, (False, True)))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import cases
 from helpers.cases import assert_close, cast, make, make_difference, make_instance
-from helpers.emulated import EMULATED, LIBRARIES, emulation
+from helpers.emulated import EMULATED, NAMES, emulation
 
 from crrcd_ext import functional
 
@@ -23,7 +23,7 @@ OPERATORS = {  # inputs in float64, by operator and kind of negatives
     "difference_nce": lambda: make_difference(5, 6, 40, 16, 13, ids=True, labels=True),
 }
 # The checker finds misaligned accesses, and those of what is no tensor's memory.
-ALL = [*cases.BACKENDS, *EMULATED, *(name for name in LIBRARIES if name not in EMULATED)]
+ALL = [*cases.BACKENDS, *EMULATED, *(name for name in NAMES if name not in EMULATED)]
 DTYPES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 each_operator = pytest.mark.parametrize("operator, backend", [*itertools.product(OPERATORS, ALL)])
@@ -31,7 +31,7 @@ each_operator = pytest.mark.parametrize("operator, backend", [*itertools.product
 
 def memory_of(backend: str) -> AbstractContextManager:
     """Where tensors have to be made that the backend may use."""
-    return emulation(backend) if backend in LIBRARIES else nullcontext()
+    return emulation(backend) if backend in NAMES else nullcontext()
 
 
 def filled(x: torch.Tensor, *shape: int) -> torch.Tensor:

@@ -186,6 +186,17 @@ def cast(case: dict, dtype: torch.dtype, *, also_bank: bool = True) -> dict:
     }
 
 
+def moved(case: dict, device: str) -> dict:
+    """The case with its tensors on a device."""
+
+    def there(x):
+        if isinstance(x, tuple):
+            return tuple(map(there, x))
+        return x.to(device) if isinstance(x, Tensor) else x
+
+    return {k: there(v) for k, v in case.items()}
+
+
 def run(case: dict, backend: str, *, wanted=DIFFERENTIABLE, factor: float = 0.7) -> dict:
     """Loss and gradients of ``factor`` times the loss; the inputs are not touched.
 

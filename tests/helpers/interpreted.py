@@ -27,6 +27,8 @@ def _patch_once() -> None:
     def patch_once(fn):
         if fn.__module__ not in done:
             patch(fn)
+            # Triton 3.6 asks int() for the number in an array of one, which numpy 2.5 refuses.
+            interpreter.tl.core.tensor.__index__ = lambda self: self.handle.data.item()
             done.add(fn.__module__)
         return nothing
 

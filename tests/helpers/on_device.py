@@ -58,6 +58,15 @@ def register(name: str, backend: str, device: torch.device | str) -> None:
     _backend.COMPILED[name] = _backend.Compiled("cpu", namespace)
 
 
+def native(backend: str) -> tuple[str, str]:
+    """The backend for tensors that are where it computes, and where that is. What is too large to
+    be copied at every call is made there."""
+    if backend not in ON_DEVICE:
+        return backend, "cpu"
+    own = backend.removeprefix("on_")
+    return own, _backend.COMPILED[own].device
+
+
 LIBRARIES: list[torch.library.Library] = []  # they live as long
 ON_DEVICE = []
 """To be added to the backends of tests of operators that have kernels there."""

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -27,7 +28,7 @@ HERE = ROOT / "tests" / "simt"
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "simt"
 EMULATOR = [HERE / "simt.cpp", HERE / "checker.cpp"]
-PROCESSES = 2
+GIGABYTES = 1.0  # that a compilation may take
 
 SCHEDULES = ("forward", "reverse", "greedy", "random")
 
@@ -91,11 +92,29 @@ def toolkit_include() -> Path:
     )
 
 
+class Job(NamedTuple):
+    """A source to compile. What it includes from `folders` is known by the name `includes`."""
+
+    source: Path
+    flags: list[str]
+    folders: tuple[str, ...] = ()
+    includes: str = ""
+
+
+def processes() -> int:
+    """Compilations at a time: one for each processor, as far as the memory reaches."""
+    memory = Path("/proc/meminfo").read_text()
+    available = int(re.search(r"MemAvailable:\s*(\d+)", memory)[1]) / 2**20
+    return max(1, min(len(os.sched_getaffinity(0)), int(available / GIGABYTES)))
+
+
 @functools.cache
-def fixed_inputs() -> bytes:
-    """What every object depends on besides its own sources: compiler, toolkit, torch."""
+def tools() -> bytes:
+    """What every object depends on besides its own sources: the compiler and the toolkit, wherever
+    it lies."""
     version = subprocess.run([compiler(), "--version"], capture_output=True, check=True).stdout
-    return b"\0".join([version, torch.__version__.encode(), str(toolkit_include()).encode()])
+    headers = sorted(toolkit_include().glob("cuda_*16.h*"))
+    return b"\0".join([version, *(p.read_bytes() for p in headers)])
 
 
 @functools.cache
@@ -124,16 +143,16 @@ def run(command: list[str], target: Path) -> None:
     partial.replace(target)
 
 
-def compile_object(source: Path, flags: list[str]) -> Path:
-    folders = ["-I", str(HERE), "-I", str(ROOT / "csrc"), "-I", str(CUDA)]
-    folders += ["-isystem", str(toolkit_include())]
-    command = [compiler(), *COMMON, *flags, *SANITIZE, *folders, "-c", str(source)]
-    sources = [source, *sorted(includes(source))]
+def compile_object(job: Job) -> Path:
+    own = [f"-I{folder}" for folder in (HERE, ROOT / "csrc", CUDA)]
+    foreign = [x for folder in (toolkit_include(), *job.folders) for x in ("-isystem", str(folder))]
+    flags = [*COMMON, *job.flags, *SANITIZE]
+    sources = [job.source, *sorted(includes(job.source))]
     contents = [part for p in sources for part in (p.name.encode(), p.read_bytes())]
-    key = digest(" ".join(command).encode(), *contents, fixed_inputs())
-    target = BUILD / "objects" / f"{source.stem}-{key}.o"
+    key = digest(" ".join([compiler(), *flags, job.includes]).encode(), *contents, tools())
+    target = BUILD / "objects" / f"{job.source.stem}-{key}.o"
     if not target.exists():
-        run(command, target)
+        run([compiler(), *flags, *own, *foreign, "-c", str(job.source)], target)
     return target
 
 
@@ -149,11 +168,12 @@ def one_at_a_time() -> Iterator[None]:
 
 
 @one_at_a_time()
-def link(name: str, jobs: list[tuple[Path, list[str]]], flags: Sequence[str] = ()) -> Path:
+def link(name: str, jobs: list[Job], flags: Sequence[str] = ()) -> Path:
     """Compiles sources, each with its flags, and links them; nothing is done twice."""
-    with ThreadPoolExecutor(PROCESSES) as pool:
-        objects = list(pool.map(lambda job: compile_object(*job), jobs))
-    target = BUILD / f"{name}-{digest(*(o.name.encode() for o in objects))}.so"
+    with ThreadPoolExecutor(processes()) as pool:
+        objects = list(pool.map(compile_object, jobs))
+    key = digest(" ".join(flags).encode(), *(o.name.encode() for o in objects))
+    target = BUILD / f"{name}-{key}.so"
     if not target.exists():
         hidden = ["-shared", "-Wl,-Bsymbolic", "-Wl,-z,now"]
         run([compiler(), *hidden, *SANITIZE, *map(str, objects), *flags], target)
@@ -212,9 +232,10 @@ class Library:
             raise RuntimeError(message.decode())
 
 
-def kernel_jobs(sources: Sequence[Path], checked: bool) -> list[tuple[Path, list[str]]]:
-    jobs = [(source, KERNEL + (CHECKED if checked else [])) for source in sources]
-    return jobs + [(source, ["-O3"]) for source in EMULATOR]
+def kernel_jobs(sources: Sequence[Path], checked: bool) -> list[Job]:
+    """Of these objects any torch can make use."""
+    jobs = [Job(source, KERNEL + (CHECKED if checked else [])) for source in sources]
+    return jobs + [Job(source, ["-O3"]) for source in EMULATOR]
 
 
 @functools.cache
@@ -224,17 +245,18 @@ def load_kernels(*sources: Path, checked: bool) -> Library:
     return Library(link(name, kernel_jobs(sources, checked), ["-Wl,-z,defs"]), checked)
 
 
-def host_jobs(checked: bool) -> list[tuple[Path, list[str]]]:
+def host_jobs(checked: bool) -> list[Job]:
     """The host entries of csrc/cuda and what they share with the other backends."""
     from torch.utils.cpp_extension import include_paths
 
     shared = [p for p in CUDA.parent.glob("*.cpp") if p.name != "register.cpp"]
     sources = [HERE / "binding.cpp", *sorted(CUDA.glob("*.cpp")), *sorted(shared)]
-    flags = ["-O1", f"-I{sysconfig.get_path('include')}"]
-    for folder in include_paths():
-        flags += ["-isystem", folder]
     library = ["-DCRRCD_SIMT_LIBRARY=" + ("crrcd_simt_checked" if checked else "crrcd_simt")]
-    return [(s, flags + (library if s.parent == HERE else [])) for s in sources]
+    folders = tuple(include_paths())
+    return [
+        Job(s, ["-O1", *(library if s.parent == HERE else [])], folders, torch.__version__)
+        for s in sources
+    ]
 
 
 @functools.cache
