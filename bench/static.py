@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 from bench import ahead_of_time, report, sass, static_model, static_triton, suite
 from bench.sass import Counts, Kernel
 from bench.table import markdown_table, terminal_table
+from crrcd_ext import triton
 
 
 @dataclass(frozen=True)
@@ -290,14 +291,14 @@ def _archs(options: argparse.Namespace, present: Sequence[str]) -> Sequence[str]
 
 
 def main_of_triton(options: argparse.Namespace) -> int:
-    if importlib.util.find_spec("triton") is None:
-        raise RuntimeError("Triton is not installed (pip install triton)")
+    if (reason := triton.missing()) is not None:
+        raise RuntimeError(reason)
     archs = _archs(options, list(ahead_of_time.MULTIPROCESSORS))
     about = suite.begin(options)
-    found, moved, parts = [], {}, [static_triton.NOTES]
+    found, failures, moved, parts = [], [], {}, [static_triton.NOTES]
     for arch in archs:
-        of_arch = list(static_triton.rows(arch, options.call, options.kernel))
-        if not of_arch:
+        of_arch = list(static_triton.rows(arch, failures, options.call, options.kernel))
+        if not of_arch and not failures:
             expressions = f"{options.call!r}, {options.kernel!r}"
             raise ValueError(f"--call, --kernel: {expressions} find no kernel")
         found += of_arch
@@ -309,10 +310,12 @@ def main_of_triton(options: argparse.Namespace) -> int:
         print("\n" + terminal_table(["call", "traffic"], calls), flush=True)
         parts.append(markdown_table(["call", "traffic"], calls))
     print("\n" + static_triton.NOTES)
-    document = static_triton.document(found, moved)
+    document = static_triton.document(found, failures, moved)
     paths = report.write_files("static_triton", options.output, about, document, parts)
     print("\nwritten: " + ", ".join(map(str, paths)))
-    return 0
+    for failure in failures:
+        print(f"bench: static: {failure}", file=sys.stderr)
+    return int(bool(failures))
 
 
 def main(options: argparse.Namespace) -> int:

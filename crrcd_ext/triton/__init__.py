@@ -10,8 +10,10 @@ import os
 
 import torch
 
-OLDEST = (3, 2)
-"""The oldest release of Triton that the kernels are written for (that of torch 2.6)."""
+OLDEST = (3, 4)
+"""The oldest release of Triton that the kernels are written for (that of torch 2.8). Triton 3.2 takes
+a type and a constant for different whatever they are, and ends the process when it compiles the
+logits of all gradients for sm_90."""
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton runs kernels in Python, on the CPU. It reads the variable when a kernel is
@@ -28,13 +30,21 @@ def why_not() -> str | None:
     return _reason[0]
 
 
-def _look() -> str | None:
+def missing() -> str | None:
+    """Why no kernel can be compiled here, for any GPU, or None when they can be."""
     try:
         release = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return "Triton is not installed (pip install triton; on Windows triton-windows)"
     if tuple(int(part) for part in release.split(".")[:2]) < OLDEST:
         return f"Triton {release} is too old ({'.'.join(map(str, OLDEST))} or newer is needed)"
+    return None
+
+
+def _look() -> str | None:
+    reason = missing()
+    if reason is not None:
+        return reason
     if INTERPRETED:
         return None
     if not torch.cuda.is_available():
