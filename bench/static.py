@@ -231,6 +231,12 @@ def model_tables(results: Sequence[dict]) -> dict[str, list[list[str]]]:
     return found
 
 
+def _filled(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Header and rows without the columns in which no row has anything."""
+    filled = [place for place in range(len(header)) if any(row[place] for row in rows)]
+    return [[line[place] for place in filled] for line in (header, *rows)]
+
+
 def module_with_kernels() -> Path:
     """The compiled module of this installation, if it has CUDA kernels."""
     try:
@@ -337,8 +343,9 @@ def main(options: argparse.Namespace) -> int:
         print("\nModel, not measured", flush=True)
         parts.append("## Model, not measured")
         for title, rows in model_tables(results).items():
-            print(f"\n{title}\n{terminal_table(MODEL_HEADER, rows)}", flush=True)
-            parts += [f"### {title}", markdown_table(MODEL_HEADER, rows)]
+            header, *rows = _filled(MODEL_HEADER, rows)
+            print(f"\n{title}\n{terminal_table(header, rows)}", flush=True)
+            parts += [f"### {title}", markdown_table(header, rows)]
         stated = static_model.assumptions()
         print(f"\n{MODEL_NOTES}\n" + "\n".join(stated))
         parts += [MODEL_NOTES, "\n".join(f"- {line}" for line in stated)]

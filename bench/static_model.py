@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bench import sass
@@ -106,7 +106,8 @@ class MainLoop:
     counts whole, as often as it takes for the operations, or `passes` times. special: so often the
     innermost loop with the most special functions instead. stops: so often the way by them
     (`sass.turn`) through the tile loop, or `within`, through the longest loop in that; tensor
-    operations that this leaves are made in the main loop, which lies on the way."""
+    operations that this leaves are made in the main loop, which lies on the way. copied: bytes to
+    shared memory beside that."""
 
     kernel: str
     tensor_operations: float = 0
@@ -115,6 +116,7 @@ class MainLoop:
     special: bool = False
     stops: tuple[Mapping[str, int], ...] = ()
     within: bool = False
+    copied: float = 0
 
 
 @dataclass(frozen=True)
@@ -225,18 +227,19 @@ def relation_launches(A: int, segments: int, anchor_parts: int, live: bool) -> L
     return Launches(torch=91 + A + segments * (1 + (anchor_parts > 1)), own=4 * segments)
 
 
-def relation(gpu: Gpu, K: int, live: bool) -> Work:
-    """relation_nce, A = B = 64, H = R = 128, everything in bfloat16, keys are rows. Memory: inputs
+def relation(gpu: Gpu, K: int, live: bool, A: int = 64) -> Work:
+    """relation_nce, B = 64, H = R = 128, everything in bfloat16, keys are rows. Memory: inputs
     and outputs once; keys as prepared, norms, partial sums and what else the plan keeps, once
     written and once by each pass read, but sums over segments once in all and prepared keys once in
     all, since the L2 cache holds a segment; torch's own steps on [A, B, H], of which each fits the
-    cache, are left out. Tensor cores: for live keys W'W hid, of which norms come too, the logits
-    twice, the gradients by them of keys and queries, a triangle for W'W's; else W hid, the logits,
-    the gradient of the queries. Fp64: the product Q W,
-    W'W, and the sums of threads. Issue and shared memory: turns of the loops of the logits and,
-    where a block has all hidden units, of the keys, where no key is left out, without the logarithm
-    of every second turn; of the other passes, live, the loop of their products only."""
-    A = B = 64
+    cache, are left out. Tensor cores: for live keys W'W hid, of which norms come too where a block
+    has all hidden units, else W hid; the logits twice, the gradients by them of keys and queries, a
+    triangle for W'W's; without, W hid, the logits, the gradient of the queries. Fp64: the product
+    Q W, W'W, and the sums of threads. Issue and shared memory: turns of the loops of the logits
+    and, where norms come of W'W, of the keys, where no key is left out, without the logarithm of
+    every second turn; of the other passes, live, the loop of their products only, and what the
+    keys' pass copies for them."""
+    B = 64
     H = R = 128
     gradients = _plan.GRADIENTS if live else ("query",)
     sizes = {"anchors": A, "queries": B, "keys": K, "hidden": H, "relation_dim": R}
@@ -247,14 +250,15 @@ def relation(gpu: Gpu, K: int, live: bool) -> Work:
     )  # bank, anchors, W; query, positive, d query
     memory = least + 2 * 2 * K * H + 2 * 2 * A * B * H + 2 * 4 * logits["chunks"] * A * B * H
     of_queries = 2 * B * H
-    pair, least_pair = (0 if live else H * R) + of_queries, H * H + of_queries
+    norms = not live or not made["keys"]["first"]
+    pair, least_pair = H * R * norms + of_queries, H * H + of_queries
     doubles = A * B * H * R + 4 * A * K  # Q W; four sums of a thread, every second turn
     segments, anchor_parts = -(-K // made["segment"]), 1
     loops = [
         MainLoop(
             r"relation_logits<kBF16, kNce, 4>",
             passes=A * K / 16,
-            stops=logit_stops(logits["stages"], norms=not live),
+            stops=logit_stops(logits["stages"], norms=norms),
         )
     ]
     if live:
@@ -269,9 +273,16 @@ def relation(gpu: Gpu, K: int, live: bool) -> Work:
         gram = sum(16 * (row + 16) for row in range(0, H, 16))  # rows of 16 up to the diagonal
         of_keys = H * H + 2 * B * H
         pair, least_pair = pair + of_keys + gram, least_pair + B * H + H * (H + 1) // 2
-        turns = {"passes": A * K / 16, "stops": key_stops(), "within": True} if keys["first"] else {}
+        # QW's piece for a tile and an anchor, or where nothing stays that twice and W'W's two
+        pieces = 1 if keys["resident"] else 4
+        turns = {} if norms else {"passes": A * K / 16, "stops": key_stops(), "within": True}
         loops += [
-            MainLoop(rf"relation_keys<kBF16, kNce, {keys['warps']}>", 2 * A * K * of_keys, **turns),
+            MainLoop(
+                rf"relation_keys<kBF16, kNce, {keys['warps']}>",
+                2 * A * K * of_keys,
+                copied=pieces * 64 * 256 * A * K / keys["keys_of_a_tile"],
+                **turns,
+            ),
             MainLoop(r"relation_gram<kBF16>", 2 * A * K * gram),
         ]
     return Work(
@@ -300,8 +311,8 @@ def difference_shared(gpu: Gpu, K: int, operands: str) -> Work:
     queries with tiles of 32 keys, whose rows come from device memory once; its sums, and a bit of
     every (anchor, key), are written once and read once. At full precision a distance takes a
     subtraction and a multiply-add a column, from two-byte rows it is a product on tensor cores;
-    weights times rows are multiply-adds in both. Fp64: the sums of threads. Issue
-    and shared memory: the loop over the logits only."""
+    weights times rows are multiply-adds in both. Fp64: the sums of threads. Issue and shared
+    memory: the loop over the logits only."""
     A = B = 64
     D, row = 128, 128 * BYTES[operands]
     tiles = -(-K // 32)
@@ -351,11 +362,17 @@ CASES: list[Case] = [
     *(
         Case(
             "relation_nce",
-            f"bf16, A=B=64 H=R=128 K={K}, {'all gradients' if live else 'gradient of the query'}",
-            functools.partial(relation, K=K, live=live),
+            f"bf16, A={A} B=64 H=R=128 K={K}, "
+            + ("all gradients" if live else "gradient of the query"),
+            functools.partial(relation, K=K, live=live, A=A),
         )
-        for K in (16384, 131072)
-        for live in (False, True)
+        for A, K, live in (
+            (8, 16384, False),
+            (64, 16384, False),
+            (64, 16384, True),
+            (64, 131072, False),
+            (64, 131072, True),
+        )
     ),
 ]
 
@@ -453,7 +470,7 @@ def issued(part: MainLoop, arch: str, kernels: Iterable[Kernel]) -> list[tuple[f
 
 
 def loop_clocks(
-    parts: Iterable[MainLoop], gpu: Gpu, kernels: Iterable[Kernel]
+    parts: Sequence[MainLoop], gpu: Gpu, kernels: Iterable[Kernel]
 ) -> dict[str, float] | None:
     """Clocks, of all multiprocessors together, in which main loops issue their instructions and
     in which their shared memory is at work; None where a loop is not known."""
@@ -464,7 +481,8 @@ def loop_clocks(
     all_code = [turns for of_part in found for turns in of_part]
     return {
         "issue": sum(passes * code.instructions for passes, code in all_code) / ISSUE,
-        "shared": sum(passes * code.shared_clocks for passes, code in all_code),
+        "shared": sum(passes * code.shared_clocks for passes, code in all_code)
+        + sum(part.copied for part in parts) / sass.SHARED_BYTES,
     }
 
 
