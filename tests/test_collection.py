@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,8 +44,7 @@ def test_a_machine_with_a_gpu_collects_its_backends(on_a_gpu):
     assert sum("on_cuda" in name for name in on_a_gpu) > 2000
     assert sum("on_triton" in name for name in on_a_gpu) == 120
     assert not [name for name in on_a_gpu if "simt" in name]
-    interpreted = ("[triton", "-triton-", "-triton]")
-    assert not [name for name in on_a_gpu if any(word in name for word in interpreted)]
+    assert not [name for name in on_a_gpu if re.search(r"[\[-]triton[\]-]", name)]
 
 
 @needs_cpu
@@ -56,10 +56,10 @@ def test_the_sample_of_triton_is_from_all_files(on_a_gpu):
 
 
 @needs_cpu
-@pytest.mark.parametrize("wanted, least, most", [("all", 100, 10_000), ("7", 7, 7)])
+@pytest.mark.parametrize("wanted, least, most", [("all", 121, 10_000), ("7", 7, 7)])
 def test_as_much_of_triton_as_asked_for(wanted, least, most):
     variables = {"CRRCD_FAKE_GPU": "1", "CRRCD_TRITON_TESTS": wanted}
-    names = names_of(pytest_process("tests/test_relation.py", "--collect-only", **variables))
+    names = names_of(pytest_process("tests/test_relation_nce.py", "--collect-only", **variables))
     assert least <= sum("on_triton" in name for name in names) <= most
 
 
@@ -178,12 +178,11 @@ class TestEmulator:
         assert not [name for name in names_of(done) if "simt" in name]
         assert done.stdout.count("no emulation: the emulator is off") == 2
 
-    def test_a_gpu_switches_it_off_and_1_on_again(self):
-        variables = {"CRRCD_FAKE_GPU": "1", "CRRCD_TEST_REFERENCE_ONLY": "1"}
-        for more, expected in (({}, False), ({"CRRCD_EMULATOR": "1"}, True)):
-            file = "tests/test_bank_update.py"
-            names = names_of(pytest_process(file, "--collect-only", **variables, **more))
-            assert any("simt" in name for name in names) == expected
+    def test_a_gpu_does_not_hinder_it(self):
+        variables = {"CRRCD_FAKE_GPU": "1", "CRRCD_EMULATOR": "1"}
+        variables["CRRCD_TEST_REFERENCE_ONLY"] = "1"
+        names = names_of(pytest_process("tests/test_bank_update.py", "--collect-only", **variables))
+        assert any("simt" in name for name in names)
 
     def test_objects_of_kernels_are_any_torchs(self, monkeypatch, tmp_path):
         """They are found again by another torch, with the toolkit's headers elsewhere."""
