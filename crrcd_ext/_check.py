@@ -91,7 +91,7 @@ def check_scalar(operator: str, argument: str, x: float | Tensor, first: Tensor)
             fail(ValueError, operator, argument, SCALAR, got)
         if x.device.type != "cpu":
             check_device(operator, argument, x, first)
-        elif capturing(first.device):
+        elif first.is_cuda and capturing(first.device):
             expected = f"a tensor on {first.device}, or a number, while a CUDA graph is captured"
             got = "a tensor on cpu, whose value the graph would keep"
             fail(ValueError, operator, argument, expected, got)

@@ -56,7 +56,7 @@ def test_a_number_on_the_cpu_is_refused(captured, operator, backend, argument):
 
 
 def test_numbers_and_tensors_of_the_device_are_taken(captured):
-    there = SimpleNamespace(device=torch.device("cuda", 0))
+    there = SimpleNamespace(device=torch.device("cuda", 0), is_cuda=True)
     with FakeTensorMode():
         on_device = torch.empty((), device="cuda")
     for x in (2, 2.0, on_device):
@@ -65,7 +65,7 @@ def test_numbers_and_tensors_of_the_device_are_taken(captured):
 
 def test_outside_of_a_graph_a_number_on_the_cpu_is_taken(captured, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    there = SimpleNamespace(device=torch.device("cuda", 0))
+    there = SimpleNamespace(device=torch.device("cuda", 0), is_cuda=True)
     _check.check_scalar("instance_nce", "scale", torch.tensor(2.0), there)
 
 

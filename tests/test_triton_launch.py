@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from crrcd_ext import _backend
-from crrcd_ext.triton import bank_rows, launch
+from crrcd_ext.triton import bank_rows, critic, launch
 
 
 def kernel():
@@ -27,6 +27,13 @@ def test_a_grid_beyond_the_gpus_is_refused(grid):
 def test_a_grid_may_be_as_wide_as_it_likes():
     with pytest.raises(StopIteration):  # the first tensor is looked for: past the check
         launch.run(kernel, (launch.MOST + 1, launch.MOST), None)
+
+
+def test_a_number_comes_to_the_device_without_a_copy():
+    x = torch.tensor(2.5, dtype=torch.float64)
+    assert critic.number(x, torch.device("cpu")) is x
+    there = critic.number(x, torch.device("meta"))
+    assert there.shape == () and there.dtype == x.dtype and there.device.type == "meta"
 
 
 @pytest.mark.parametrize("argument", ["index", "update index"])

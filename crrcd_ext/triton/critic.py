@@ -12,6 +12,13 @@ from crrcd_ext.triton.bank_update import bank_update_
 from crrcd_ext.triton.passes import INFONCE, NCE
 
 
+def number(x: Tensor, device: torch.device) -> Tensor:
+    """A number on the device, wherever it comes from: filled in, as a copy from the host waits."""
+    if x.device == device:
+        return x
+    return torch.full((), x.item(), dtype=x.dtype, device=device)
+
+
 class Negatives(Protocol):
     """Passes over the negatives, which leave the gradients of a sum over the pairs that count."""
 

@@ -69,8 +69,7 @@ def difference_nce_(
     if update:
         bank_rows.check("difference_nce", "update index", update[0], bank)
     inputs = (query, positive, anchor, bank, scale, offset)
-    # They may come from the CPU.
-    scale, offset = scale.to(query.device), offset.to(query.device)
+    scale, offset = (critic.number(x, query.device) for x in (scale, offset))
     wide = wide_dtype(query.dtype)
     u, v = directions(query, anchor, eps), directions(positive, anchor, eps)
     pairs = kept_pairs(anchor, u.unit, anchor_id, query_id, self_pairs)

@@ -46,8 +46,7 @@ def instance_nce_(
         bank_rows.check("instance_nce", "update index", update[0], bank)
     inputs = (query, positive, bank, scale, offset)
     wide = wide_dtype(query.dtype)
-    # They may come from the CPU.
-    scale, offset = scale.to(query.device), offset.to(query.device)
+    scale, offset = (critic.number(x, query.device) for x in (scale, offset))
     own = index is not None and index.dim() == 2
     masks = (query_id, key_id, query_label, key_label)
     pairs = torch.ones(len(query), dtype=torch.bool, device=query.device)

@@ -45,8 +45,7 @@ def relation_nce_(
     if update:
         bank_rows.check("relation_nce", "update index", update[0], bank)
     inputs = (query, positive, anchor, bank, key_weight, weight, bias, scale, offset)
-    # They may come from the CPU.
-    scale, offset = scale.to(query.device), offset.to(query.device)
+    scale, offset = (critic.number(x, query.device) for x in (scale, offset))
     wide = wide_dtype(query.dtype)
     types = launch.precision(query.dtype)
     pairs = kept_pairs(anchor, query, anchor_id, query_id, self_pairs)
