@@ -1,13 +1,12 @@
-// ATen's tensors and those of its operators that are used here: to include all of them takes a
-// compiler twice as long.
+// ATen's tensors and those of its functions that are used here: to include all of them takes a
+// compiler twice as long, and so does <ATen/TensorOperators.h>, which files that calculate with
+// tensors include themselves.
 #pragma once
 
 #ifndef AT_PER_OPERATOR_HEADERS
 #define AT_PER_OPERATOR_HEADERS
 #endif
 
-#include <ATen/TensorIndexing.h>
-#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addbmm.h>
 #include <ATen/ops/addcmul.h>

@@ -63,8 +63,8 @@ void check_rows(const char* op, const char* name, const at::Tensor& index, int64
   for (int64_t line = 0; line < lines; ++line)
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = data[line * stride + i * step];
-      std::string place = std::to_string(i);
-      if (index.dim() == 2) place = "[" + std::to_string(line) + ", " + place + "]";
+      const std::string place =
+          index.dim() == 2 ? c10::str("[", line, ", ", i, "]") : std::to_string(i);
       TORCH_CHECK_INDEX(row >= 0 && row < rows, "crrcd_ext.", op, ": ", name,
                         ": expected rows of the bank in [0, ", rows, "), got ", row,
                         " at position ", place);

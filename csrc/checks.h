@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <optional>
 
-#include "aten.h"
+#include <ATen/core/Tensor.h>
 #include "bank.h"
 
 #define CRRCD_CHECK_SHAPE(op, name, tensor, ...)                                                   \

@@ -5,7 +5,7 @@
 #include <string>
 #include <tuple>
 
-#include "aten.h"
+#include <ATen/core/Tensor.h>
 
 namespace crrcd {
 

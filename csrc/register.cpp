@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 #include <torch/library.h>
 
+#include "aten.h"
 #include "cpu/bank_update.h"
 #include "cpu/difference_nce.h"
 #include "cpu/host.h"

@@ -1,5 +1,6 @@
 #include "relation_arguments.h"
 
+#include "aten.h"
 #include "checks.h"
 
 namespace crrcd {

@@ -4,7 +4,7 @@
 #include <utility>
 #include <vector>
 
-#include "../aten.h"
+#include <ATen/core/Tensor.h>
 
 namespace crrcd {
 

@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "../aten.h"
 #include "../checks.h"
 #include "../relation_arguments.h"
 #include "bank_update.h"

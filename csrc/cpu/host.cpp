@@ -3,6 +3,8 @@
 #include <atomic>
 #include <limits>
 
+#include "../aten.h"
+
 namespace crrcd {
 
 at::Tensor padded(const at::Tensor& t, at::ScalarType dtype, int64_t rows, int64_t ld) {

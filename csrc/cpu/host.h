@@ -5,7 +5,7 @@
 
 #include <atomic>
 
-#include "../aten.h"
+#include <ATen/core/Tensor.h>
 #include "plan.h"
 
 namespace crrcd {

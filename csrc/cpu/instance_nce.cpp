@@ -1,9 +1,11 @@
 #include "instance_nce.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
 
 #include <atomic>
 
+#include "../aten.h"
 #include "../checks.h"
 #include "bank_update.h"
 #include "host.h"

@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 
+#include "../aten.h"
 #include "../checks.h"
 #include "../relation_arguments.h"
 #include "host.h"

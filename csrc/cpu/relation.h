@@ -4,7 +4,7 @@
 #include <optional>
 #include <tuple>
 
-#include "../aten.h"
+#include <ATen/core/Tensor.h>
 
 namespace crrcd {
 

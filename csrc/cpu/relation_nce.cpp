@@ -2,9 +2,11 @@
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
 
 #include <cmath>
 
+#include "../aten.h"
 #include "../checks.h"
 #include "bank_update.h"
 #include "host.h"
@@ -164,7 +166,7 @@ class RelationNce {
       if (bias.defined()) {
         norm_bias = padded(r.narrow(0, 0, rank).select(1, x.H), dtype, 1, p.ldH);
         if (x.R > x.H) {
-          const double below = r.index({x.H, x.H}).template item<double>();
+          const double below = r.select(0, x.H).select(0, x.H).template item<double>();
           p.norm_constant = static_cast<T>(below * below);
         }
       }

@@ -2,6 +2,8 @@
 
 #include <ATen/Parallel.h>
 
+#include "../aten.h"
+
 namespace crrcd {
 
 namespace {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../aten.h"
+#include <ATen/core/Tensor.h>
 
 namespace crrcd {
 

@@ -1,7 +1,7 @@
 // The momentum update of a memory bank on a GPU, checked first and committed behind every read.
 #pragma once
 
-#include "../aten.h"
+#include <ATen/core/Tensor.h>
 
 namespace crrcd::cuda {
 

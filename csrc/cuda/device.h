@@ -1,7 +1,7 @@
 // The device that a host entry works on; with CRRCD_SIMT the emulated one of the tests.
 #pragma once
 
-#include "../aten.h"
+#include <ATen/core/Tensor.h>
 #include "relation_plan.h"
 
 #ifndef CRRCD_SIMT

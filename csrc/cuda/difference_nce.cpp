@@ -1,7 +1,10 @@
 #include "difference_nce.h"
 
+#include <ATen/TensorOperators.h>
+
 #include <algorithm>
 
+#include "../aten.h"
 #include "../checks.h"
 #include "../relation_arguments.h"
 #include "bank_update.h"

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "../aten.h"
 #include "../checks.h"
 #include "bank_update.h"
 #include "device.h"

@@ -2,6 +2,8 @@
 
 #include <ATen/Context.h>
 
+#include "../aten.h"
+
 namespace crrcd::cuda {
 
 at::ScalarType stored_type(Precision precision) {

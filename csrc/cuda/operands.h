@@ -1,7 +1,7 @@
 // Matrices as the relation kernels multiply them.
 #pragma once
 
-#include "../aten.h"
+#include <ATen/core/Tensor.h>
 #include "relation_layout.h"
 
 namespace crrcd::cuda {

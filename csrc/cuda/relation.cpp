@@ -1,7 +1,10 @@
 #include "relation.h"
 
+#include <ATen/TensorOperators.h>
+
 #include <algorithm>
 
+#include "../aten.h"
 #include "../checks.h"
 #include "device.h"
 #include "operands.h"

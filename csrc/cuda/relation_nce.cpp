@@ -1,7 +1,10 @@
 #include "relation_nce.h"
 
+#include <ATen/TensorOperators.h>
+
 #include <algorithm>
 
+#include "../aten.h"
 #include "../checks.h"
 #include "bank_update.h"
 #include "device.h"
