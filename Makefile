@@ -1,6 +1,7 @@
 # make demo        everything from nothing: environment, build, faces, training, report
 # make study       the same for Fashion-MNIST: teacher, students, report
 # make test        everything from nothing: environment, build, test suite
+# make test-versions  build and smoke with each release of torch and Python (hours)
 # make build       environment and build only
 # make sanitize    tests of the CPU backend and of the emulated CUDA kernels under ASan and UBSan
 # make bench       speed and memory of relation_nce against plain PyTorch
@@ -41,7 +42,7 @@ INSTALLED := $(VENV)/.stamp-installed
 FACES_READY := $(VENV)/.stamp-faces
 FORMATTERS_READY := $(VENV)/.stamp-formatters
 
-.PHONY: help demo study test faces build sanitize bench gpu-check format lint dist clean distclean FORCE
+.PHONY: help demo study test test-versions faces build sanitize bench gpu-check format lint dist clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -58,6 +59,9 @@ study: $(INSTALLED)
 test: $(INSTALLED)
 	@$(MAKE) -s faces || echo "Tests that need dlib are left out."
 	@$(BIN)/python -m pytest tests -q -n $(TEST_PROCESSES)
+
+test-versions:
+	@PYTHONS="$(PYTHONS)" $(PYTHON) tests/versions.py
 
 faces: $(FACES_READY)
 

@@ -16,6 +16,7 @@ MAX_JOBS     parallel compilations (default: one per processor)
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -51,22 +52,50 @@ DEBUG = os.environ.get("DEBUG", "0") == "1"
 SANITIZE = os.environ.get("CRRCD_SANITIZE", "0") == "1"
 
 
+def toolkit_version() -> str | None:
+    """Of the toolkit in CUDA_HOME, as "13.0"; None where its nvcc does not run."""
+    command = [os.path.join(CUDA_HOME, "bin", "nvcc"), "--version"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    found = re.search(r"release (\d+\.\d+)", out)
+    return found and found[1]
+
+
+def without_cuda() -> str | None:
+    """Why CUDA kernels cannot be built here, or None when they can."""
+    of_torch = torch.version.cuda
+    if of_torch is None:
+        return f"torch {torch.__version__} is a CPU build"
+    if CUDA_HOME is None:
+        return "no CUDA toolkit was found (set CUDA_HOME)"
+    toolkit = toolkit_version()
+    if toolkit is None:
+        return f"{CUDA_HOME} has no nvcc that runs (set CUDA_HOME)"
+    major = of_torch.split(".")[0]
+    if toolkit.split(".")[0] != major:
+        return (
+            f"torch {torch.__version__} was built with CUDA {of_torch}, and the toolkit in "
+            f"{CUDA_HOME} is {toolkit} (set CUDA_HOME to one of CUDA {major})"
+        )
+    return None
+
+
 def with_cuda() -> bool:
     """Whether CUDA kernels are built: what CRRCD_CUDA asks for and this machine can do."""
     wanted = os.environ.get("CRRCD_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         sys.exit(f"crrcd_ext: CRRCD_CUDA: expected auto, 0 or 1, got {wanted!r}")
-    lacking = [
-        reason
-        for absent, reason in (
-            (CUDA_HOME is None, "no CUDA toolkit was found (set CUDA_HOME)"),
-            (torch.version.cuda is None, f"torch {torch.__version__} is a CPU build"),
-        )
-        if absent
-    ]
-    if wanted == "1" and lacking:
-        sys.exit(f"crrcd_ext: CRRCD_CUDA=1, but {'; '.join(lacking)}")
-    return wanted != "0" and not lacking
+    if wanted == "0":
+        return False
+    reason = without_cuda()
+    if reason is None:
+        return True
+    if wanted == "1":
+        sys.exit(f"crrcd_ext: CRRCD_CUDA=1, but {reason}")
+    print(f"crrcd_ext: a build without CUDA kernels: {reason}", file=sys.stderr)
+    return False
 
 
 def compiler_version() -> str:

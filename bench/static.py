@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -294,10 +295,10 @@ def main_of_triton(options: argparse.Namespace) -> int:
         raise RuntimeError("Triton is not installed (pip install triton)")
     archs = _archs(options, list(ahead_of_time.MULTIPROCESSORS))
     about = suite.begin(options)
-    found, moved, parts = [], {}, [static_triton.NOTES]
+    found, failures, moved, parts = [], [], {}, [static_triton.NOTES]
     for arch in archs:
-        of_arch = list(static_triton.rows(arch, options.call, options.kernel))
-        if not of_arch:
+        of_arch = list(static_triton.rows(arch, failures, options.call, options.kernel))
+        if not of_arch and not failures:
             expressions = f"{options.call!r}, {options.kernel!r}"
             raise ValueError(f"--call, --kernel: {expressions} find no kernel")
         found += of_arch
@@ -309,10 +310,12 @@ def main_of_triton(options: argparse.Namespace) -> int:
         print("\n" + terminal_table(["call", "traffic"], calls), flush=True)
         parts.append(markdown_table(["call", "traffic"], calls))
     print("\n" + static_triton.NOTES)
-    document = static_triton.document(found, moved)
+    document = static_triton.document(found, failures, moved)
     paths = report.write_files("static_triton", options.output, about, document, parts)
     print("\nwritten: " + ", ".join(map(str, paths)))
-    return 0
+    for failure in failures:
+        print(f"bench: static: {failure}", file=sys.stderr)
+    return int(bool(failures))
 
 
 def main(options: argparse.Namespace) -> int:

@@ -91,8 +91,11 @@ def _on_amd(compiled: Compiled, common: dict) -> Row:
 _PASSES = {0: "", 1: " (normaliser)", 2: ""}
 
 
-def rows(arch: str, wanted: str = "", kernels: str = "") -> Iterator[Row]:
-    """Of the calls and kernels that these expressions find, each kernel once."""
+def rows(arch: str, failures: list[str], wanted: str = "", kernels: str = "") -> Iterator[Row]:
+    """Of the calls and kernels that these expressions find, each kernel once.
+
+    What Triton says of those that it cannot compile is added to ``failures``.
+    """
     seen = set()
     for call in triton_calls.calls():
         if not re.search(wanted, str(call)):
@@ -102,7 +105,11 @@ def rows(arch: str, wanted: str = "", kernels: str = "") -> Iterator[Row]:
             if key in seen or not re.search(kernels, launch.name):
                 continue
             seen.add(key)
-            compiled = ahead_of_time.compiled(launch, arch)
+            try:
+                compiled = ahead_of_time.compiled(launch, arch)
+            except RuntimeError as error:
+                failures.append(f"{str(call).strip()}: {error}")
+                continue
             common = {
                 "arch": arch,
                 "call": str(call).strip(),
@@ -120,8 +127,11 @@ def traffic(arch: str, wanted: str = "") -> dict[str, int]:
     return {str(c).strip(): ahead_of_time.traffic(ahead_of_time.record(arch, c.run)) for c in found}
 
 
-def document(found: Iterable[Row], moved: dict[str, dict[str, int]]) -> dict[str, object]:
+def document(
+    found: Iterable[Row], failures: list[str], moved: dict[str, dict[str, int]]
+) -> dict[str, object]:
     import triton
 
     kernels = [asdict(row) for row in found]
-    return {"triton": triton.__version__, "kernels": kernels, "traffic": moved}
+    about = {"triton": triton.__version__, "kernels": kernels, "failures": failures}
+    return about | {"traffic": moved}
