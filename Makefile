@@ -1,14 +1,14 @@
-# make demo        everything from nothing: environment, build, faces, training, report
-# make study       the same for Fashion-MNIST: teacher, students, report
-# make test        everything from nothing: environment, build, test suite
+# make demo           everything from nothing: environment, build, faces, training, report
+# make study          the same for Fashion-MNIST: teacher, students, report
+# make test           everything from nothing: environment, build, test suite
 # make test-versions  build and smoke with each release of torch and Python (hours)
-# make build       environment and build only
-# make sanitize    tests of the CPU backend and of the emulated CUDA kernels under ASan and UBSan
-# make bench       speed and memory of relation_nce against plain PyTorch
-# make gpu-check   on a machine with a GPU: build, tests, sanitizers, benchmarks, a report of them
-# make format      ruff and clang-format; 'make lint' only looks
-# make dist        source distribution and wheel, in dist/
-# make clean       what the build made; 'make distclean' the environment too
+# make build          environment and build only
+# make sanitize       tests of the CPU backend and of the emulated CUDA kernels under ASan and UBSan
+# make bench          speed and memory of relation_nce against plain PyTorch
+# make gpu-check      on a machine with a GPU: build, tests, sanitizers, benchmarks, a report of them
+# make format         ruff and clang-format; 'make lint' only looks
+# make dist           source distribution and wheel, in dist/
+# make clean          what the build made; 'make distclean' the environment too
 #
 # Each step leaves a stamp in $(VENV): a second call goes on where the first one stopped.
 

@@ -88,6 +88,8 @@ def _on_amd(compiled: Compiled, common: dict) -> Row:
     )
 
 
+FIRST = 4
+"""So many failures and nothing else: this Triton does not know the architecture."""
 _PASSES = {0: "", 1: " (normaliser)", 2: ""}
 
 
@@ -96,7 +98,7 @@ def rows(arch: str, failures: list[str], wanted: str = "", kernels: str = "") ->
 
     What Triton says of those that it cannot compile is added to ``failures``.
     """
-    seen = set()
+    seen, failed = set(), 0
     for call in triton_calls.calls():
         if not re.search(wanted, str(call)):
             continue
@@ -109,6 +111,11 @@ def rows(arch: str, failures: list[str], wanted: str = "", kernels: str = "") ->
                 compiled = ahead_of_time.compiled(launch, arch)
             except RuntimeError as error:
                 failures.append(f"{str(call).strip()}: {error}")
+                failed += 1
+                if failed == len(seen) == FIRST:
+                    raise RuntimeError(
+                        f"none of the first {FIRST} kernels is compiled: {error}"
+                    ) from error
                 continue
             common = {
                 "arch": arch,
