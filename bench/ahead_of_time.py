@@ -7,7 +7,6 @@ Triton would compile it on the GPU in question. TRITON_INTERPRET must not be set
 from __future__ import annotations
 
 import contextlib
-import inspect
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -131,14 +130,7 @@ def source(launch: Launch):
                 attributes[place,] = [["tt.divisibility", 16]]
     for name in names[len(launch.arguments) :]:
         signature[name] = "constexpr"
-    if "constexprs" in inspect.signature(ASTSource).parameters:
-        return ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
-    # Triton 3.2: what is constant has no place in the signature
-    from triton.backends.compiler import AttrsDescriptor
-
-    signature = {name: kind for name, kind in signature.items() if kind != "constexpr"}
-    hints = AttrsDescriptor.from_hints({place: 16 for (place,) in attributes})
-    return ASTSource(launch.kernel, signature, constants, hints)
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def compiled(launch: Launch, arch: str) -> Compiled:

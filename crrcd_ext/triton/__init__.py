@@ -10,8 +10,10 @@ import os
 
 import torch
 
-OLDEST = (3, 2)
-"""The oldest release of Triton that the kernels are written for (that of torch 2.6)."""
+OLDEST = (3, 4)
+"""The oldest release of Triton that the kernels are written for (that of torch 2.8). Triton 3.2 takes
+a type and a constant for different whatever they are, and ends the process when it compiles the
+logits of all gradients for sm_90."""
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton runs kernels in Python, on the CPU. It reads the variable when a kernel is

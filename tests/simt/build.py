@@ -253,8 +253,10 @@ def host_jobs(checked: bool) -> list[Job]:
     sources = [HERE / "binding.cpp", *sorted(CUDA.glob("*.cpp")), *sorted(shared)]
     library = ["-DCRRCD_SIMT_LIBRARY=" + ("crrcd_simt_checked" if checked else "crrcd_simt")]
     folders = tuple(include_paths())
+    # the wheels of torch 2.6 have the strings of an older C++ library
+    flags = ["-O1", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     return [
-        Job(s, ["-O1", *(library if s.parent == HERE else [])], folders, torch.__version__)
+        Job(s, [*flags, *(library if s.parent == HERE else [])], folders, torch.__version__)
         for s in sources
     ]
 

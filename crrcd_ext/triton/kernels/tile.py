@@ -61,7 +61,7 @@ _HINGE_TO_FP16 = tl.constexpr(
 @triton.jit
 def hinge(p, x, DTYPE: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr):
     """relu(p - x) in the operands' dtype."""
-    if FAST and tl.float32 != DTYPE:  # float64 is never fast
+    if FAST and (tl.bfloat16 == DTYPE or tl.float16 == DTYPE):
         # Not pure, or it would be made anew for each layout that it is wanted in. For loops with
         # products on Blackwell it means one stage.
         if x.dtype == DTYPE:
