@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from bench import ahead_of_time, report, sass, static_model, static_triton, suite
 from bench.sass import Counts, Kernel
 from bench.table import markdown_table, terminal_table
+from crrcd_ext import triton
 
 
 @dataclass(frozen=True)
@@ -291,8 +291,8 @@ def _archs(options: argparse.Namespace, present: Sequence[str]) -> Sequence[str]
 
 
 def main_of_triton(options: argparse.Namespace) -> int:
-    if importlib.util.find_spec("triton") is None:
-        raise RuntimeError("Triton is not installed (pip install triton)")
+    if (reason := triton.missing()) is not None:
+        raise RuntimeError(reason)
     archs = _archs(options, list(ahead_of_time.MULTIPROCESSORS))
     about = suite.begin(options)
     found, failures, moved, parts = [], [], {}, [static_triton.NOTES]

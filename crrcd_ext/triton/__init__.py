@@ -30,13 +30,21 @@ def why_not() -> str | None:
     return _reason[0]
 
 
-def _look() -> str | None:
+def missing() -> str | None:
+    """Why no kernel can be compiled here, for any GPU, or None when they can be."""
     try:
         release = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return "Triton is not installed (pip install triton; on Windows triton-windows)"
     if tuple(int(part) for part in release.split(".")[:2]) < OLDEST:
         return f"Triton {release} is too old ({'.'.join(map(str, OLDEST))} or newer is needed)"
+    return None
+
+
+def _look() -> str | None:
+    reason = missing()
+    if reason is not None:
+        return reason
     if INTERPRETED:
         return None
     if not torch.cuda.is_available():
