@@ -1,5 +1,5 @@
-"""Whether an installation computes: every operator and loss by every backend that can be had without
-a GPU, against the reference.
+"""Whether an installation computes: every operator and loss, by every backend that needs no GPU,
+against the reference.
 
     CRRCD_EMULATOR=1 TRITON_INTERPRET=1 python tests/smoke.py
 
@@ -103,7 +103,9 @@ def checks() -> list[tuple[str, Callable[[], None]]]:
 def main() -> int:
     torch.set_num_threads(1)
     began = time.monotonic()
-    print(f"crrcd_ext {crrcd_ext.__version__} in {crrcd_ext.__path__[0]}, torch {torch.__version__}")
+    print(
+        f"crrcd_ext {crrcd_ext.__version__} in {crrcd_ext.__path__[0]}, torch {torch.__version__}"
+    )
     for name, reason in LEFT_OUT.items():
         if reason is not None:
             print(f"left out: {name}: {reason}")

@@ -251,7 +251,9 @@ def test_a_dtype_that_a_backend_lacks_is_named(monkeypatch):
     monkeypatch.setitem(_backend.COMPILED, "cpu", lacking)
     message = r"expected float32, bfloat16 or float16 on backend 'cpu' \(float64: .*, got float64"
     with pytest.raises(TypeError, match=message):
-        functional.relation(*(torch.ones(n, 5, dtype=torch.float64) for n in (2, 3, 4)), backend="cpu")
+        functional.relation(
+            *(torch.ones(n, 5, dtype=torch.float64) for n in (2, 3, 4)), backend="cpu"
+        )
 
 
 @pytest.mark.skipif("triton" not in INTERPRETED, reason="about interpreted kernels")

@@ -13,9 +13,9 @@ import re
 import torch
 
 OLDEST = (3, 4)
-"""The oldest release of Triton that the kernels are written for (that of torch 2.8). Triton 3.2 takes
-a type and a constant for different whatever they are, and ends the process when it compiles the
-logits of all gradients for sm_90."""
+"""The oldest release of Triton that the kernels are written for (that of torch 2.8). To Triton 3.2
+no constant equals a type, and it ends the process when it compiles the logits of all gradients for
+sm_90."""
 
 WITH_FLOAT64 = (3, 6)
 """Before that its products take no float64."""
