@@ -32,11 +32,12 @@ class Compiled(NamedTuple):
 COMPILED = {
     "cpu": Compiled("cpu", lacks=(torch.float16,)),
     "cuda": Compiled("cuda"),
-    "triton": Compiled("cpu" if triton.INTERPRETED else "cuda", "crrcd_triton"),
+    "triton": Compiled("cpu" if triton.INTERPRETED else "cuda", "crrcd_triton", triton.lacks()),
 }
 BACKENDS = ("reference", *COMPILED)
 """The names for users; tests add backends of their own to ``COMPILED``."""
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OPERATORS = ("relation", "relation_nce", "difference_nce", "instance_nce", "bank_update_")
 AUTO = {
     "cpu": dict.fromkeys(OPERATORS, ("cpu",)),
@@ -161,7 +162,8 @@ def resolve(
             f"crrcd_ext.{operator}: backend {name!r}: expected tensors on {expected}, got {device}"
         )
     if dtype in kernels.lacks:
-        taken = "float64, float32 or bfloat16"
+        *most, last = (_short(x) for x in DTYPES if x not in kernels.lacks)
+        taken = f"{', '.join(most)} or {last}"
         raise TypeError(
             f"crrcd_ext.{operator}: operands: expected {taken} on backend {name!r} "
             f"({_short(dtype)}: backend='reference'), got {_short(dtype)}"

@@ -9,7 +9,7 @@ from helpers.interpreted import INTERPRETED
 from helpers.process import python
 
 import crrcd_ext
-from crrcd_ext import _backend, functional
+from crrcd_ext import _backend, functional, triton
 
 AUTO = "cpu" if COMPILED else "reference"
 
@@ -132,9 +132,6 @@ def test_the_choice_is_logged_once(monkeypatch, caplog):
 
 WHY_NOT = """
 import importlib.metadata, sys, torch
-import crrcd_ext
-from crrcd_ext import _backend
-assert "triton" not in sys.modules and "torch._dynamo" not in sys.modules
 release = {release!r}
 version = importlib.metadata.version
 def look(name):
@@ -146,6 +143,9 @@ def look(name):
 importlib.metadata.version = look
 torch.cuda.is_available = lambda: {gpu}
 torch.cuda.get_device_capability = lambda: (7, 5)
+import crrcd_ext
+from crrcd_ext import _backend
+assert "triton" not in sys.modules and "torch._dynamo" not in sys.modules
 print(crrcd_ext.available_backends()["triton"])
 """
 
@@ -228,7 +228,7 @@ def test_other_errors_of_kernels_are_raised(monkeypatch):
     "release, gpu, interpreted, expected",
     [
         (None, True, "0", "Triton is not installed (pip install triton"),
-        ("3.1.0", True, "0", "Triton 3.1.0 is too old (3.2 or newer is needed)"),
+        ("3.3.1", True, "0", "Triton 3.3.1 is too old (3.4 or newer is needed)"),
         ("3.8.0", False, "0", "torch sees no GPU"),
         ("3.8.0", True, "0", "the GPU is sm_75 (sm_80 or newer is needed)"),
         ("3.8.0", False, "1", "None"),
@@ -237,6 +237,23 @@ def test_other_errors_of_kernels_are_raised(monkeypatch):
 def test_why_triton_cannot_run(release, gpu, interpreted, expected):
     done = python(WHY_NOT.format(release=release, gpu=gpu), TRITON_INTERPRET=interpreted)
     assert done.stdout.startswith(expected), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("found, lacking", [("3.4.0", True), ("3.6.0", False), ("", False)])
+def test_the_triton_that_multiplies_float64(found, lacking, monkeypatch):
+    release = tuple(map(int, found.split("."))) if found else None
+    monkeypatch.setattr(triton, "release", lambda: release)
+    assert triton.lacks() == ((torch.float64,) if lacking else ())
+
+
+def test_a_dtype_that_a_backend_lacks_is_named(monkeypatch):
+    lacking = _backend.Compiled("cpu", lacks=(torch.float64,))
+    monkeypatch.setitem(_backend.COMPILED, "cpu", lacking)
+    message = r"expected float32, bfloat16 or float16 on backend 'cpu' \(float64: .*, got float64"
+    with pytest.raises(TypeError, match=message):
+        functional.relation(
+            *(torch.ones(n, 5, dtype=torch.float64) for n in (2, 3, 4)), backend="cpu"
+        )
 
 
 @pytest.mark.skipif("triton" not in INTERPRETED, reason="about interpreted kernels")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from bench import sass, static, static_model
+from bench import ahead_of_time, sass, static, static_model, static_triton, triton_calls
 from bench.__main__ import main
 from bench.sass import Counts, Instruction, Kernel, Name, Resources
 from bench.static_model import Case, Gpu, MainLoop, Work
@@ -530,3 +531,42 @@ def test_doubles_take_long_on_small_gpus():
     work = static_model.relation(gpu, 16384, live=False)
     # 71.3 million of 2 a clock on 128 multiprocessors at 2.52 GHz
     assert static_model.seconds(work, gpu, [])["fp64"] == pytest.approx(110.5e-6, rel=1e-3)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Kernels of one call, by name; those in the result are compiled, the others fail."""
+    compiles: set[str] = set()
+
+    def launch(name):
+        return SimpleNamespace(name=name, options={}, warps=4, constants={})
+
+    def compiled(launch, arch):
+        if launch.name not in compiles:
+            raise RuntimeError(f"{arch}: {launch.name}: unknown")
+        return SimpleNamespace(shared=0, launch=launch)
+
+    def source(launch):
+        return SimpleNamespace(hash=lambda: launch.name)
+
+    monkeypatch.setattr(triton_calls, "calls", lambda: [SimpleNamespace(run=None)])
+    monkeypatch.setattr(ahead_of_time, "record", lambda *_: [launch(x) for x in "abcdef"])
+    monkeypatch.setattr(ahead_of_time, "source", source)
+    monkeypatch.setattr(ahead_of_time, "compiled", compiled)
+    monkeypatch.setattr(static_triton, "_on_nvidia", lambda _, common: common["kernel"])
+    return compiles
+
+
+def test_kernels_that_triton_cannot_compile_are_told(launches):
+    launches |= {"b", "e"}
+    failures = ["of another architecture"]
+    assert list(static_triton.rows("sm_90", failures)) == ["b", "e"]
+    assert [text.split(": ", 1)[1] for text in failures[1:]] == [
+        f"sm_90: {name}: unknown" for name in "acdf"
+    ]
+
+
+def test_an_architecture_that_triton_does_not_know_ends_it(launches):
+    launches |= {"e"}
+    with pytest.raises(RuntimeError, match="none of the first 4 kernels is compiled: sm_90: d: "):
+        list(static_triton.rows("sm_90", []))

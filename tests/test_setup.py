@@ -22,7 +22,9 @@ def toolkit(folder: Path, release: str | None) -> Path:
     (folder / "bin").mkdir(parents=True)
     if release is not None:
         nvcc = folder / "bin" / "nvcc"
-        nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}'\n")
+        nvcc.write_text(
+            f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}'\n"
+        )
         nvcc.chmod(0o755)
     return folder
 

@@ -372,9 +372,7 @@ def table(state: State) -> str:
         lines.append(f"| {', '.join(sorted(releases)) or torch} | " + " | ".join(row) + " |")
     records = list(state.cells.values())
     if records:
-        dates, numpys = (
-            sorted({r[k] for r in records if k in r}) for k in ("date", "numpy")
-        )
+        dates, numpys = (sorted({r[k] for r in records if k in r}) for k in ("date", "numpy"))
         lines += ["", f"{_span(dates)}; {'; '.join(sorted({r['machine'] for r in records}))}."]
         if numpys:
             lines[-1] += f" numpy {', '.join(numpys)}."

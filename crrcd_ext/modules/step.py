@@ -152,18 +152,16 @@ class ContrastiveStep(Critic):
         with self._teacher_gradient():
             e_t = self.teacher_head(teacher, teacher_statistics).to(dtype)
 
-        step = Step(
-            teacher=e_t,
-            student=e_s,
-            index=index,
-            query_label=query_label,
-            selected=self._select_anchors(size),
-            own_rows=tuple(self._own_rows(bank, index, dtype) for bank in self._banks),
-            drawn=tuple(
+        chosen = {
+            "index": index,
+            "query_label": query_label,
+            "selected": self._select_anchors(size),
+            "own_rows": tuple(self._own_rows(bank, index, dtype) for bank in self._banks),
+            "drawn": tuple(
                 self._draw(bank, index, query_label, negative_index) for bank in self._banks
             ),
-            statistics=teacher_statistics,
-        )
+        }
+        step = Step(e_t, e_s, **chosen, statistics=teacher_statistics)
         values = (teacher if self.keys == "live" else e_t.detach(), e_s.detach())
         sides = self._sides(step)
         changes: list[Change | None] = [None] * len(sides)
@@ -184,14 +182,15 @@ class ContrastiveStep(Critic):
             loss = torch.where(finite, loss, torch.zeros_like(loss))
         if update:
             self._commit(finite, (teacher_statistics, student_statistics), log_zbar)
-            for side, change, rows in zip(sides, changes, before, strict=False):
-                bank, written = side.bank.rows, change[0]
-                bank.index_copy_(0, written, torch.where(finite, bank[written], rows))
+            if finite is not None:
+                for side, change, rows in zip(sides, changes, before, strict=True):
+                    bank, written = side.bank.rows, change[0]
+                    bank.index_copy_(0, written, torch.where(finite, bank[written], rows))
             for side in sides:
                 side.bank.record_(index, finite)
-            # They are the running ones by now.
-            step = step._replace(statistics=None)
-        self._last = step._replace(teacher=e_t.detach(), student=e_s.detach(), loss=loss.detach())
+        # The statistics are the running ones by now. torch 2.6 traces no _replace.
+        embeddings = e_t.detach(), e_s.detach()
+        self._last = Step(*embeddings, **chosen, statistics=None, loss=loss.detach())
         return loss
 
     def _check_batch(

@@ -5,15 +5,20 @@ Importing this package does not import Triton; the first call of an operator doe
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
+import re
 
 import torch
 
 OLDEST = (3, 4)
-"""The oldest release of Triton that the kernels are written for (that of torch 2.8). Triton 3.2 takes
-a type and a constant for different whatever they are, and ends the process when it compiles the
-logits of all gradients for sm_90."""
+"""The oldest release of Triton that the kernels are written for (that of torch 2.8). To Triton 3.2
+no constant equals a type, and it ends the process when it compiles the logits of all gradients for
+sm_90."""
+
+WITH_FLOAT64 = (3, 6)
+"""Before that its products take no float64."""
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton runs kernels in Python, on the CPU. It reads the variable when a kernel is
@@ -30,14 +35,29 @@ def why_not() -> str | None:
     return _reason[0]
 
 
+@functools.cache
+def release() -> tuple[int, ...] | None:
+    """Of the installed Triton, as (3, 4, 0); None where there is none."""
+    try:
+        found = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return tuple(map(int, re.findall(r"\d+", found)[:3]))
+
+
+def lacks() -> tuple[torch.dtype, ...]:
+    """Dtypes that its computations cannot have."""
+    return (torch.float64,) if (release() or WITH_FLOAT64) < WITH_FLOAT64 else ()
+
+
 def missing() -> str | None:
     """Why no kernel can be compiled here, for any GPU, or None when they can be."""
-    try:
-        release = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
+    found = release()
+    if found is None:
         return "Triton is not installed (pip install triton; on Windows triton-windows)"
-    if tuple(int(part) for part in release.split(".")[:2]) < OLDEST:
-        return f"Triton {release} is too old ({'.'.join(map(str, OLDEST))} or newer is needed)"
+    if found < OLDEST:
+        old, needed = (".".join(map(str, version)) for version in (found, OLDEST))
+        return f"Triton {old} is too old ({needed} or newer is needed)"
     return None
 
 

@@ -170,7 +170,9 @@ __device__ __forceinline__ void multiply_tiles(T (&sum)[kTiles][4], const S* a, 
   if constexpr (kPrecision != Precision::kF64 && kPrecision != Precision::kF32) {
     constexpr int kStep = sizeof(S) == 2 ? 16 : 8;
     [[maybe_unused]]  // by g++
-    constexpr int kSteps = !kAll ? 1 : sizeof(S) == 2 ? 256 : 2;  // tf32 runs out of registers
+    constexpr int kSteps = !kAll            ? 1
+                           : sizeof(S) == 2 ? 256
+                                            : 2;  // tf32 runs out of registers
     a += lane_in_a<kATransposed, S>(lda);
     b += lane_in_b<kBTransposed, S>(ldb);
 #pragma unroll kSteps
