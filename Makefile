@@ -5,7 +5,8 @@
 # make build          environment and build only
 # make sanitize       tests of the CPU backend and of the emulated CUDA kernels under ASan and UBSan
 # make bench          speed and memory of relation_nce against plain PyTorch
-# make gpu-check      on a machine with a GPU: build, tests, sanitizers, benchmarks, a report of them
+# make gpu-check      on a machine with a GPU: is it right and how fast, in 8 minutes; no installation
+# make gpu-bundle     for such a machine: a compiled module and Triton's kernels, to be carried there
 # make format         ruff and clang-format; 'make lint' only looks
 # make dist           source distribution and wheel, in dist/
 # make clean          what the build made; 'make distclean' the environment too
@@ -23,6 +24,11 @@ TEST_PROCESSES ?= 2
 #   make demo TORCH="torch torchvision --find-links=/folder/of/wheels"
 TORCH_x86_64 := torch==2.14.1 torchvision==0.29.1
 TORCH ?= $(or $(TORCH_$(shell uname -m)),torch torchvision)
+# A machine with a GPU that builds nothing and has no network: what `make gpu-bundle` is made for.
+GPU_PYTHON ?= python3.12
+GPU_TORCH ?= torch==2.11.0
+GPU_ARCHITECTURE ?= 9.0
+GPU_VENV ?= build/gpu_venv
 # What a release has CUDA kernels for, where nvcc is found.
 RELEASE_GPUS := 8.0;8.6;8.9;9.0;10.0;12.0+PTX
 BUILD_TOOLS := "setuptools>=77" wheel "ninja" "pybind11>=2.12" packaging
@@ -42,7 +48,7 @@ INSTALLED := $(VENV)/.stamp-installed
 FACES_READY := $(VENV)/.stamp-faces
 FORMATTERS_READY := $(VENV)/.stamp-formatters
 
-.PHONY: help demo study test test-versions faces build sanitize bench gpu-check format lint dist clean distclean FORCE
+.PHONY: help demo study test test-versions faces build sanitize bench gpu-check gpu-bundle format lint dist clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -73,8 +79,25 @@ sanitize: $(INSTALLED)
 bench: $(INSTALLED)
 	@$(BIN)/python -m bench relation_nce --output $(BENCH_OUTPUT)
 
-gpu-check: $(INSTALLED)
-	@$(BIN)/python -m bench gpu_check
+# With the environment of this folder where there is one, else with python3 as it is.
+gpu-check:
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) -m bench gpu_check
+
+# Ends with all of the check that needs no GPU, in that environment, without network where the system
+# can take it away.
+gpu-bundle: $(GPU_VENV)/.stamp
+	@$(GPU_VENV)/bin/python -m bench.gpu_check.bundle --architecture $(GPU_ARCHITECTURE)
+	@$$(unshare -rn true 2>/dev/null && echo unshare -rn) \
+	  $(GPU_VENV)/bin/python -m bench gpu_check --dry-run --minutes 30 --output build/gpu_dry_run
+
+$(GPU_VENV)/.stamp:
+	@$(FAIL) command -v $(GPU_PYTHON) >/dev/null 2>&1 \
+	  || fail "No '$(GPU_PYTHON)' here: install the Python of the machine with the GPU or name one: make gpu-bundle GPU_PYTHON=/path/to/python3.12."
+	@$(FAIL) $(GPU_PYTHON) -m venv $(GPU_VENV) && $(GPU_VENV)/bin/python -m pip install -q $(GPU_TORCH) $(BUILD_TOOLS) \
+	    numpy pytest pytest-xdist hypothesis matplotlib \
+	  || fail "pip could not install $(GPU_TORCH): check the network connection and run 'make gpu-bundle' again."
+	@touch $@
+
 
 format: $(FORMATTERS_READY)
 	@$(BIN)/ruff check -q --fix . ; $(BIN)/ruff format -q .
