@@ -28,6 +28,7 @@ from bench.gpu_check import (
     module,
     report,
     rows,
+    sanitizers,
     stage,
     stages,
     times,
@@ -137,7 +138,7 @@ def test_the_plan_covers_what_it_promises():
         for operator in correctness.OPERATORS:
             words = f"--operator {operator} --backend {backend}"
             assert sum(words in command for command in jobs["correctness"]) == 1
-    tools = [command.split("--tool ")[1].split()[0] for command in jobs["sanitizers"]]
+    tools = [command.split("--tool ")[1] for command in jobs["sanitizers"]]
     assert tools == ["memcheck", "racecheck", "initcheck", "synccheck"]
     assert all("on_cuda" in command for command in jobs["tests"])
     assert set(times.VARIANTS) == {"cuda", "triton", "eager", "torch.compile"}
@@ -415,6 +416,26 @@ def test_counters_are_read_from_what_ncu_prints():
         {"kernel": "void relation_logits<3>", "duration": "215.3 us", "memory %": "71.2"},
         {"kernel": "own_entries", "duration": "90 us"},
     ]
+
+
+def test_what_a_sanitizer_finds_is_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv(rows.VARIABLE, str(tmp_path / "rows"))
+    lines = [
+        "========= COMPUTE-SANITIZER",
+        "calls=10  of=115",
+        "========= Invalid __global__ read of size 4 bytes",
+        "=========     at crrcd::own_entries",
+        "========= ERROR SUMMARY: 1 error",
+    ]
+    sanitizers.tell("memcheck", lines)
+    found = rows.read(tmp_path / "rows")
+    assert [row["ok"] for row in found] == [False, False]
+    assert found[0]["what"] == "Invalid __global__ read of size 4 bytes"
+    assert "--tool memcheck" in found[0]["command"]
+    sanitizers.tell(
+        "racecheck", ["========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"]
+    )
+    assert rows.read(tmp_path / "rows")[2]["ok"] is True
 
 
 class Event:

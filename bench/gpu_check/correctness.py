@@ -21,6 +21,8 @@ from torch import Tensor
 from bench.gpu_check.rows import emit
 from bench.gpu_check.stage import ROOT
 
+# Without it cuBLAS refuses to be asked for the same bits.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 sys.path.insert(0, str(ROOT / "tests"))
 from helpers import cases  # of the tests
 
@@ -114,8 +116,7 @@ def inputs(case: Case, small: bool) -> dict:
 
 def on(given: dict, device: str, dtype: torch.dtype) -> dict:
     """Operands in their type, on the device; so are temperature and offset."""
-    there = cases.cast(given, dtype)
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in there.items()}
+    return cases.moved(cases.cast(given, dtype), device)
 
 
 def call(case: Case, given: dict, backend: str) -> dict[str, Tensor]:
@@ -140,7 +141,9 @@ def poison(device: str) -> None:
     """Fills memory that the allocator hands out next with NaN."""
     if torch.device(device).type != "cuda":
         return
-    held = [torch.full((1 << 29,), 255, dtype=torch.uint8, device=device) for _ in range(4)]
+    # Ten processes do so at a time.
+    most = torch.cuda.get_device_properties(device).total_memory // 256
+    held = [torch.full((most,), 255, dtype=torch.uint8, device=device) for _ in range(4)]
     for size in (1 << 9, 1 << 13, 1 << 17, 1 << 19):
         held += [torch.full((size,), 255, dtype=torch.uint8, device=device) for _ in range(32)]
     del held

@@ -50,9 +50,9 @@ def about() -> dict[str, object]:
 
 def others() -> list[str]:
     """Processes on the GPU that do not belong to this check, with what memory they hold."""
-    mine = os.environ.get("CRRCD_CHECK_PID", str(os.getpid()))
+    mine = {os.environ.get("CRRCD_CHECK_PID", ""), str(os.getpid())}
     listed = nvidia_smi("compute-apps", "pid,process_name,used_memory")
-    return [f"{name} (process {pid}, {memory})" for pid, name, memory in listed if pid != mine]
+    return [f"{name} (process {pid}, {memory})" for pid, name, memory in listed if pid not in mine]
 
 
 def _version(package: str) -> str:
@@ -80,6 +80,7 @@ def versions() -> None:
 
 
 def gpu() -> None:
+    busy = others()  # before this process is one of them
     properties = torch.cuda.get_device_properties(0)
     found = {
         "name": properties.name,
@@ -93,7 +94,6 @@ def gpu() -> None:
     found |= dict(zip(names, listed[0], strict=False)) if listed else {}
     for what, value in found.items():
         emit(kind="gpu", what=what, value=value)
-    busy = others()
     emit(
         kind="gpu",
         what="other processes",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from bench.gpu_check import module
+from bench.gpu_check import module, sanitizers
 from bench.gpu_check.stage import Job, Stage
 from crrcd_ext._backend import OPERATORS
 
@@ -13,9 +13,6 @@ PYTHON = sys.executable
 OPERATOR_TESTS = [f"tests/test_{name.rstrip('_')}.py" for name in OPERATORS]
 BUILD_SECONDS = 90
 """More than the import takes, where a module has to be built."""
-SANITIZER = ["compute-sanitizer", "--error-exitcode", "9", "--kernel-name", "kns=crrcd"]
-SANITIZER += ["--report-api-errors", "no", "--print-limit", "10", "--tool"]
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
 def script(name: str, *arguments: str) -> list[str]:
@@ -27,7 +24,6 @@ def environment() -> dict[str, str]:
     found = {"CRRCD_BACKEND": "", "CRRCD_TRITON_CONFIGS": "0", "CUDA_MODULE_LOADING": "LAZY"}
     found |= {"CRRCD_CHECK_PID": str(os.getpid()), "TRITON_INTERPRET": "0"}
     if module.TRITON_CACHE.is_dir():
-        module.relocate(module.TRITON_CACHE)
         found["TRITON_CACHE_DIR"] = str(module.TRITON_CACHE)
     return found
 
@@ -44,8 +40,10 @@ def job(name: str, command: list[str], *needs: str, **more: str) -> Job:
 
 def plan() -> list[Stage]:
     """All stages. Without a build they need 435 s, and the benchmarks get what is left."""
+    if module.TRITON_CACHE.is_dir():
+        module.relocate(module.TRITON_CACHE)
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    no_emulator = {"CRRCD_EMULATOR": "0"}
+    no_emulator = {"CRRCD_EMULATOR": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     return [
         Stage("device", 20, [job("versions and ceilings", script("device"))]),
         Stage(
@@ -89,11 +87,11 @@ def plan() -> list[Stage]:
             [
                 job(
                     tool,
-                    [*SANITIZER, tool, *script("small_calls")],
+                    script("sanitizers", "--tool", tool),
                     *("cuda", "compute-sanitizer"),
                     **(uncached if tool in ("memcheck", "initcheck") else {}),
                 )
-                for tool in TOOLS
+                for tool in sanitizers.TOOLS
             ],
         ),
         Stage("counters", 45, [job("ncu", script("counters"), "cuda", "ncu")]),
