@@ -14,12 +14,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 from bench.gpu_check import module
 from bench.gpu_check.stage import ROOT
 
 OBJECTS = ROOT / "build" / "gpu_bundle_objects"
+CACHE = ROOT / "build" / "gpu_bundle_triton"
 MOST_MEGABYTES = 45
 
 
@@ -37,15 +39,18 @@ def build(architecture: str) -> None:
 
 
 def warm(architecture: str) -> None:
-    shutil.rmtree(module.TRITON_CACHE, ignore_errors=True)
+    for folder in (CACHE, module.UNPACKED):
+        shutil.rmtree(folder, ignore_errors=True)
     environment = os.environ | {
-        "TRITON_CACHE_DIR": str(module.TRITON_CACHE),
+        "TRITON_CACHE_DIR": str(CACHE),
         "TRITON_STORE_BINARY_ONLY": "1",
         "TRITON_INTERPRET": "0",
     }
     arch = "sm_" + architecture.replace(".", "")
     command = [sys.executable, "-m", "bench.gpu_check.warm", "--arch", arch]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    with tarfile.open(module.PACKED, "w:xz") as file:
+        file.add(CACHE, ".", filter=lambda m: None if m.name.endswith("lock") else m)
 
 
 def megabytes(folder: Path) -> float:

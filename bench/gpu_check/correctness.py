@@ -20,11 +20,13 @@ from torch import Tensor
 
 from bench.gpu_check.rows import emit
 from bench.gpu_check.stage import ROOT
+from bench.gpu_check.times import first_line, is_lost
 
 # Without it cuBLAS refuses to be asked for the same bits.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 sys.path.insert(0, str(ROOT / "tests"))
 from helpers import cases  # of the tests
+from helpers.on_device import placed
 
 from crrcd_ext import functional
 from crrcd_ext._backend import OPERATORS
@@ -115,8 +117,9 @@ def inputs(case: Case, small: bool) -> dict:
 
 
 def on(given: dict, device: str, dtype: torch.dtype) -> dict:
-    """Operands in their type, on the device; so are temperature and offset."""
-    return cases.moved(cases.cast(given, dtype), device)
+    """Operands in their type, on the device with their strides; so are temperature and offset."""
+    there = cases.cast(given, dtype)
+    return {k: placed(v, device) if isinstance(v, Tensor) else v for k, v in there.items()}
 
 
 def call(case: Case, given: dict, backend: str) -> dict[str, Tensor]:
@@ -141,6 +144,7 @@ def poison(device: str) -> None:
     """Fills memory that the allocator hands out next with NaN."""
     if torch.device(device).type != "cuda":
         return
+    torch.cuda.empty_cache()  # or smaller blocks, full of results, would be handed out first
     # Ten processes do so at a time.
     most = torch.cuda.get_device_properties(device).total_memory // 256
     held = [torch.full((most,), 255, dtype=torch.uint8, device=device) for _ in range(4)]
@@ -158,11 +162,10 @@ def errors(got: dict, true: dict) -> dict[str, float]:
     return {k: float("inf") if x != x else x for k, x in found.items()}
 
 
-def repeated(case: Case, given: dict, backend: str, device: str, times: int) -> tuple[dict, int]:
+def repeated(case: Case, given: dict, backend: str, times: int) -> tuple[dict, int]:
     """The first results, and how many of the others are not the same to the bit."""
     first, other = call(case, given, backend), 0
     for _ in range(times):
-        poison(device)
         again = call(case, given, backend)
         other += any(not torch.equal(first[k], again[k]) for k in first)
     return first, other
@@ -183,7 +186,7 @@ def check(case: Case, backend: str, device: str, small: bool) -> dict[str, objec
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
-        first, different = repeated(case, low, backend, device, 3 if small else REPEATS)
+        first, different = repeated(case, low, backend, 3 if small else REPEATS)
     finally:
         torch.use_deterministic_algorithms(False)
     again = errors(first, true)
@@ -201,18 +204,6 @@ def check(case: Case, backend: str, device: str, small: bool) -> dict[str, objec
     }
 
 
-def is_lost(device: str) -> bool:
-    """Whether the device's context is gone, after a trap or an access out of bounds."""
-    if torch.device(device).type != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    except RuntimeError:
-        return True
-    return False
-
-
 def run(
     found: list[Case], backend: str, device: str, small: bool, again: Callable[[int], str]
 ) -> int | None:
@@ -226,8 +217,7 @@ def run(
         except torch.OutOfMemoryError as error:
             row |= {"ok": None, "worst": f"out of memory: {str(error).splitlines()[0]}"}
         except Exception as error:
-            words = (str(error).splitlines() or [""])[0]
-            row |= {"ok": False, "worst": f"{type(error).__name__}: {words}"}
+            row |= {"ok": False, "worst": first_line(error)}
             lost = is_lost(device)
         emit(**row, s=round(time.perf_counter() - began, 2), command=again(number))
         if lost:

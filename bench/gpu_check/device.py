@@ -21,7 +21,10 @@ def nvidia_smi(query: str, fields: str) -> list[list[str]]:
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", f"--query-{query}={fields}", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except subprocess.TimeoutExpired:
+        return []
     lines = done.stdout.splitlines() if done.returncode == 0 else []
     return [[cell.strip() for cell in line.split(",")] for line in lines if line.strip()]
 
@@ -52,7 +55,11 @@ def others() -> list[str]:
     """Processes on the GPU that do not belong to this check, with what memory they hold."""
     mine = {os.environ.get("CRRCD_CHECK_PID", ""), str(os.getpid())}
     listed = nvidia_smi("compute-apps", "pid,process_name,used_memory")
-    return [f"{name} (process {pid}, {memory})" for pid, name, memory in listed if pid not in mine]
+    return [
+        f"{', '.join(name)} (process {pid}, {memory})"
+        for pid, *name, memory in listed
+        if pid not in mine
+    ]
 
 
 def _version(package: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -11,6 +12,7 @@ import torch
 import crrcd_ext
 from bench.gpu_check import correctness
 from bench.gpu_check.rows import emit
+from bench.gpu_check.times import first_line, is_lost
 from crrcd_ext import functional
 
 OPERATORS = ("relation_nce", "difference_nce", "instance_nce")
@@ -111,6 +113,11 @@ def reduce_overhead(kind: str, backend: str) -> float:
     return same((losses[1],), (losses[0],))
 
 
+def skipped() -> int:
+    """Graphs that Inductor was asked for and did not make, since it was asked last."""
+    return torch._dynamo.utils.counters["inductor"].pop("cudagraph_skips", 0)
+
+
 def checks(backend: str) -> Iterator[tuple[str, Callable[[], float], float]]:
     """Name, function that measures a distance, the distance that is allowed."""
     for operator in OPERATORS:
@@ -125,21 +132,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", default="cuda")
     parser.add_argument("--only", default="", help="beginning of a name")
+    parser.add_argument("--first", type=int, default=0, help="number of the first check")
     options = parser.parse_args()
-    base = f"{sys.executable} -m bench.gpu_check.graphs --backend {options.backend}"
-    for name, measure, allowed in checks(options.backend):
-        if not name.startswith(options.only):
+    base = [sys.executable, "-m", "bench.gpu_check.graphs", "--backend", options.backend]
+    for number, (name, measure, allowed) in enumerate(checks(options.backend)):
+        if not name.startswith(options.only) or number < options.first:
             continue
         row: dict[str, object] = {"kind": "graphs and streams", "backend": options.backend}
-        row |= {"what": name, "command": f"{base} --only '{name}'"}
+        row |= {"what": name, "command": " ".join([*base, "--only", f"'{name}'"])}
         try:
             distance = measure()
-            emit(**row, differs=distance, ok=distance <= allowed)
+            emit(**row, differs=distance, skipped=skipped(), ok=distance <= allowed)
         except Exception as error:
-            words = (str(error).splitlines() or [""])[0]
-            emit(**row, note=f"{type(error).__name__}: {words}", ok=False)
-            if correctness.is_lost("cuda"):
-                return 1
+            emit(**row, note=first_line(error), ok=False)
+            if is_lost("cuda"):
+                os.execv(sys.executable, [*base, "--first", str(number + 1)])
     return 0
 
 

@@ -1,6 +1,6 @@
 """The compiled module: the one that is here, one that was brought along, or one built now.
 
-Each candidate has to import and launch a kernel of every operator, in a process of its own. What
+Each candidate has to import and launch a kernel, in a process of its own. What
 was brought along lies in build/gpu_bundle (`make gpu-bundle`) and is taken where it was built for
 this Python, this torch, this GPU and these sources.
 """
@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -25,8 +28,16 @@ from bench.gpu_check.stage import ROOT
 
 BUNDLE = ROOT / "build" / "gpu_bundle"
 MANIFEST = BUNDLE / "manifest.json"
-TRITON_CACHE = BUNDLE / "triton"
+PACKED = BUNDLE / "triton.tar.xz"
+UNPACKED = ROOT / "build" / "gpu_triton"
 FIRST_LAUNCH = "bench.gpu_check.first_launch"
+LAUNCH_SECONDS = 45.0
+"""For an import on a cold machine, a context and the launches, with a few kernels of Triton's."""
+UNFIT = re.compile(
+    r"kernel image|is not available|is not there|no CUDA kernels|ImportError|undefined symbol"
+    r"|cannot open shared object|within"
+)
+"""What is said of a module that was built for something else."""
 
 
 def digest() -> str:
@@ -44,6 +55,7 @@ def described(architecture: str) -> dict[str, str]:
         "python": "{}.{}".format(*sys.version_info),
         "machine": platform.machine(),
         "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton"),
         "architecture": architecture,
         "sources": digest(),
     }
@@ -60,26 +72,31 @@ def mismatch(manifest: Path, architecture: str) -> str | None:
     return None
 
 
-def launches(backend: str, timeout: float) -> str | None:
-    """Why a kernel of every operator cannot be launched, or None."""
+def launches(backend: str) -> str | None:
+    """Why no kernel can be launched, or None."""
     command = [sys.executable, "-m", FIRST_LAUNCH, backend]
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": LAUNCH_SECONDS}
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, **options)
     except subprocess.TimeoutExpired:
-        return f"no launch within {timeout:.0f} s"
+        return f"no launch within {LAUNCH_SECONDS:.0f} s"
     if done.returncode == 0:
         return None
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     return lines[-1] if lines else f"status {done.returncode}"
 
 
-def relocate(cache: Path) -> None:
-    """Triton's lists of a kernel's files have absolute paths: those of where the cache lies now."""
-    for listing in cache.glob("*/__grp__*.json"):
+def unpack() -> None:
+    """Puts Triton's kernels that were brought along where jobs look for them. Triton's lists of a
+    kernel's files have absolute paths: those of where they lie now."""
+    if not PACKED.exists() or UNPACKED.is_dir():
+        return
+    with tarfile.open(PACKED) as file:
+        file.extractall(UNPACKED, filter="data")
+    for listing in UNPACKED.glob("*/__grp__*.json"):
         found = json.loads(listing.read_text())
-        paths = {name: str(listing.parent / name) for name in found.get("child_paths", {})}
-        if found.get("child_paths") != paths:
-            listing.write_text(json.dumps({**found, "child_paths": paths}))
+        paths = {name: str(listing.parent / name) for name in found["child_paths"]}
+        listing.write_text(json.dumps({**found, "child_paths": paths}))
 
 
 def take_along() -> None:
@@ -117,42 +134,41 @@ def build(architecture: str, timeout: float) -> str | None:
 
 
 def find_cuda(architecture: str, seconds: float) -> tuple[str | None, str]:
-    """Why there is no module with CUDA kernels that run here, or None; and where it came from."""
-    end = time.monotonic() + seconds
+    """Why there is no module with CUDA kernels that run here, or None; and where it came from.
+
+    ``seconds``: for a build. What can be launched is not built anew, however wrong it is."""
     reasons = []
     if any((ROOT / "crrcd_ext").glob("_C*.so")):
-        why = launches("cuda", end - time.monotonic())
-        if why is None:
-            return None, "was here"
+        why = launches("cuda")
+        if why is None or not UNFIT.search(why):
+            return why, "was here"
         reasons.append(f"the module that is here: {why}")
     why = mismatch(MANIFEST, architecture)
     if why is None:
         take_along()
-        why = launches("cuda", end - time.monotonic())
-        if why is None:
-            return None, "brought along"
+        why = launches("cuda")
+        if why is None or not UNFIT.search(why):
+            return why, "brought along"
     reasons.append(why)
-    why = build(architecture, max(1.0, end - time.monotonic() - 10)) or launches(
-        "cuda", end - time.monotonic()
-    )
+    why = build(architecture, seconds) or launches("cuda")
     return (None, "built now") if why is None else ("; ".join([*reasons, why]), "")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=110.0, help="for finding or building it")
+    parser.add_argument("--backend", choices=["cuda", "triton"], default="cuda")
+    parser.add_argument("--seconds", type=float, default=90.0, help="for a build")
     options = parser.parse_args()
+    began = time.monotonic()
     architecture = "{}.{}".format(*torch.cuda.get_device_capability())
-    build_command = f"CRRCD_CUDA=1 TORCH_CUDA_ARCH_LIST={architecture} {sys.executable} setup.py"
-    began = time.monotonic()
-    why, origin = find_cuda(architecture, options.seconds)
-    row = {"kind": "backend", "backend": "cuda", "ok": why is None, "why": why or origin}
-    command = f"{build_command} build_ext --inplace"
-    emit(**row, s=round(time.monotonic() - began, 1), command=command)
-    began = time.monotonic()
-    why = launches("triton", 60.0)
-    row = {"kind": "backend", "backend": "triton", "ok": why is None, "why": why or ""}
-    command = f"{sys.executable} -m {FIRST_LAUNCH} triton"
+    if options.backend == "cuda":
+        why, origin = find_cuda(architecture, options.seconds)
+        command = f"CRRCD_CUDA=1 TORCH_CUDA_ARCH_LIST={architecture} {sys.executable} setup.py"
+        command += " build_ext --inplace"
+    else:
+        why, origin = launches("triton"), ""
+        command = f"{sys.executable} -m {FIRST_LAUNCH} triton"
+    row = {"kind": "backend", "backend": options.backend, "ok": why is None, "why": why or origin}
     emit(**row, s=round(time.monotonic() - began, 1), command=command)
     return 0
 

@@ -29,7 +29,10 @@ def failures(stages: Sequence[Mapping]) -> list[dict[str, str]]:
                 what = ", ".join(f"{k} {v}" for k, v in row.items() if k not in HIDDEN)
                 command = str(row.get("command") or job.get("command", ""))
                 found.append({"stage": stage["name"], "what": what, "command": command})
-            if job["status"].startswith("FAILED") and not wrong:
+            if job.get("cut") and not stage.get("open_ended"):
+                what = f"{job['name']}: {job['status']}, after {len(job['rows'])} rows"
+                found.append({"stage": stage["name"], "what": what, "command": job["command"]})
+            elif job["status"].startswith("FAILED") and not wrong:
                 last = next((x for x in reversed(job.get("last_lines", [])) if x.strip()), "")
                 what = f"{job['name']}: {job['status']}: {last}"
                 found.append(

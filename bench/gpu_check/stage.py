@@ -19,6 +19,8 @@ from bench.gpu_check import rows
 ROOT = Path(__file__).resolve().parents[2]
 GRACE = 2.0
 """Seconds between asking a process to end and ending it: pytest prints its summary in them."""
+LOGGED, CUT = 1_000_000, b"\n[...]\n"
+"""Bytes of a job's output in the log, from its beginning and its end."""
 LEAST = 5.0
 """Seconds without which a stage is not begun."""
 
@@ -36,12 +38,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Stage:
-    """Jobs that run side by side, or one after the other, and the seconds that they have."""
+    """Jobs that run side by side, or one after the other, and the seconds that they have.
+    ``open_ended``: one that is never through, so that it is no failure to be cut off."""
 
     name: str
     seconds: float
     jobs: Sequence[Job]
     together: bool = True
+    open_ended: bool = False
 
 
 class Running:
@@ -76,13 +80,17 @@ class Running:
         """``cut``: why the job was ended before it had ended."""
         code = self.process.returncode
         text = self.output.read_bytes()
-        self.log.write(f"\n===== {self.job.name}: {' '.join(self.job.command)}\n".encode() + text)
+        self.log.write(f"\n===== {self.job.name}: {' '.join(self.job.command)}\n".encode())
+        self.log.write(
+            text if len(text) <= LOGGED else text[: LOGGED // 2] + CUT + text[-LOGGED // 2 :]
+        )
         self.log.flush()
         status = cut or ("done" if code == 0 else f"FAILED, status {code}")
         return {
             "name": self.job.name,
             "status": status,
             "seconds": round(time.monotonic() - self.began, 1),
+            "cut": bool(cut),
             "command": " ".join(self.job.command),
             "last_lines": text.decode(errors="replace").splitlines()[-15:],
             "rows": rows.read(self.rows),
@@ -121,13 +129,9 @@ def run_stage(
     running: list[Running] = []
 
     def state(**more: object) -> dict[str, object]:
-        seconds = round(time.monotonic() - began, 1)
-        return {
-            "name": stage.name,
-            "limit": round(limit, 1),
-            "seconds": seconds,
-            "jobs": results,
-        } | more
+        known = {"name": stage.name, "limit": round(limit, 1), "open_ended": stage.open_ended}
+        known |= {"seconds": round(time.monotonic() - began, 1), "jobs": results}
+        return known | more
 
     told, cut = began, "cut off at its limit"
     with tempfile.TemporaryDirectory() as folder:

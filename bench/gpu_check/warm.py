@@ -7,8 +7,12 @@ and leaves it in TRITON_CACHE_DIR. What they return means nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from unittest import mock
 
 import torch
@@ -39,11 +43,33 @@ class Driver:
 
 
 def compiling(kernel, grid, chosen, *arguments, **constants) -> None:
-    """In the place of launch.run."""
+    """In the place of launch.run: the kernel, and what Triton compiles to start it with."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
     from crrcd_ext.triton import launch
 
     if 0 not in grid:
-        kernel.warmup(*arguments, grid=grid, **constants, **launch.options(chosen))
+        made = kernel.warmup(*arguments, grid=grid, **constants, **launch.options(chosen))
+        CudaLauncher(made.src, made.metadata)
+
+
+@contextlib.contextmanager
+def without_driver() -> Iterator[None]:
+    """Triton's modules for the host are linked against an empty libcuda, and not loaded."""
+    from triton import knobs
+    from triton.backends.nvidia.driver import CudaUtils
+    from triton.runtime import build
+
+    with tempfile.TemporaryDirectory() as folder:
+        library = f"{folder}/libcuda.so"
+        options = ["-shared", "-Wl,-soname,libcuda.so.1", "-x", "c", "/dev/null"]
+        subprocess.run(["cc", *options, "-o", library], check=True)
+        with (
+            mock.patch.object(knobs.nvidia, "libcuda_path", folder),
+            mock.patch.object(build, "_load_module_from_path", lambda *_: mock.MagicMock()),
+        ):
+            CudaUtils()
+            yield
 
 
 def warm(arch: str) -> int:
@@ -60,7 +86,11 @@ def warm(arch: str) -> int:
     _backend.COMPILED["warm"] = _backend.Compiled("cpu", "crrcd_warm")
     driver.set_active(Driver(arch))
     calls = 0
-    with ahead_of_time.recording(arch), mock.patch.object(launch, "run", compiling):
+    with (
+        without_driver(),
+        ahead_of_time.recording(arch),
+        mock.patch.object(launch, "run", compiling),
+    ):
         found = [c for o in correctness.OPERATORS for c in correctness.all_cases(o)]
         for case in found:
             dtype, products = correctness.PRECISIONS[case.precision]
