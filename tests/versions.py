@@ -14,7 +14,7 @@ build/versions/table.md, goes between the marks of docs/versions.md with `--tabl
 PYTHONS      interpreters, with spaces between them (default: python3.10 to python3.13 on the PATH)
 
 It needs no more than Python's standard library. Where ccache is installed, it compiles once what is
-the same in several cells.
+the same in several cells; Pythons that were built with other flags pass them on to extensions.
 """
 
 from __future__ import annotations
