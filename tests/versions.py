@@ -384,7 +384,8 @@ def table(state: State) -> str:
         lines += [""]
         lines += [f"- {Cell(t, ', '.join(of)).title}: {text}" for (t, text), of in notes.items()]
     if state.triton:
-        archs = sorted({a for found in state.triton.values() for a in found}, key=_number)
+        known = {arch for found in state.triton.values() for arch in found}
+        archs = sorted(known.union(ARCHITECTURES), key=_number)
         lines += ["", "| Triton | torch | " + " | ".join(archs) + " |"]
         lines.append("| --- | --- |" + " --- |" * len(archs))
         for torch in TORCHES:
