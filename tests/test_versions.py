@@ -45,7 +45,7 @@ class Stub:
 
     def compile_triton(self, arch: str) -> dict:
         self._stage(arch)
-        return {"triton": "3.9.1", "kernels": 7, "failures": 1, "spills": 2, "error": "one"}
+        return {"triton": "3.9.1", "kernels": 7, "failures": 1, "spills": {"bf16": 2}, "error": ""}
 
     def remove(self) -> None:
         self._stage("remove")
@@ -138,7 +138,8 @@ def test_triton_is_compiled_once_for_each_torch_and_can_be_asked_for_later(path)
 
 
 def test_the_table_says_what_was_run(path):
-    cells = [Cell("2.6", "3.10"), Cell("2.6", "3.13"), Cell("2.8", "3.11"), Cell("2.14.1", "3.13")]
+    cells = [Cell("2.6", "3.10"), Cell("2.6", "3.13"), Cell("2.8", "3.11"), Cell("2.14.1", "3.12")]
+    cells.append(Cell("2.14.1", "3.13"))
     fails = {
         "2.6:3.13": ("environment", NoWheel()),
         "2.8:3.11": ("smoke", Failed("error: crcd on cpu")),
@@ -149,10 +150,10 @@ def test_the_table_says_what_was_run(path):
     assert "| 2.6.0 | passed | not run | not run | no wheel |" in lines
     assert "| 2.8.0 | not run | failed | not run | not run |" in lines
     assert "| 2.11 | not run | not run | not run | not run |" in lines
-    assert "| 2.14.1 | not run | not run | not run | passed |" in lines
+    assert "| 2.14.1 | not run | not run | passed | passed |" in lines
     assert "- torch 2.8 on Python 3.11: `error: crcd on cpu`" in lines
-    assert "- torch 2.14.1 on Python 3.13: without backend moon: too far" in lines
-    assert "| 3.9.1 | 2.6 | 7 kernels, 1 fail, 2 spill |" in lines
+    assert "- torch 2.14.1 on Python 3.12, 3.13: without backend moon: too far" in lines
+    assert "| 3.9.1 | 2.6 | not run | 7 kernels, 1 fail, 2 spill (2 bf16) | not run |" in lines
     assert any(versions.machine() in line and "numpy 2.0" in line for line in lines)
 
 

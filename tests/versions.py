@@ -14,7 +14,7 @@ build/versions/table.md, goes between the marks of docs/versions.md with `--tabl
 PYTHONS      interpreters, with spaces between them (default: python3.10 to python3.13 on the PATH)
 
 It needs no more than Python's standard library. Where ccache is installed, it compiles once what is
-the same in several cells.
+the same in several cells; Pythons that were built with other flags pass them on to extensions.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -222,8 +223,7 @@ class Runner:
             "triton": found["triton"],
             "kernels": len(found["kernels"]) + len(found["failures"]),
             "failures": len(found["failures"]),
-            "spilling": sorted({f"{row['call']}: {row['kernel']}" for row in spilling}),
-            "spills": len(spilling),
+            "spills": Counter(row["call"].split()[1] for row in spilling),
             "error": failure,
         }
 
@@ -350,14 +350,18 @@ def summary(found: dict) -> str:
     """Of an architecture's Triton kernels, for a table."""
     if "kernels" not in found:
         return f"fails: {found['error']}"
-    return f"{found['kernels']} kernels, {found['failures']} fail, {found['spills']} spill"
+    spills = found["spills"]
+    words = f"{found['kernels']} kernels, {found['failures']} fail, {sum(spills.values())} spill"
+    return words + (
+        f" ({', '.join(f'{n} {kind}' for kind, n in spills.items())})" if spills else ""
+    )
 
 
 def table(state: State) -> str:
     """Markdown: the matrix, what stands behind each cell that did not pass, Triton's kernels."""
     lines = ["| torch | " + " | ".join(f"Python {python}" for python in PYTHONS) + " |"]
     lines.append("| --- |" + " --- |" * len(PYTHONS))
-    notes = []
+    notes: dict[tuple[str, str], list[str]] = {}
     for torch in TORCHES:
         row = []
         for python in PYTHONS:
@@ -365,9 +369,9 @@ def table(state: State) -> str:
             record = state.cells.get(str(cell))
             row.append("not run" if record is None else record["outcome"])
             if record is not None and record["outcome"] == "failed":
-                notes.append(f"- {cell.title}: `{record['error']}`")
+                notes.setdefault((torch, f"`{record['error']}`"), []).append(python)
             for name in (record or {}).get("left_out", ()):
-                notes.append(f"- {cell.title}: without backend {name}")
+                notes.setdefault((torch, f"without backend {name}"), []).append(python)
         releases = {r["torch"] for k, r in state.cells.items() if _of(k, torch) and "torch" in r}
         lines.append(f"| {', '.join(sorted(releases)) or torch} | " + " | ".join(row) + " |")
     records = list(state.cells.values())
@@ -377,9 +381,11 @@ def table(state: State) -> str:
         if numpys:
             lines[-1] += f" numpy {', '.join(numpys)}."
     if notes:
-        lines += ["", *notes]
+        lines += [""]
+        lines += [f"- {Cell(t, ', '.join(of)).title}: {text}" for (t, text), of in notes.items()]
     if state.triton:
-        archs = sorted({a for found in state.triton.values() for a in found}, key=_number)
+        known = {arch for found in state.triton.values() for arch in found}
+        archs = sorted(known.union(ARCHITECTURES), key=_number)
         lines += ["", "| Triton | torch | " + " | ".join(archs) + " |"]
         lines.append("| --- | --- |" + " --- |" * len(archs))
         for torch in TORCHES:
