@@ -22,7 +22,6 @@ from crrcd_ext import functional
 if emulated.missing is not None:
     pytest.skip(emulated.missing, allow_module_level=True)
 
-EMULATED = emulated.LIBRARIES["simt"]
 # Operators that launch nothing: they describe memory, allocate it or read it on the host.
 QUIET = re.compile(
     "alias|as_strided|detach|empty(_like|_strided)?|expand(_as)?|item|narrow|permute|promote_types|"
@@ -50,12 +49,13 @@ def launching(events: Iterable) -> list[str]:
 
 def launches(operator, case: dict, wanted: tuple[str, ...]) -> Launches:
     leaves = {name: case[name].detach().clone().requires_grad_() for name in wanted}
-    EMULATED.launched()
+    emulator = emulated.library("simt")
+    emulator.launched()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         loss = operator(**{**case, **leaves}, backend="simt")
         torch.autograd.grad(loss, list(leaves.values()))
     of_torch = launching(e for e in profiled.events() if e.cpu_parent is None)
-    return Launches(len(of_torch), len(EMULATED.launched()))
+    return Launches(len(of_torch), len(emulator.launched()))
 
 
 def settled(case: dict) -> dict:
@@ -69,11 +69,11 @@ def test_relation_nce(anchors, segment, live):
     shape = {"A": anchors, "B": 64, "K": 512, "H": 16, "R": 16, "D": 16}
     case = make(**shape, index=False, bias=False, key_weight=False)
     wanted = ("query", "bank", "anchor", "weight") if live else ("query",)
-    EMULATED.set_segment(segment)
+    emulated.library("simt").set_segment(segment)
     try:
         found = launches(functional.relation_nce, settled(cast(case, torch.bfloat16)), wanted)
     finally:
-        EMULATED.set_segment(0)
+        emulated.library("simt").set_segment(0)
     assert found == static_model.relation_launches(anchors, 512 // segment, 1, live)
 
 

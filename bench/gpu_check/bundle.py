@@ -30,8 +30,6 @@ def build(architecture: str) -> None:
     places = ["--build-lib", str(OBJECTS / "lib"), "--build-temp", str(OBJECTS)]
     command = [sys.executable, "setup.py", "-q", "build_ext", *places]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
-    for old in module.BUNDLE.glob("_C*.so"):
-        old.unlink()
     (made,) = (OBJECTS / "lib").glob("**/_C*.so")
     target = module.BUNDLE / made.name
     shutil.copy2(made, target)
@@ -61,8 +59,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--architecture", default="9.0", help="compute capability of the GPU")
     options = parser.parse_args()
-    module.BUNDLE.mkdir(parents=True, exist_ok=True)
-    module.MANIFEST.unlink(missing_ok=True)
+    shutil.rmtree(module.BUNDLE, ignore_errors=True)
+    module.BUNDLE.mkdir(parents=True)
     build(options.architecture)
     warm(options.architecture)
     manifest = json.dumps(module.described(options.architecture), indent=1)

@@ -10,6 +10,7 @@ import argparse
 import os
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from io import StringIO
@@ -73,13 +74,16 @@ def plan() -> list[Stage]:
 
 
 def look_for_module() -> None:
-    """Which compiled module there is, and whether what was brought along would be taken."""
-    from crrcd_ext import _backend
-
-    why = _backend.available_backends()["cpu"]
-    emit(kind="backend", backend="cpu", ok=why is None, why=why or "", command="make gpu-bundle")
-    why = module.mismatch(module.MANIFEST, ARCHITECTURE)
-    emit(kind="bundle", fits=why is None, why=why or "")
+    """Whether there is a compiled module, or one that was brought along, which is put in place."""
+    unfit = module.mismatch(module.MANIFEST, ARCHITECTURE)
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    if unfit is None and not (ROOT / "crrcd_ext" / f"_C{suffix}").exists():
+        module.take_along()
+    question = "from crrcd_ext import _backend; print(_backend.missing or '')"
+    done = subprocess.run([PYTHON, "-c", question], cwd=ROOT, capture_output=True, text=True)
+    why = done.stdout.strip() or (done.stderr.strip()[-200:] if done.returncode else "")
+    emit(kind="backend", backend="cpu", ok=not why, why=why, command="make gpu-bundle")
+    emit(kind="bundle", fits=unfit is None, why=unfit or "")
 
 
 def missing(commands: Sequence[Sequence[str]]) -> list[str]:

@@ -61,7 +61,7 @@ def without_driver() -> Iterator[None]:
     from triton.runtime import build
 
     with tempfile.TemporaryDirectory() as folder:
-        library = f"{folder}/libcuda.so"
+        library = f"{folder}/libcuda.so.1"
         options = ["-shared", "-Wl,-soname,libcuda.so.1", "-x", "c", "/dev/null"]
         subprocess.run(["cc", *options, "-o", library], check=True)
         with (
