@@ -12,7 +12,7 @@ import torch
 import crrcd_ext
 from bench.gpu_check import correctness
 from bench.gpu_check.rows import emit
-from bench.gpu_check.times import first_line, is_lost
+from bench.gpu_check.times import first_line, graph_of, is_lost
 from crrcd_ext import functional
 
 OPERATORS = ("relation_nce", "difference_nce", "instance_nce")
@@ -45,14 +45,7 @@ def results(step: Callable[[], torch.Tensor], query: torch.Tensor) -> tuple[torc
 def captured(operator: str, backend: str) -> float:
     """Replayed with another query than it was captured with."""
     step, query = step_of(operator, backend)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
+    graph, loss = graph_of(step)
     gradient = query.grad
     with torch.no_grad():
         query.copy_(query.roll(1, -1))

@@ -84,8 +84,8 @@ def host_seconds(step: Step, device: str) -> float:
     return statistics.median(found)
 
 
-def graph_of(step: Step) -> torch.cuda.CUDAGraph:
-    """The step, captured: forward and backward."""
+def graph_of(step: Step) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """The step, captured, forward and backward, and the loss that a replay leaves."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -93,8 +93,8 @@ def graph_of(step: Step) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
-    return graph
+        loss = step()
+    return graph, loss
 
 
 def is_lost(device: str) -> bool:
@@ -164,7 +164,7 @@ class Turn:
     def replayed(self, step: Step) -> float | str:
         """Milliseconds of a replay, or why the step cannot be captured."""
         try:
-            graph = graph_of(step)
+            graph, _ = graph_of(step)
         except RuntimeError as error:
             with suppress(RuntimeError):
                 torch.cuda.synchronize()

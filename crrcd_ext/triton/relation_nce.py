@@ -48,6 +48,15 @@ def relation_nce_(
     scale, offset = (critic.number(x, query.device) for x in (scale, offset))
     wide = wide_dtype(query.dtype)
     types = launch.precision(query.dtype)
+    relation_dim, hidden_dim = weight.shape
+    if need & LIVE and query.dtype.itemsize == 2 and 8 * relation_dim < hidden_dim:
+        # W annihilates most of the hidden units, and W'W rounded to two bytes does not. Relations
+        # as they stand, at full precision, take fewer products here.
+        operands = (query, positive, anchor, weight, bias, key_weight)
+        query, positive, anchor, weight, bias, key_weight = (
+            None if x is None else x.to(wide) for x in operands
+        )
+        types = launch.Precision(wide, "ieee")
     pairs = kept_pairs(anchor, query, anchor_id, query_id, self_pairs)
     form = GRAM if need & LIVE and types.tensor_cores else DIRECT
     # Relations do not know how long W is; in float16 its products must not leave the range.
@@ -98,7 +107,7 @@ def relation_nce_(
         averaged(passes.d_scale, (slope * cosine).sum()) if need & SCALE else None,
         averaged(passes.d_offset, -slope.sum()) if need & OFFSET else None,
     )
-    result = critic.results(query, loss, need, inputs, found)
+    result = critic.results(inputs[0], loss, need, inputs, found)
     critic.update(bank, update)
     return result
 
