@@ -28,7 +28,7 @@ FRESHNESS_SHORTCUT = (
 def measure(criterion, step) -> tuple[dict[str, float], int]:
     """The numbers of :meth:`crrcd_ext.CRRCDLoss.diagnostics`, and the width of the vectors."""
     cosines = [criterion._cosines(side) for side in criterion._sides(step)]
-    negative = [masked_mean(*c.negative(c.rows(MAX_NEGATIVES))) for c in cosines]
+    negative = [masked_mean(*c.negative(c.positions(MAX_NEGATIVES))) for c in cosines]
     of_student, of_teacher = criterion._relations(step)
     level = no_information_loss(criterion.num_negatives, criterion.objective)
     values = {

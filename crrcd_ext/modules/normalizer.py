@@ -27,7 +27,7 @@ def log_mean_exp_logit(cosines: Cosines, scale: Tensor | float) -> Tensor:
     total = logit.flatten().logsumexp(0)
     count = cosines.pairs.sum()
     size = max(1, _CHUNK_ELEMENTS // max(1, cosines.width))
-    for piece in cosines.rows(MAX_NEGATIVES).split(size, -1):
+    for piece in cosines.positions(MAX_NEGATIVES).split(size):
         cosine, keep = cosines.negative(piece)
         logit = (scale * cosine).masked_fill(~keep, -torch.inf)
         total = torch.logaddexp(total, logit.flatten().logsumexp(0))
