@@ -106,6 +106,14 @@ DEFAULTS: dict[str, dict[str, Config]] = {
         "float32": Config(32, 8, 1, queries=32),
         "float64": Config(16, 4, 1, queries=16, features=32),
     },
+    "similar": {  # keys by words of 32, as similar_own
+        "float32": Config(64, 8, 1, features=32),
+        "float64": Config(32, 4, 1, queries=16, features=32),
+    },
+    "similar_own": {
+        "float32": Config(32, 4),
+        "float64": Config(32, 4, features=64),
+    },
     "own": {  # keys of 128 columns
         "interpreter": Config(64, 4, 1),
         "bfloat16": Config(16, 4, features=4096),

@@ -60,4 +60,14 @@ at::Tensor scalar_operand(const at::Tensor& value, const at::TensorOptions& opti
   return value.is_cpu() ? at::full({}, value.item<double>(), options) : value.to(options);
 }
 
+at::Tensor with_units(const at::Tensor& bank) {
+  return bank.stride(1) == 1 || bank.size(1) == 1 ? bank : bank.contiguous();
+}
+
+bool whole_quads(const at::Tensor& bank) {
+  const auto quad = static_cast<uintptr_t>(4 * bank.element_size());
+  return bank.size(1) % 4 == 0 && bank.stride(0) % 4 == 0 &&
+         reinterpret_cast<uintptr_t>(bank.const_data_ptr()) % quad == 0;
+}
+
 }  // namespace crrcd::cuda

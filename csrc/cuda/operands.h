@@ -1,4 +1,4 @@
-// Matrices as the relation kernels multiply them.
+// Operands as kernels take them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,5 +20,11 @@ at::Tensor padded(const at::Tensor& t, int64_t columns, double value = 0);
 
 // A number on the device, wherever it comes from, without waiting for the device.
 at::Tensor scalar_operand(const at::Tensor& value, const at::TensorOptions& options);
+
+// The bank where it lies, or a copy where the elements of a row do not lie side by side.
+at::Tensor with_units(const at::Tensor& bank);
+
+// Whether the rows of such a bank can be read four elements at a time.
+bool whole_quads(const at::Tensor& bank);
 
 }  // namespace crrcd::cuda

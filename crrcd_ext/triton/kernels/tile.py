@@ -206,14 +206,11 @@ MOST_TILES = 30
 
 
 @triton.jit
-def differ(own, key, KEYS_FIRST: tl.constexpr):
-    """own [b] != key [n] as [b, n], or as [n, b]; or with key [b, n]."""
-    if len(key.shape) == 2:
-        return own[:, None] != key
-    elif KEYS_FIRST:
-        return own[None, :] != key[:, None]
-    else:
-        return own[:, None] != key[None, :]
+def included(excluded, words, b, entry, inside):
+    """Whether the bits of the negatives ``entry``, counted over all of the call, are clear for the
+    queries b; only those ``inside`` are looked at."""
+    bits = tl.load(excluded + b * words + (entry >> 5), mask=inside, other=0)
+    return ((bits >> (entry & 31).to(tl.int32)) & 1) == 0
 
 
 @triton.jit
@@ -221,28 +218,35 @@ def kept(
     keep,
     b,
     queries,
+    entry,
     position,
     query_id,
     key_id,
     query_label,
     key_label,
+    excluded,  # [B, words] int32, a bit a negative
+    words,
     ID: tl.constexpr,
     NAMED: tl.constexpr,
     LABEL: tl.constexpr,
-    KEYS_FIRST: tl.constexpr,
+    EXCLUDED: tl.constexpr,
 ):
-    """keep, less the negatives that are the query's own, by their ids, or of its class.
+    """keep [n, b], less the negatives that are the query's own, by their ids, or of its class, or
+    that have their bit set.
 
-    ``position`` are rows of the bank, [n] or [b, n], of which none lies outside; with NAMED their
-    ids are in key_id.
+    ``entry`` [n] are the negatives, int64, counted over all of the call, and ``position`` their
+    rows of the bank, of which none lies outside; with NAMED their ids are in key_id.
     """
     if ID:
         name = position
         if NAMED:
             name = tl.load(key_id + position)
         own = tl.load(query_id + b, mask=b < queries, other=0)
-        keep = keep & differ(own, name, KEYS_FIRST)
+        keep = keep & (own[None, :] != name[:, None])
     if LABEL:
         own = tl.load(query_label + b, mask=b < queries, other=0)
-        keep = keep & differ(own, tl.load(key_label + position), KEYS_FIRST)
+        keep = keep & (own[None, :] != tl.load(key_label + position)[:, None])
+    if EXCLUDED:
+        inside = keep & (b < queries)[None, :]
+        keep = keep & included(excluded, words, b.to(tl.int64)[None, :], entry[:, None], inside)
     return keep
