@@ -75,17 +75,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         node.own_markers[place] = pytest.mark.parametrize(names, [nothing]).mark
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[object]:
-    """Kernels that do not take `excluded` or lack similar_mask say so: tests wait for them."""
-    try:
-        return (yield)
-    except NotImplementedError as error:
-        if "does not take it yet" not in str(error) and "::similar_mask" not in str(error):
-            raise
-        pytest.skip(str(error)[:60])
-
-
 def _backend_of(item: pytest.Item) -> str | None:
     return item.callspec.params.get("backend") if hasattr(item, "callspec") else None
 
