@@ -1016,7 +1016,8 @@ class TestTriton:
     @objectives
     @indices
     def test_several_slices_and_segments(self, monkeypatch, objective, index):
-        case = make_difference(2, 3, 150, 12, 90, objective=objective, index=index, ids=True)
+        options = {"objective": objective, "index": index, "ids": True, "excluded": 0.3}
+        case = make_difference(2, 3, 150, 12, 90, **options)
         expected = truth(case, wanted=DIFFERENTIABLE)
         monkeypatch.setattr(passes, "SEGMENT", 64)
         monkeypatch.setattr(own_keys, "MOST_BYTES", 64 * case["query"].numel() * 8)

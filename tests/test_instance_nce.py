@@ -15,6 +15,7 @@ from helpers.cases import (
     cast,
     distance,
     is_excluded,
+    make_excluded,
     make_instance,
     moved,
     run,
@@ -343,9 +344,10 @@ def test_several_pieces(backend, objective, how, monkeypatch):
     monkeypatch.setattr(tile, "MOST_TILES", 2)
     for dim, rows in ((3, 200), (140, 300)):
         monkeypatch.setattr(instance_nce, "SEGMENT_BYTES", 8 * dim * rows)
-        case, runs = prepared(how, 3, 250, dim, 90, objective=objective, ids=True)
+        case, runs = prepared(how, 3, 250, dim, 90, objective=objective, ids=True, excluded=0.3)
         if case["index"] is not None:
             case["index"] = case["index"].repeat_interleave(3, -1)
+            case["excluded"] = make_excluded(3, 750, 0.3)
         assert_close(run(case, backend, **runs), run(case, "reference", **runs), 1e-11)
 
 
@@ -524,6 +526,13 @@ def test_excluded_is_as_good_as_gone(backend, K, objective, share, how):
         how, 6, K, 8, 12, objective=objective, excluded=share, ids=True, labels=True
     )
     assert_close(run(more, backend, **runs), without_excluded(more, **runs), 1e-10)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@each_order(BACKENDS)
+def test_excluded_of_several_blocks_of_queries(backend, objective, how):
+    case, runs = prepared(how, 130, 150, 8, 90, objective=objective, excluded=0.3)
+    assert_close(run(case, backend, **runs), truth(case, **runs), 1e-10)
 
 
 @pytest.mark.parametrize("scale, offset", [(0.0, 1.0), (-7.0, 0.5), (1e4, 9.7), (2.0, -1e6)])

@@ -509,6 +509,17 @@ def test_all_negatives_excluded(backend, objective, dtype):
         assert float(got["loss"]) == pytest.approx(expected, rel=CLOSE[dtype])
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="about interpreted kernels")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index", [True, False])
+def test_excluded_in_several_segments(dtype, index, monkeypatch):
+    """Two blocks of queries, three segments of keys."""
+    monkeypatch.setattr("crrcd_ext.triton.passes.SEGMENT", 64)
+    case = cast(make(2, 70, 150, 7, 8, 5, 90, index=index, excluded=0.5), dtype)
+    plain = run(case, "reference")
+    assert_close(run(case, "triton"), truth(case), CLOSE[dtype], plain)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_excluded_beside_an_update(backend):
     case = make(4, 6, 40, 7, 8, 5, 12, excluded=0.3)

@@ -262,7 +262,8 @@ def test_a_bank_beyond_31_bits_of_elements(backend, large_bank):
 # ------------------------------------------------------------------------------------------ errors
 
 
-@backends
+# On a GPU a row outside of the bank ends the process: see test_cuda_kernels.py.
+@pytest.mark.parametrize("backend", cases.BACKENDS + INTERPRETED)
 @pytest.mark.parametrize(
     "changes, error, message",
     [

@@ -79,10 +79,7 @@ class InstanceNce {
       p.query_label = ids(x.query_label);
       p.key_label = ids(x.key_label);
     }
-    if (x.excluded.defined()) {
-      p.excluded = x.excluded.const_data_ptr<int32_t>();
-      p.excluded_words = x.excluded.size(1);
-    }
+    p.excluded = excluded_bits(x.excluded);
 
     if (x.infonce) {
       p.running_max = make<T>(running_max, {p.parts, x.B});

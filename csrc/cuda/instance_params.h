@@ -37,8 +37,7 @@ struct InstanceParams {
   const int64_t* key_id = nullptr;       // [N], null: the row's position in the bank
   const int64_t* query_label = nullptr;  // [B]
   const int64_t* key_label = nullptr;    // [N]
-  const int32_t* excluded = nullptr;  // [B, excluded_words]: a bit a negative, set to leave it out
-  int64_t excluded_words = 0;
+  Excluded excluded;                     // by position among all negatives of the call
 
   // sums, a slice a part, added up in their order
   int64_t scalar_rows = 0;

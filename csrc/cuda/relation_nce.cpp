@@ -155,11 +155,8 @@ class RelationNce {
       p.query_label = ids(x.query_label);
       p.key_label = ids(x.key_label);
     }
-    if (x.excluded.defined()) {
-      p.excluded = x.excluded.const_data_ptr<int32_t>();
-      p.excluded_words = x.excluded.size(1);
-    }
-    if (p.query_id || p.query_label || p.excluded)
+    p.excluded = excluded_bits(x.excluded);
+    if (p.query_id || p.query_label || p.excluded.bits)
       p.keep = reinterpret_cast<uint64_t*>(make<int64_t>(keep, {p.query_panels(), p.Kp}));
 
     anchor = operand(x.anchor, x.A, p.Hp, /*rounded=*/false);

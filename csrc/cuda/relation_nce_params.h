@@ -40,9 +40,8 @@ struct RelationNceParams {
   const int64_t* key_id = nullptr;       // [N], null: the row's position in the bank
   const int64_t* query_label = nullptr;  // [B]
   const int64_t* key_label = nullptr;    // [N]
-  const int32_t* excluded = nullptr;  // [B, excluded_words]: a bit a negative, set to leave it out
-  int64_t excluded_words = 0;
-  uint64_t* keep = nullptr;  // [panels of queries, Kp] a bit a query; null: all
+  Excluded excluded;                     // by position among all negatives of the call
+  uint64_t* keep = nullptr;              // [panels of queries, Kp] a bit a query; null: all
 
   const void* anchor = nullptr;  // [A, Hp]
   const void* weight = nullptr;  // [Rp, Hp]

@@ -71,7 +71,7 @@ __device__ __forceinline__ const S* bank_row(const BankView& bank, int64_t row) 
 // Whether the bit of negative k, counted over all of the call, leaves it out for query b.
 template <typename Params>
 __device__ __forceinline__ bool is_excluded(const Params& p, int64_t b, int64_t k) {
-  return p.excluded && (p.excluded[b * p.excluded_words + k / 32] >> k % 32 & 1);
+  return p.excluded.bits && (p.excluded.bits[b * p.excluded.words + k / 32] >> k % 32 & 1);
 }
 
 // Whether negative k of query b, a row of the bank, counts: it is neither its own, nor of its
