@@ -100,6 +100,12 @@ DEFAULTS: dict[str, dict[str, Config]] = {
         "bfloat16": Config(32, 8),
         "tf32": Config(32, 8, 1),
     },
+    "shared_excluded": {  # with bits of what is excluded, which take registers too
+        "bfloat16": Config(32, 8),
+        "tf32": Config(32, 8, 1),
+        "float32": Config(32, 8, queries=16, registers=112),
+        "float64": Config(16, 4, 1, queries=16, features=32),
+    },
     "shared_rows": {
         "bfloat16": Config(64, 4),
         "tf32": Config(32, 8, 1),

@@ -184,6 +184,8 @@ class Shared(Negatives):
     def _sweep(self, mode: int, normaliser: Tensor | None) -> dict[str, Tensor]:
         wide = self.D > 128 or self.bank.element_size() > self.query.element_size()
         name = "shared_wide" if wide and self.types.tensor_cores else "shared"
+        if self.masks.excluded is not None:
+            name = "shared_excluded"
         chosen, constants = self._prepared(name)
         query = self.wants_query and mode != NORMALISER
         blocks = -(-self.B // constants["BB"])

@@ -306,7 +306,7 @@ def mask(
     nothing, and need not even look."""
     tile = tl.program_id(0)
     n = tile * BN + tl.arange(0, BN)
-    entry = n.to(tl.int64) + first
+    entry = tile.to(tl.int64) * BN + first
     position = positions(n, first, keys, index, INDEXED)
     bit = tl.arange(0, 32)
     touched = tl.zeros([BN], tl.int32)

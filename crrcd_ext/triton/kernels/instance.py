@@ -188,7 +188,7 @@ def shared(
                 rows = narrow(gathered(bank, stride, position, own_d, D, WHOLE, WIDE), DTYPE)
             cosine, s = logits(
                 query, query_first, bank, stride, position, rows, factor, less, b, n, B, D, count,
-                begin + n, query_id, key_id, query_label, key_label, excluded, words,
+                begin + tile, query_id, key_id, query_label, key_label, excluded, words,
                 ID, NAMED, LABEL, EXCLUDED,
                 DTYPE, WIDE, PRECISION, WHOLE, ND, BD,
             )  # fmt: skip
@@ -270,6 +270,7 @@ def shared_rows(
 ):
     """A tile of a segment's keys meets all queries: a block of columns of the keys' gradient."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
+    entry = tl.program_id(0).to(tl.int64) * BN + first
     own_d = tl.program_id(1) * BD + tl.arange(0, BD)
     position = positions(n, first, keys, index, INDEXED)
     rows = tl.zeros([BN, BD], DTYPE)
@@ -283,7 +284,7 @@ def shared_rows(
         less = tl.load(beta + b, mask=b < B, other=0)
         _, s = logits(
             query, q, bank, stride, position, rows, factor, less, b, n, B, D, keys,
-            first + n.to(tl.int64), query_id, key_id, query_label, key_label, excluded, words,
+            entry, query_id, key_id, query_label, key_label, excluded, words,
             ID, NAMED, LABEL, EXCLUDED,
             DTYPE, WIDE, PRECISION, WHOLE, ND, BD,
         )  # fmt: skip
@@ -375,7 +376,7 @@ def own(
                     x = gathered(bank, stride, position, d, D, WHOLE, WIDE)
                     logit += tl.sum(x * matrix(query, b, B, d, D).to(WIDE), 1)[:, None]
             s = without_masked(
-                logit * factor - less[None, :], b, n, B, count, begin + n, position,
+                logit * factor - less[None, :], b, n, B, count, begin + tile, position,
                 query_id, key_id, query_label, key_label, excluded, words,
                 ID, NAMED, LABEL, EXCLUDED,
             )  # fmt: skip

@@ -16,7 +16,6 @@ from crrcd_ext.triton.kernels.tile import (
     NCE,
     NORMALISER,
     TINY,
-    included,
     inverse_root,
     log1p,
     number,
@@ -145,7 +144,8 @@ def own_keys(
         if LABEL:
             present = present & (tl.load(key_label + position) != tl.load(query_label + b))
         if EXCLUDED:
-            present = included(excluded, words, b, entry, present) & present
+            bits = tl.load(excluded + b * words + (entry >> 5))
+            present = present & (((bits >> (entry & 31).to(tl.int32)) & 1) == 0)
         row = bank + position * stride
         m = gathered(row, d, D, WIDE)
         d_m = tl.zeros([1, BC, BN, BJ], WIDE)

@@ -206,11 +206,22 @@ MOST_TILES = 30
 
 
 @triton.jit
-def included(excluded, words, b, entry, inside):
-    """Whether the bits of the negatives ``entry``, counted over all of the call, are clear for the
-    queries b; only those ``inside`` are looked at."""
-    bits = tl.load(excluded + b * words + (entry >> 5), mask=inside, other=0)
-    return ((bits >> (entry & 31).to(tl.int32)) & 1) == 0
+def included(excluded, words, b, queries, entry, BN: tl.constexpr):
+    """[n, b]: whether the bits of BN negatives are clear for the queries b. The first is ``entry``,
+    int64, counted over all of the call, a multiple of BN, which is a power of two.
+
+    A word of a query has the bits of 32 negatives, so that one is read for all of these.
+    """
+    n = tl.arange(0, BN)
+    word = entry >> 5
+    row = excluded + b.to(tl.int64) * words
+    bits = tl.load(row + word, mask=b < queries, other=0)[None, :]
+    for after in tl.static_range(1, BN // 32):
+        inside = (b < queries) & (word + after < words)
+        more = tl.load(row + word + after, mask=inside, other=0)
+        bits = tl.where((n < 32 * after)[:, None], bits, more[None, :])
+    shift = (n + (entry & 31).to(tl.int32)) & 31
+    return ((bits >> shift[:, None]) & 1) == 0
 
 
 @triton.jit
@@ -234,8 +245,8 @@ def kept(
     """keep [n, b], less the negatives that are the query's own, by their ids, or of its class, or
     that have their bit set.
 
-    ``entry`` [n] are the negatives, int64, counted over all of the call, and ``position`` their
-    rows of the bank, of which none lies outside; with NAMED their ids are in key_id.
+    ``entry`` is the first of them, see included, and ``position`` [n] are their rows of the bank,
+    of which none lies outside; with NAMED their ids are in key_id.
     """
     if ID:
         name = position
@@ -247,6 +258,5 @@ def kept(
         own = tl.load(query_label + b, mask=b < queries, other=0)
         keep = keep & (own[None, :] != tl.load(key_label + position)[:, None])
     if EXCLUDED:
-        inside = keep & (b < queries)[None, :]
-        keep = keep & included(excluded, words, b.to(tl.int64)[None, :], entry[:, None], inside)
+        keep = keep & included(excluded, words, b, queries, entry, position.shape[0])
     return keep
