@@ -262,7 +262,7 @@ def test_a_bank_beyond_31_bits_of_elements(backend, large_bank):
 # ------------------------------------------------------------------------------------------ errors
 
 
-@backends
+@pytest.mark.parametrize("backend", cases.BACKENDS + INTERPRETED)
 @pytest.mark.parametrize(
     "changes, error, message",
     [
