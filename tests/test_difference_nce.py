@@ -433,7 +433,7 @@ def test_more_anchors_than_a_product_takes(backend, wanted):
 @indices
 def test_strided_inputs(backend, dtype, index):
     options = {"ids": True, "labels": True, "excluded": 0.2, "index": index}
-    case = cast(make_difference(5, 6, 21, 8, 30, **options), dtype)
+    case = cast(make_difference(5, 6, 40, 8, 30, **options), dtype)
     expected = run(case, backend, wanted=DIFFERENTIABLE)
     views = {k: strided(v) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
     leaves = {k: views[k].requires_grad_() for k in DIFFERENTIABLE}

@@ -389,7 +389,7 @@ def test_many_negatives(backend, objective):
 @pytest.mark.parametrize("index", [True, False])
 def test_strided_inputs(backend, dtype, index):
     options = {"ids": True, "labels": True, "excluded": 0.2, "index": index}
-    case = cast(make(5, 6, 21, 9, 10, 8, 30, **options), dtype)
+    case = cast(make(5, 6, 40, 9, 10, 8, 30, **options), dtype)
     views = {k: strided(v) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
     expected = run(case, backend)
     leaves = {k: views[k].requires_grad_() for k in DIFFERENTIABLE}
