@@ -119,8 +119,9 @@ class Contrastive:
 
 @dataclass
 class CRRCD(Contrastive):
-    hidden_dim: int = 128
-    relation_dim: int = 128
+    hidden_dim: int = 0  # 0: twice the width of the embeddings
+    relation_dim: int = 0  # 0: the width of the embeddings
+    init: Literal["mirrored", "gaussian"] = "mirrored"
     anchors: int = 8
     self_pairs: bool = False
 
@@ -271,8 +272,6 @@ _POSITIVE = {
     "student.stem_stride",
     "kd.temperature",
     *(f"{name}.{key}" for name in CONTRASTIVE for key in ("temperature", "embedding_dim")),
-    "crrcd.hidden_dim",
-    "crrcd.relation_dim",
     "distill.layers",
     "run.validate_every",
     "study.workers",
