@@ -65,7 +65,7 @@ def _of(types: str) -> Iterator[Call]:
     weight, bias = tensor(WIDTH, WIDTH), tensor(WIDTH)
     critic = torch.tensor(10.0), torch.tensor(math.log(K))
     shared, own, ids = drawn(K), drawn(B, K), drawn(B)
-    masks = ids, ids, None, None, None
+    masks = ids, ids, None, None, None, None
     for objective in ("nce", "infonce"):
         for gradients, need in (("query", 1), ("all", 0b111111111)):
             yield call(

@@ -38,7 +38,14 @@ BACKENDS = ("reference", *COMPILED)
 """The names for users; tests add backends of their own to ``COMPILED``."""
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-OPERATORS = ("relation", "relation_nce", "difference_nce", "instance_nce", "bank_update_")
+OPERATORS = (
+    "relation",
+    "relation_nce",
+    "difference_nce",
+    "instance_nce",
+    "similar_mask",
+    "bank_update_",
+)
 AUTO = {
     "cpu": dict.fromkeys(OPERATORS, ("cpu",)),
     "cuda": dict.fromkeys(OPERATORS, ("cuda", "triton")),

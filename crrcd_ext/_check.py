@@ -7,7 +7,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from crrcd_ext._schema import wide_dtype
+from crrcd_ext._schema import wide_dtype, words_of
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OPTIONAL = ("bias", "key_weight")
@@ -75,6 +75,24 @@ def check_integers(
         fail(TypeError, operator, argument, "dtype int64", text(x.dtype))
     check_device(operator, argument, x, first)
     check_shape(operator, argument, x, letter, sizes)
+
+
+def check_excluded(
+    operator: str, x: Tensor | None, index: Tensor | None, sizes: dict[str, int], first: Tensor
+) -> None:
+    """int32 [B, ceil(K / 32)], or of N rows where there is no index."""
+    if x is None:
+        return
+    if not isinstance(x, Tensor):
+        fail(TypeError, operator, "excluded", "an int32 tensor", type(x).__name__)
+    if x.dtype != torch.int32:
+        fail(TypeError, operator, "excluded", "dtype int32", text(x.dtype))
+    check_device(operator, "excluded", x, first)
+    letter = "N" if index is None else "K"
+    words = words_of(sizes[letter])
+    if x.dim() != 2 or x.shape[0] != sizes["B"] or x.shape[1] != words:
+        expected = f"shape [B, ceil({letter} / 32)] = [{sizes['B']}, {words}]"
+        fail(ValueError, operator, "excluded", expected, list(x.shape))
 
 
 def check_counterpart(

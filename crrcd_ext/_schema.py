@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_MASKS = "Tensor? query_id, Tensor? key_id, Tensor? query_label, Tensor? key_label"
+_MASKS = (
+    "Tensor? query_id, Tensor? key_id, Tensor? query_label, Tensor? key_label, Tensor? excluded"
+)
 _NCE_BEFORE = "Tensor query, Tensor positive, Tensor anchor"
 _NCE_AFTER = (
     "Tensor weight, Tensor? bias, Tensor scale, Tensor offset, Tensor? index, Tensor? key_weight, "
@@ -54,6 +56,7 @@ SCHEMAS = (
             f"{name}_({before}, Tensor(a!) bank, {after}, {_UPDATE}) -> {result}",
         )
     ),
+    "similar_mask(Tensor query, Tensor bank, Tensor? index, float threshold) -> Tensor",
     "bank_update_(Tensor(a!) bank, Tensor index, Tensor value, float momentum, bool normalize)"
     " -> ()",
 )
@@ -62,6 +65,11 @@ SCHEMAS = (
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of norms, sums and losses: float64 for operands in float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def words_of(count: int) -> int:
+    """Words of 32 bits that have a bit for each of ``count`` negatives."""
+    return (count + 31) // 32
 
 
 def _gradient(needed: int, like: Tensor, shape=None) -> Tensor:
@@ -97,15 +105,20 @@ def _relation_nce(
     query, positive, anchor, bank, weight, bias, scale, offset, index, key_weight, *rest
 ):
     inputs = (query, positive, anchor, bank, key_weight, weight, bias, scale, offset)
-    return _loss_and_gradients(rest[7], *inputs)
+    return _loss_and_gradients(rest[8], *inputs)
 
 
 def _difference_nce(query, positive, anchor, bank, scale, offset, *rest):
-    return _loss_and_gradients(rest[9], query, positive, anchor, bank, scale, offset)
+    return _loss_and_gradients(rest[10], query, positive, anchor, bank, scale, offset)
 
 
 def _instance_nce(query, positive, bank, scale, offset, *rest):
-    return _loss_and_gradients(rest[6], query, positive, bank, scale, offset)
+    return _loss_and_gradients(rest[7], query, positive, bank, scale, offset)
+
+
+def _similar_mask(query, bank, index, threshold):
+    count = bank.shape[0] if index is None else index.shape[-1]
+    return query.new_empty((query.shape[0], words_of(count)), dtype=torch.int32)
 
 
 def _bank_update_(bank, index, value, momentum, normalize):
@@ -121,6 +134,7 @@ _FAKES = {
     "difference_nce_": _difference_nce,
     "instance_nce": _instance_nce,
     "instance_nce_": _instance_nce,
+    "similar_mask": _similar_mask,
     "bank_update_": _bank_update_,
 }
 

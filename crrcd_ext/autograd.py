@@ -33,11 +33,11 @@ class Formula(NamedTuple):
 
 
 # query, positive, anchor, bank, key_weight, weight, bias, scale, offset
-RELATION_NCE = Formula("relation_nce", (0, 1, 2, 3, 9, 4, 5, 6, 7), 18)
+RELATION_NCE = Formula("relation_nce", (0, 1, 2, 3, 9, 4, 5, 6, 7), 19)
 # query, positive, anchor, bank, scale, offset
-DIFFERENCE_NCE = Formula("difference_nce", (0, 1, 2, 3, 4, 5), 16)
+DIFFERENCE_NCE = Formula("difference_nce", (0, 1, 2, 3, 4, 5), 17)
 # query, positive, bank, scale, offset
-INSTANCE_NCE = Formula("instance_nce", (0, 1, 2, 3, 4), 12)
+INSTANCE_NCE = Formula("instance_nce", (0, 1, 2, 3, 4), 13)
 
 
 def need_bits(*inputs: Tensor | None) -> int:
@@ -182,6 +182,13 @@ def loss(
     if update is not None:
         torch.autograd.graph.increment_version(bank)
     return result
+
+
+def similar_mask(
+    query: Tensor, bank: Tensor, index: Tensor | None, threshold: float, library: str
+) -> Tensor:
+    """functional.similar_mask by the operator of ``library``; it has no derivative."""
+    return getattr(torch.ops, library).similar_mask(query, bank, index, threshold)
 
 
 def bank_update_(

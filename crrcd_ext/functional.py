@@ -5,6 +5,7 @@ Nothing is changed before all checks have passed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -15,6 +16,7 @@ from crrcd_ext import autograd, reference
 from crrcd_ext._backend import COMPILED, does_not_fit, resolve
 from crrcd_ext._check import (
     check_counterpart,
+    check_excluded,
     check_floats,
     check_integers,
     check_range,
@@ -22,10 +24,20 @@ from crrcd_ext._check import (
     check_shape,
     check_update,
     fail,
+    text,
 )
-from crrcd_ext._schema import wide_dtype
+from crrcd_ext._schema import wide_dtype, words_of
 
-__all__ = ["bank_update_", "difference_nce", "instance_nce", "relation", "relation_nce"]
+__all__ = [
+    "bank_update_",
+    "difference_nce",
+    "instance_nce",
+    "pack_bits",
+    "relation",
+    "relation_nce",
+    "similar_mask",
+    "unpack_bits",
+]
 
 OBJECTIVES = ("nce", "infonce")
 
@@ -104,6 +116,7 @@ def relation_nce(
     key_id: Tensor | None = None,
     query_label: Tensor | None = None,
     key_label: Tensor | None = None,
+    excluded: Tensor | None = None,
     self_pairs: bool = False,
     objective: str = "nce",
     update: tuple | None = None,
@@ -138,6 +151,11 @@ def relation_nce(
         key_id: int64 [N], ids of the bank's rows (default: their position); needs query_id.
         query_label: int64 [B], with key_label: a negative of the query's class is left out.
         key_label: int64 [N], classes of the bank's rows.
+        excluded: int32 [B, ceil(M / 32)] for M negatives, K or N: where bit j % 32 of word j // 32
+            is set, the negative at position j (of ``index``, or row j without one) is no negative
+            of query b, as seen from any anchor. :func:`similar_mask` makes such bits of what is
+            like a query, :func:`pack_bits` of any mask. It needs no other mask and goes on top of
+            them; bits beyond M do not count.
         self_pairs: keep self pairs, which carry no relation.
         objective: "nce" or "infonce".
         update: (index int64 [U], value [U, D], momentum[, normalize=True]), committed to ``bank``
@@ -177,12 +195,13 @@ def relation_nce(
     check_integers(name, "anchor_id", anchor_id, "A", sizes, query)
     masks = (query_id, key_id, query_label, key_label)
     _check_masks(name, query, sizes, anchor_id, *masks)
+    check_excluded(name, excluded, index, sizes, query)
     update = _check_critic(name, query, bank, scale, offset, objective, update, sizes)
 
     operands = (query, positive, anchor, weight, bias, key_weight)
     dtype = _compute_dtype(query.device, *operands, bank if bank.requires_grad else None)
     query, positive, anchor, weight, bias, key_weight = _cast(dtype, *operands)
-    masks = (anchor_id, *masks)
+    masks = (anchor_id, *masks, excluded)
     options = (bool(self_pairs), objective)
 
     def run(chosen: str) -> Tensor:
@@ -213,6 +232,7 @@ def difference_nce(
     key_id: Tensor | None = None,
     query_label: Tensor | None = None,
     key_label: Tensor | None = None,
+    excluded: Tensor | None = None,
     self_pairs: bool = False,
     eps: float = 0.0,
     objective: str = "nce",
@@ -241,7 +261,8 @@ def difference_nce(
         anchor_id: int64 [A], needs query_id. A pair with anchor_id[a] == query_id[b] is a self
             pair. Without both ids the diagonal is when A == B; with query_id alone no pair is. A
             negative with the anchor's id, whose relation vanishes, is left out.
-        query_id, key_id, query_label, key_label, self_pairs: as for :func:`relation_nce`.
+        query_id, key_id, query_label, key_label, excluded, self_pairs: as for
+            :func:`relation_nce`.
         eps: added to every component of a difference (1e-6 in the public CRCD code).
         objective, update, backend: as for :func:`relation_nce`.
 
@@ -268,6 +289,7 @@ def difference_nce(
     check_integers(name, "anchor_id", anchor_id, "A", sizes, query)
     masks = (query_id, key_id, query_label, key_label)
     _check_masks(name, query, sizes, anchor_id, *masks)
+    check_excluded(name, excluded, index, sizes, query)
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < float("inf"):
         fail(ValueError, name, "eps", "a number of 0 or more", repr(eps))
     update = _check_critic(name, query, bank, scale, offset, objective, update, sizes)
@@ -276,7 +298,7 @@ def difference_nce(
     operands = (query, positive, anchor)
     dtype = _compute_dtype(query.device, *operands, bank if bank.requires_grad else None)
     operands = _cast(dtype, *operands)
-    rest = (index, anchor_id, *masks, bool(self_pairs), float(eps), objective)
+    rest = (index, anchor_id, *masks, excluded, bool(self_pairs), float(eps), objective)
 
     def run(chosen: str) -> Tensor:
         if chosen == "reference":
@@ -303,6 +325,7 @@ def instance_nce(
     key_id: Tensor | None = None,
     query_label: Tensor | None = None,
     key_label: Tensor | None = None,
+    excluded: Tensor | None = None,
     objective: str = "nce",
     update: tuple | None = None,
     backend: str | None = None,
@@ -327,7 +350,7 @@ def instance_nce(
             each query's own; duplicates allowed; None: all N. They are read where they lie:
             nothing of size B x K x D is made.
         scale, offset: as for :func:`relation_nce`.
-        query_id, key_id, query_label, key_label: as for :func:`relation_nce`.
+        query_id, key_id, query_label, key_label, excluded: as for :func:`relation_nce`.
         objective, update, backend: as for :func:`relation_nce`.
 
     The computation's dtype is settled as for :func:`relation_nce`.
@@ -349,13 +372,14 @@ def instance_nce(
     _check_index(name, index, sizes, query)
     masks = (query_id, key_id, query_label, key_label)
     _check_masks(name, query, sizes, None, *masks)
+    check_excluded(name, excluded, index, sizes, query)
     update = _check_critic(name, query, bank, scale, offset, objective, update, sizes)
     positive = _positive_rows(name, positive, query, bank, query_id, key_id, sizes)
 
     operands = (query, positive)
     dtype = _compute_dtype(query.device, *operands, bank if bank.requires_grad else None)
     operands = _cast(dtype, *operands)
-    rest = (index, *masks, objective)
+    rest = (index, *masks, excluded, objective)
 
     def run(chosen: str) -> Tensor:
         if chosen == "reference":
@@ -368,6 +392,95 @@ def instance_nce(
             return autograd.loss(autograd.INSTANCE_NCE, inputs, bank, update, _library(chosen))
 
     return _resolved(name, backend, query.device, dtype, run)
+
+
+@torch.no_grad()
+def similar_mask(
+    query: Tensor,
+    bank: Tensor,
+    index: Tensor | None = None,
+    *,
+    threshold: float,
+    backend: str | None = None,
+) -> Tensor:
+    """The negatives whose product with a query is above ``threshold``, as ``excluded`` of the
+    losses takes them: among many negatives some are of the query's kind.
+
+    Args:
+        query: [B, D]. With queries and rows of unit length products are cosines.
+        bank: [N, D] rows in float64, float32, bfloat16 or float16 storage.
+        index: rows of the bank that are the negatives: int64 [K] for all queries alike, or [B, K],
+            each query's own; None: all N.
+        threshold: a finite number.
+        backend: as for :func:`relation`.
+
+    Products are float32, or float64 when the query is, whatever torch.autocast says; rows and
+    threshold are rounded to that. Nothing of size B x K is made but the bits.
+
+    Returns:
+        int32 [B, ceil(M / 32)] for M negatives, K or N: bit j % 32 of word j // 32 is set where
+        <query_b, row_j> > threshold, the row at position j of ``index``. NaN is not above
+        anything; bits beyond M are 0. It has no gradient.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as :func:`relation_nce`.
+    """
+    name = "similar_mask"
+    check_floats(name, query, {"query": query, "bank": bank})
+    sizes: dict[str, int] = {}
+    check_shape(name, "query", query, "BD", sizes)
+    check_shape(name, "bank", bank, "ND", sizes)
+    _check_index(name, index, sizes, query)
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        fail(TypeError, name, "threshold", "a number", type(threshold).__name__)
+    if not math.isfinite(threshold):
+        fail(ValueError, name, "threshold", "a finite number", threshold)
+
+    dtype = wide_dtype(query.dtype)
+    arguments = (query.to(dtype), bank, index, float(threshold))
+    chosen = resolve(name, backend, query.device, dtype)
+    with _without_autocast(query.device):
+        if chosen == "reference":
+            check_range(name, "index", index, bank)
+            return reference.similar_mask(*arguments)
+        return autograd.similar_mask(*arguments, _library(chosen))
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """A mask of one's own as ``excluded`` of the losses: bool [B, M] to int32 [B, ceil(M / 32)].
+
+    Bit j % 32 of word j // 32 is entry j. Negatives that share a superclass with their query, for
+    example, with ``superclass`` [C] of each class and the classes ``query_label`` [B] and
+    ``key_label`` [N]:
+
+        near = superclass[query_label][:, None] == superclass[key_label[index]]
+        loss = instance_nce(..., index=index, excluded=pack_bits(near))
+
+    Raises:
+        TypeError, ValueError: ``mask`` is no bool tensor [B, M].
+    """
+    name = "pack_bits"
+    if not isinstance(mask, Tensor):
+        fail(TypeError, name, "mask", "a bool tensor", type(mask).__name__)
+    if mask.dtype != torch.bool:
+        fail(TypeError, name, "mask", "dtype bool", text(mask.dtype))
+    check_shape(name, "mask", mask, "BM", {})
+    return reference.pack_bits(mask)
+
+
+def unpack_bits(bits: Tensor, count: int) -> Tensor:
+    """What :func:`pack_bits` packed: int32 [B, ceil(count / 32)] to bool [B, count].
+
+    Raises:
+        TypeError, ValueError: ``bits`` is no int32 tensor of that shape.
+    """
+    name = "unpack_bits"
+    if not isinstance(bits, Tensor):
+        fail(TypeError, name, "bits", "an int32 tensor", type(bits).__name__)
+    if bits.dtype != torch.int32:
+        fail(TypeError, name, "bits", "dtype int32", text(bits.dtype))
+    check_shape(name, "bits", bits, "BW", {"W": words_of(count)})
+    return reference.unpack_bits(bits, count)
 
 
 @torch.no_grad()

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, logsigmoid
 
-from crrcd_ext._schema import wide_dtype
+from crrcd_ext._schema import wide_dtype, words_of
 
 TINY = 1e-24
 """Squared norm up to which a vector counts as vanishing."""
+PIECE = 1 << 20
+"""Numbers that similar_mask makes of rows, or of products, at a time."""
 
 
 def unit(w: Tensor) -> Tensor:
@@ -51,17 +53,29 @@ def kept_pairs(anchor: Tensor, query: Tensor, anchor_id, query_id, self_pairs: b
 
 
 def kept_negatives(
-    queries: int, position: Tensor, query_id, key_id, query_label, key_label
+    queries: int,
+    row: Tensor,
+    query_id,
+    key_id,
+    query_label,
+    key_label,
+    excluded,
+    position: Tensor | None = None,
 ) -> Tensor:
-    """bool [B, K]: False where the bank row ``position[n]`` is the query's own, or of its class.
+    """bool [B, K]: False where the bank row ``row[n]`` is the query's own, or of its class, and
+    where ``excluded`` has the bit of ``position[n]``, the negative's place among all (None: n).
 
-    ``position`` is [K], or [B, K] where each query has negatives of its own.
+    ``row`` is [K], or [B, K] where each query has negatives of its own.
     """
-    keep = torch.ones(queries, position.shape[-1], dtype=torch.bool, device=position.device)
+    keep = torch.ones(queries, row.shape[-1], dtype=torch.bool, device=row.device)
     if query_id is not None:
-        keep = keep & (query_id[:, None] != key_ids(position, key_id))
+        keep = keep & (query_id[:, None] != key_ids(row, key_id))
     if query_label is not None:
-        keep = keep & (query_label[:, None] != key_label[position])
+        keep = keep & (query_label[:, None] != key_label[row])
+    if excluded is not None:
+        if position is None:
+            position = torch.arange(row.shape[-1], device=row.device)
+        keep = keep & ~bits_at(excluded, position)
     return keep
 
 
@@ -110,6 +124,7 @@ def relation_nce(
     key_id: Tensor | None = None,
     query_label: Tensor | None = None,
     key_label: Tensor | None = None,
+    excluded: Tensor | None = None,
     self_pairs: bool = False,
     objective: str = "nce",
 ) -> Tensor:
@@ -122,7 +137,9 @@ def relation_nce(
     s = scale * torch.einsum("abr,anr->abn", query, negative).to(wide) - offset
     s_positive = scale * torch.einsum("abr,abr->ab", query, positive).to(wide) - offset
 
-    keep = kept_negatives(query.shape[1], position, query_id, key_id, query_label, key_label)
+    keep = kept_negatives(
+        query.shape[1], position, query_id, key_id, query_label, key_label, excluded
+    )
     pairs = kept_pairs(anchor, query, anchor_id, query_id, self_pairs)
     return contrast(s, s_positive, keep, pairs, objective)
 
@@ -140,6 +157,7 @@ def difference_nce(
     key_id: Tensor | None = None,
     query_label: Tensor | None = None,
     key_label: Tensor | None = None,
+    excluded: Tensor | None = None,
     self_pairs: bool = False,
     eps: float = 0.0,
     objective: str = "nce",
@@ -155,7 +173,7 @@ def difference_nce(
     s = scale * products(u, w, shared).to(wide) - offset
     s_positive = scale * (u * v).sum(-1).to(wide) - offset
 
-    keep = kept_negatives(len(query), position, query_id, key_id, query_label, key_label)
+    keep = kept_negatives(len(query), position, query_id, key_id, query_label, key_label, excluded)
     keep = keep & (alive_w[:, None] if shared else alive_w)
     if anchor_id is not None:
         keep = keep & (anchor_id[:, None, None] != key_ids(position, key_id))
@@ -175,6 +193,7 @@ def instance_nce(
     key_id: Tensor | None = None,
     query_label: Tensor | None = None,
     key_label: Tensor | None = None,
+    excluded: Tensor | None = None,
     objective: str = "nce",
 ) -> Tensor:
     """The loss of crrcd_ext.functional.instance_nce, differentiable in every tensor."""
@@ -183,9 +202,44 @@ def instance_nce(
     rows = bank[position].to(query.dtype)  # [K, D] or [B, K, D]
     s = scale * products(query, rows, position.dim() == 1).to(wide) - offset
     s_positive = scale * (query * positive).sum(-1).to(wide) - offset
-    keep = kept_negatives(len(query), position, query_id, key_id, query_label, key_label)
+    keep = kept_negatives(len(query), position, query_id, key_id, query_label, key_label, excluded)
     pairs = torch.ones(len(query), dtype=torch.bool, device=query.device)
     return contrast(s, s_positive, keep, pairs, objective)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """int32 [B, ceil(M / 32)] of bool [B, M]: bit j % 32 of word j // 32 is entry j."""
+    queries, count = mask.shape
+    words = words_of(count)
+    spread = mask.new_zeros((queries, 32 * words))
+    spread[:, :count] = mask
+    bit = torch.arange(32, device=mask.device)
+    # In int64, as 2^31 is no int32: there it is the sign.
+    return (spread.view(queries, words, 32).long() << bit).sum(-1).to(torch.int32)
+
+
+def unpack_bits(bits: Tensor, count: int) -> Tensor:
+    """bool [B, count] of int32 [B, ceil(count / 32)]; bits beyond ``count`` are left out."""
+    return bits_at(bits, torch.arange(count, device=bits.device))
+
+
+def bits_at(bits: Tensor, position: Tensor) -> Tensor:
+    """bool [B, k]: the bits at int64 ``position`` [k]."""
+    return (bits[:, position // 32] >> position % 32 & 1).bool()
+
+
+def similar_mask(query: Tensor, bank: Tensor, index: Tensor | None, threshold: float) -> Tensor:
+    """int32 [B, ceil(M / 32)], bits set where <query_b, row> > threshold, in pieces of the rows."""
+    count = len(bank) if index is None else index.shape[-1]
+    shared = index is None or index.dim() == 1
+    width = max(query.shape) if shared else query.numel()
+    piece = 32 * max(1, PIECE // (32 * max(1, width)))
+    words = [query.new_zeros((len(query), 0), dtype=torch.int32)]
+    for first in range(0, count, piece):
+        chosen = slice(first, min(first + piece, count))
+        rows = bank[chosen] if index is None else bank[index[..., chosen]]
+        words.append(pack_bits(products(query, rows.to(query.dtype), shared) > threshold))
+    return torch.cat(words, 1)
 
 
 def bank_update_(

@@ -80,6 +80,15 @@ at::Tensor check_ids(const char* op, const char* name, const std::optional<at::T
   return ids->contiguous();
 }
 
+at::Tensor check_excluded(const char* op, const std::optional<at::Tensor>& excluded,
+                          int64_t queries, int64_t negatives) {
+  if (!excluded) return {};
+  CRRCD_CHECK_SHAPE(op, "excluded", *excluded, {queries, (negatives + 31) / 32});
+  TORCH_CHECK_TYPE(excluded->scalar_type() == at::kInt, "crrcd_ext.", op,
+                   ": excluded: expected int32, got ", excluded->scalar_type());
+  return excluded->contiguous();
+}
+
 at::ScalarType check_operands(const char* op, std::initializer_list<at::Tensor> operands,
                               bool with_half) {
   const at::ScalarType dtype = operands.begin()->scalar_type();

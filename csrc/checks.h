@@ -30,6 +30,11 @@ void check_rows(const char* op, const char* name, const at::Tensor& index, int64
 at::Tensor check_ids(const char* op, const char* name, const std::optional<at::Tensor>& ids,
                      int64_t size);
 
+// Bits of negatives that are none, int32 [queries, ceil(negatives / 32)], contiguous; undefined
+// when there are none.
+at::Tensor check_excluded(const char* op, const std::optional<at::Tensor>& excluded,
+                          int64_t queries, int64_t negatives);
+
 // The operands' common dtype: float64, float32, bfloat16 or, except on the CPU, float16; TypeError
 // otherwise.
 at::ScalarType check_operands(const char* op, std::initializer_list<at::Tensor> operands,

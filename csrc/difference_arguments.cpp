@@ -12,7 +12,8 @@ DifferenceArguments difference_arguments(
     const std::optional<at::Tensor>& index, const std::optional<at::Tensor>& anchor_id,
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
-    bool self_pairs, double eps, const std::string& objective, int64_t need, bool with_half) {
+    const std::optional<at::Tensor>& excluded, bool self_pairs, double eps,
+    const std::string& objective, int64_t need, bool with_half) {
   constexpr const char* kOp = "difference_nce";
   DifferenceArguments x;
   TORCH_CHECK_VALUE(query.dim() == 2, "crrcd_ext.", kOp, ": query: expected shape [B, D], got ",
@@ -43,6 +44,7 @@ DifferenceArguments difference_arguments(
   x.key_id = check_ids(kOp, "key_id", key_id, x.N);
   x.query_label = check_ids(kOp, "query_label", query_label, x.B);
   x.key_label = check_ids(kOp, "key_label", key_label, x.N);
+  x.excluded = check_excluded(kOp, excluded, x.B, x.K);
   x.self_pairs = self_pairs;
   x.infonce = objective == "infonce";
   x.need = need;

@@ -27,6 +27,7 @@ struct DifferenceArguments {
   at::Tensor query, positive, anchor, bank, scale, offset;
   at::Tensor index;  // undefined, [K] contiguous, or [B, K] of any strides
   at::Tensor anchor_id, query_id, key_id, query_label, key_label;
+  at::Tensor excluded;  // undefined or [B, words] contiguous: bits of negatives, by their position
   bool self_pairs, infonce;
   double eps;
   int64_t need;
@@ -45,6 +46,7 @@ DifferenceArguments difference_arguments(
     const std::optional<at::Tensor>& index, const std::optional<at::Tensor>& anchor_id,
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
-    bool self_pairs, double eps, const std::string& objective, int64_t need, bool with_half);
+    const std::optional<at::Tensor>& excluded, bool self_pairs, double eps,
+    const std::string& objective, int64_t need, bool with_half);
 
 }  // namespace crrcd

@@ -9,7 +9,8 @@ InstanceArguments instance_arguments(
     const at::Tensor& scale, const at::Tensor& offset, const std::optional<at::Tensor>& index,
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
-    const std::string& objective, int64_t need, bool with_half) {
+    const std::optional<at::Tensor>& excluded, const std::string& objective, int64_t need,
+    bool with_half) {
   constexpr const char* kOp = "instance_nce";
   InstanceArguments x;
   TORCH_CHECK_VALUE(query.dim() == 2, "crrcd_ext.", kOp, ": query: expected shape [B, D], got ",
@@ -33,6 +34,7 @@ InstanceArguments instance_arguments(
   x.key_id = check_ids(kOp, "key_id", key_id, x.N);
   x.query_label = check_ids(kOp, "query_label", query_label, x.B);
   x.key_label = check_ids(kOp, "key_label", key_label, x.N);
+  x.excluded = check_excluded(kOp, excluded, x.B, x.K);
   x.infonce = objective == "infonce";
   x.need = need;
   return x;

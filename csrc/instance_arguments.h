@@ -26,6 +26,7 @@ struct InstanceArguments {
   at::Tensor query, positive, bank, scale, offset;
   at::Tensor index;  // undefined, [K] contiguous, or [B, K] of any strides
   at::Tensor query_id, key_id, query_label, key_label;
+  at::Tensor excluded;  // undefined or [B, words] contiguous: bits of negatives, by their position
   bool infonce;
   int64_t need;
   at::ScalarType dtype;  // of query and positive
@@ -42,6 +43,7 @@ InstanceArguments instance_arguments(
     const at::Tensor& scale, const at::Tensor& offset, const std::optional<at::Tensor>& index,
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
-    const std::string& objective, int64_t need, bool with_half);
+    const std::optional<at::Tensor>& excluded, const std::string& objective, int64_t need,
+    bool with_half);
 
 }  // namespace crrcd

@@ -5,16 +5,14 @@
 
 namespace crrcd {
 
-RelationArguments relation_arguments(const at::Tensor& query, const at::Tensor& positive,
-                                     const at::Tensor& anchor, const at::Tensor& bank,
-                                     const at::Tensor& weight, const OptionalTensor& bias,
-                                     const at::Tensor& scale, const at::Tensor& offset,
-                                     const OptionalTensor& index, const OptionalTensor& key_weight,
-                                     const OptionalTensor& anchor_id,
-                                     const OptionalTensor& query_id, const OptionalTensor& key_id,
-                                     const OptionalTensor& query_label,
-                                     const OptionalTensor& key_label, bool self_pairs,
-                                     const std::string& objective, int64_t need, bool with_half) {
+RelationArguments relation_arguments(
+    const at::Tensor& query, const at::Tensor& positive, const at::Tensor& anchor,
+    const at::Tensor& bank, const at::Tensor& weight, const OptionalTensor& bias,
+    const at::Tensor& scale, const at::Tensor& offset, const OptionalTensor& index,
+    const OptionalTensor& key_weight, const OptionalTensor& anchor_id,
+    const OptionalTensor& query_id, const OptionalTensor& key_id, const OptionalTensor& query_label,
+    const OptionalTensor& key_label, const OptionalTensor& excluded, bool self_pairs,
+    const std::string& objective, int64_t need, bool with_half) {
   constexpr const char* kOp = "relation_nce";
   const auto given = [](const OptionalTensor& t) { return t ? *t : at::Tensor(); };
   RelationArguments x;
@@ -56,6 +54,7 @@ RelationArguments relation_arguments(const at::Tensor& query, const at::Tensor& 
   x.key_id = check_ids(kOp, "key_id", key_id, x.N);
   x.query_label = check_ids(kOp, "query_label", query_label, x.B);
   x.key_label = check_ids(kOp, "key_label", key_label, x.N);
+  x.excluded = check_excluded(kOp, excluded, x.B, x.K);
   x.self_pairs = self_pairs;
   x.infonce = objective == "infonce";
   x.need = need;

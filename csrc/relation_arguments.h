@@ -33,6 +33,7 @@ struct RelationArguments {
   at::Tensor bias, key_weight;  // undefined where there is none
   at::Tensor index;             // undefined or [K] contiguous
   at::Tensor anchor_id, query_id, key_id, query_label, key_label;
+  at::Tensor excluded;  // undefined or [B, words] contiguous: bits of negatives, by their position
   bool self_pairs, infonce;
   int64_t need;
   at::ScalarType dtype;  // of the operands
@@ -48,16 +49,14 @@ struct RelationArguments {
 
 // Shapes and dtypes; whether the index stays within the bank is the device's own question.
 // with_half: float16 operands are fine.
-RelationArguments relation_arguments(const at::Tensor& query, const at::Tensor& positive,
-                                     const at::Tensor& anchor, const at::Tensor& bank,
-                                     const at::Tensor& weight, const OptionalTensor& bias,
-                                     const at::Tensor& scale, const at::Tensor& offset,
-                                     const OptionalTensor& index, const OptionalTensor& key_weight,
-                                     const OptionalTensor& anchor_id,
-                                     const OptionalTensor& query_id, const OptionalTensor& key_id,
-                                     const OptionalTensor& query_label,
-                                     const OptionalTensor& key_label, bool self_pairs,
-                                     const std::string& objective, int64_t need, bool with_half);
+RelationArguments relation_arguments(
+    const at::Tensor& query, const at::Tensor& positive, const at::Tensor& anchor,
+    const at::Tensor& bank, const at::Tensor& weight, const OptionalTensor& bias,
+    const at::Tensor& scale, const at::Tensor& offset, const OptionalTensor& index,
+    const OptionalTensor& key_weight, const OptionalTensor& anchor_id,
+    const OptionalTensor& query_id, const OptionalTensor& key_id, const OptionalTensor& query_label,
+    const OptionalTensor& key_label, const OptionalTensor& excluded, bool self_pairs,
+    const std::string& objective, int64_t need, bool with_half);
 
 // Shapes and dtypes of the relation operator; the dtype of its operands.
 at::ScalarType check_relation(const at::Tensor& anchor, const at::Tensor& sample,

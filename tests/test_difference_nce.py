@@ -899,7 +899,7 @@ def test_bits_repeat(backend, threads, objective, index):
 def arguments(need: int, dtype: torch.dtype, case: dict | None = None, **options) -> tuple:
     case = cast(case or make_difference(**options), dtype)
     names = ("query", "positive", "anchor", "bank", "scale", "offset", "index")
-    masks = ("anchor_id", "query_id", "key_id", "query_label", "key_label")
+    masks = ("anchor_id", "query_id", "key_id", "query_label", "key_label", "excluded")
     settings = (case["self_pairs"], case["eps"], case["objective"])
     leaves = [case[k].requires_grad_() for k in names[:6] if need & 1 << names.index(k)]
     assert len(leaves) == need.bit_count()
@@ -937,7 +937,7 @@ class TestOperators:
             (6, torch.zeros(5, 3, dtype=torch.int64)),
             (6, torch.full((6, 2), 13)),
             (7, torch.zeros(6, dtype=torch.int64)),
-            (13, -1.0),
+            (14, -1.0),
         ],
     )
     def test_operators_check_too(self, position, value):

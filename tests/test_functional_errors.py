@@ -605,7 +605,7 @@ def test_operators_check_too(backend, change):
             *(case[k] for k in names),
             case["index"],
             case["key_weight"],
-            *[None] * 5,
+            *[None] * 6,
             False,
             "nce",
             511,
@@ -633,7 +633,7 @@ def test_operators_check_too(backend, change):
 def test_the_operator_instance_nce_checks_too(backend, change):
     case = make_instance(B, K, D, N) | change
     names = ("query", "positive", "bank", "scale", "offset", "index")
-    masks = ("query_id", "key_id", "query_label", "key_label")
+    masks = ("query_id", "key_id", "query_label", "key_label", "excluded")
     with pytest.raises(
         (ValueError, TypeError, RuntimeError), match=r"crrcd_ext\.instance_nce: \w+"
     ):

@@ -588,7 +588,7 @@ def test_gradients_only_where_asked(backend, objective, index):
         got = run(case, backend, wanted=wanted)
         assert_close(got, {k: everything[k] for k in ("loss", *wanted)}, 1e-12)
     assert not functional.instance_nce(**case, backend=backend).requires_grad
-    arguments = [case[k] for k in names] + [case["index"], *[None] * 4, objective]
+    arguments = [case[k] for k in names] + [case["index"], *[None] * 5, objective]
     operators = getattr(torch.ops, _backend.COMPILED[backend].library)
     for bit in range(5):
         result = operators.instance_nce(*arguments, 1 << bit)
@@ -838,7 +838,7 @@ def test_an_error_leaves_the_bank_as_it_was(backend, how):
 # --------------------------------------------------------------------------------- compiled graphs
 
 NAMES = ("query", "positive", "bank", "scale", "offset")
-MASKS = ("query_id", "key_id", "query_label", "key_label")
+MASKS = ("query_id", "key_id", "query_label", "key_label", "excluded")
 
 
 def arguments(need: int, dtype: torch.dtype = torch.float32, **options) -> tuple:

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from crrcd_ext import functional
 
 ALL = 0b111111111
-MASKS = ("anchor_id", "query_id", "key_id", "query_label", "key_label")
+MASKS = ("anchor_id", "query_id", "key_id", "query_label", "key_label", "excluded")
 
 
 def nce_arguments(need: int, **options) -> tuple:

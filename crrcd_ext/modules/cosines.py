@@ -18,7 +18,8 @@ from crrcd_ext import functional, reference
 class Cosines(NamedTuple):
     """``positive`` and ``pairs``, [A, B] or [B]: cosines, and which of them count; ``index``, int64
     [K] or [B, K], the rows of the negatives; ``width``, the elements that one more of them takes;
-    ``negative(rows)``, for int64 [k] or [B, k]: cosines and which of them count, [..., B, k]."""
+    ``negative(positions)``, for int64 [k], columns of ``index``: cosines and which of them count,
+    [..., B, k]."""
 
     positive: Tensor
     pairs: Tensor
@@ -26,12 +27,12 @@ class Cosines(NamedTuple):
     width: int
     negative: Callable[[Tensor], tuple[Tensor, Tensor]]
 
-    def rows(self, limit: int) -> Tensor:
-        """At most ``limit`` of the rows that are negatives, evenly spaced."""
+    def positions(self, limit: int) -> Tensor:
+        """Of at most ``limit`` of the negatives, evenly spaced."""
         count = self.index.shape[-1]
         if self.index.dim() == 2:
             limit = max(1, limit // max(1, len(self.index)))
-        return self.index[..., :: -(-count // limit)] if count else self.index
+        return torch.arange(0, count, max(1, -(-count // limit)), device=self.index.device)
 
 
 def of_relation(
@@ -48,6 +49,7 @@ def of_relation(
     key_id=None,
     query_label=None,
     key_label=None,
+    excluded=None,
     self_pairs=False,
     backend=None,
 ) -> Cosines:
@@ -56,19 +58,20 @@ def of_relation(
         query, positive, anchor, weight, bias, key_weight
     )
     pairs = reference.kept_pairs(anchor, query, anchor_id, query_id, self_pairs)
+    index = _rows(bank, index)
+    masks = (query_id, key_id, query_label, key_label, excluded)
 
-    def negative(rows):
+    def negative(positions):
+        rows = index[positions]
         sample = bank[rows].to(query.dtype)
         if key_weight is not None:
             sample = torch.nn.functional.linear(sample, key_weight)
         relation = functional.relation(anchor, sample, weight, bias, backend=backend)
-        keep = reference.kept_negatives(
-            query.shape[1], rows, query_id, key_id, query_label, key_label
-        )
+        keep = reference.kept_negatives(query.shape[1], rows, *masks, positions)
         return query @ relation.mT, pairs[:, :, None] & keep
 
     width = query.shape[0] * query.shape[2]
-    return Cosines((query * positive).sum(-1), pairs, _rows(bank, index), width, negative)
+    return Cosines((query * positive).sum(-1), pairs, index, width, negative)
 
 
 def of_difference(
@@ -82,26 +85,29 @@ def of_difference(
     key_id=None,
     query_label=None,
     key_label=None,
+    excluded=None,
     self_pairs=False,
     backend=None,
 ) -> Cosines:
     """For :func:`crrcd_ext.functional.difference_nce`."""
     query, positive, anchor = _wide(query, positive, anchor)
-    rows = _rows(bank, index)
-    shared = rows.dim() == 1
+    index = _rows(bank, index)
+    shared = index.dim() == 1
+    masks = (query_id, key_id, query_label, key_label, excluded)
     (u, alive_u), (v, alive_v) = (reference.directions(x, anchor, 0.0) for x in (query, positive))
     pairs = reference.kept_pairs(anchor, u, anchor_id, query_id, self_pairs) & alive_u & alive_v
 
-    def negative(rows):
+    def negative(positions):
+        rows = index[..., positions]
         w, alive = reference.directions(bank[rows].to(query.dtype), anchor, 0.0)
-        keep = reference.kept_negatives(len(query), rows, query_id, key_id, query_label, key_label)
+        keep = reference.kept_negatives(len(query), rows, *masks, positions)
         keep = keep & pairs[:, :, None] & (alive[:, None] if shared else alive)
         if anchor_id is not None:
             keep = keep & (anchor_id[:, None, None] != reference.key_ids(rows, key_id))
         return reference.products(u, w, shared), keep
 
     width = anchor.numel() * (1 if shared else len(query))
-    return Cosines((u * v).sum(-1), pairs, rows, width, negative)
+    return Cosines((u * v).sum(-1), pairs, index, width, negative)
 
 
 def of_instance(
@@ -113,20 +119,23 @@ def of_instance(
     key_id=None,
     query_label=None,
     key_label=None,
+    excluded=None,
     backend=None,
 ) -> Cosines:
     """For :func:`crrcd_ext.functional.instance_nce`."""
     query, positive = _wide(query, positive)
-    rows = _rows(bank, index)
-    shared = rows.dim() == 1
+    index = _rows(bank, index)
+    shared = index.dim() == 1
+    masks = (query_id, key_id, query_label, key_label, excluded)
 
-    def negative(rows):
-        keep = reference.kept_negatives(len(query), rows, query_id, key_id, query_label, key_label)
+    def negative(positions):
+        rows = index[..., positions]
+        keep = reference.kept_negatives(len(query), rows, *masks, positions)
         return reference.products(query, bank[rows].to(query.dtype), shared), keep
 
     width = max(query.shape) if shared else query.numel()
     pairs = torch.ones(len(query), dtype=torch.bool, device=query.device)
-    return Cosines((query * positive).sum(-1), pairs, rows, width, negative)
+    return Cosines((query * positive).sum(-1), pairs, index, width, negative)
 
 
 def _wide(first: Tensor, *others: Tensor | None) -> tuple:

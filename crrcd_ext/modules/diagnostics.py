@@ -71,7 +71,7 @@ def measure(criterion, step) -> tuple[dict[str, float], int]:
     """The numbers of :meth:`crrcd_ext.CRRCDLoss.diagnostics`, and the width of the vectors."""
     sides = criterion._sides(step)
     cosines = [criterion._cosines(side) for side in sides]
-    negative = [masked_mean(*c.negative(c.rows(MAX_NEGATIVES))) for c in cosines]
+    negative = [masked_mean(*c.negative(c.positions(MAX_NEGATIVES))) for c in cosines]
     of_student, of_teacher = criterion._relations(step)
     level = no_information_loss(criterion.num_negatives, criterion.objective)
     values = {

@@ -57,6 +57,7 @@ def difference_nce_(
     key_id: Tensor | None,
     query_label: Tensor | None,
     key_label: Tensor | None,
+    excluded: Tensor | None,
     self_pairs: bool,
     eps: float,
     objective: str,
@@ -65,6 +66,10 @@ def difference_nce_(
 ) -> tuple[Tensor, ...]:
     """``crrcd_triton::difference_nce_``, and without ``update`` the operator that changes
     nothing."""
+    if excluded is not None:
+        raise NotImplementedError(
+            "crrcd_ext.difference_nce: excluded: backend triton does not take it yet"
+        )
     bank_rows.check("difference_nce", "index", index, bank)
     if update:
         bank_rows.check("difference_nce", "update index", update[0], bank)

@@ -36,11 +36,16 @@ def instance_nce_(
     key_id: Tensor | None,
     query_label: Tensor | None,
     key_label: Tensor | None,
+    excluded: Tensor | None,
     objective: str,
     need: int,
     *update,
 ) -> tuple[Tensor, ...]:
     """``crrcd_triton::instance_nce_``, and without ``update`` the operator that changes nothing."""
+    if excluded is not None:
+        raise NotImplementedError(
+            "crrcd_ext.instance_nce: excluded: backend triton does not take it yet"
+        )
     bank_rows.check("instance_nce", "index", index, bank)
     if update:
         bank_rows.check("instance_nce", "update index", update[0], bank)

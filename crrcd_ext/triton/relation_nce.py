@@ -35,12 +35,17 @@ def relation_nce_(
     key_id: Tensor | None,
     query_label: Tensor | None,
     key_label: Tensor | None,
+    excluded: Tensor | None,
     self_pairs: bool,
     objective: str,
     need: int,
     *update,
 ) -> tuple[Tensor, ...]:
     """``crrcd_triton::relation_nce_``, and without ``update`` the operator that changes nothing."""
+    if excluded is not None:
+        raise NotImplementedError(
+            "crrcd_ext.relation_nce: excluded: backend triton does not take it yet"
+        )
     bank_rows.check("relation_nce", "index", index, bank)
     if update:
         bank_rows.check("relation_nce", "update index", update[0], bank)

@@ -491,10 +491,13 @@ DifferenceResult difference_nce_cpu(
     const std::optional<at::Tensor>& index, const std::optional<at::Tensor>& anchor_id,
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
-    bool self_pairs, double eps, const std::string& objective, int64_t need) {
+    const std::optional<at::Tensor>& excluded, bool self_pairs, double eps,
+    const std::string& objective, int64_t need) {
   const DifferenceArguments x = difference_arguments(
       query, positive, anchor, bank, scale, offset, index, anchor_id, query_id, key_id, query_label,
-      key_label, self_pairs, eps, objective, need, /*with_half=*/false);
+      key_label, excluded, self_pairs, eps, objective, need, /*with_half=*/false);
+  TORCH_CHECK_NOT_IMPLEMENTED(!x.excluded.defined(), "crrcd_ext.", kOp,
+                              ": excluded: backend cpu does not take it yet");
   if (x.index.defined() && !x.own()) check_rows(kOp, "index", x.index, x.N);  // own: when sorted
   return x.dtype == at::kDouble ? DifferenceNce<double>(x).run() : DifferenceNce<float>(x).run();
 }
@@ -505,15 +508,15 @@ DifferenceResult difference_nce_update_cpu(
     const std::optional<at::Tensor>& index, const std::optional<at::Tensor>& anchor_id,
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
-    bool self_pairs, double eps, const std::string& objective, int64_t need,
-    const at::Tensor& update_index, const at::Tensor& update_value, double momentum,
-    bool normalize) {
+    const std::optional<at::Tensor>& excluded, bool self_pairs, double eps,
+    const std::string& objective, int64_t need, const at::Tensor& update_index,
+    const at::Tensor& update_value, double momentum, bool normalize) {
   TORCH_CHECK_VALUE((need & kDifferenceBank) == 0, "crrcd_ext.", kOp,
                     ": update: a bank that is updated in the call cannot have a gradient");
   const BankUpdate update(kOp, bank, update_index, update_value, momentum, normalize);
-  DifferenceResult result =
-      difference_nce_cpu(query, positive, anchor, bank, scale, offset, index, anchor_id, query_id,
-                         key_id, query_label, key_label, self_pairs, eps, objective, need);
+  DifferenceResult result = difference_nce_cpu(query, positive, anchor, bank, scale, offset, index,
+                                               anchor_id, query_id, key_id, query_label, key_label,
+                                               excluded, self_pairs, eps, objective, need);
   update.commit();
   return result;
 }

@@ -262,17 +262,17 @@ void set_instance_order(const std::string& order) {
                                      : static_cast<int>(Order::kBucketed);
 }
 
-InstanceResult instance_nce_cpu(const at::Tensor& query, const at::Tensor& positive,
-                                const at::Tensor& bank, const at::Tensor& scale,
-                                const at::Tensor& offset, const std::optional<at::Tensor>& index,
-                                const std::optional<at::Tensor>& query_id,
-                                const std::optional<at::Tensor>& key_id,
-                                const std::optional<at::Tensor>& query_label,
-                                const std::optional<at::Tensor>& key_label,
-                                const std::string& objective, int64_t need) {
+InstanceResult instance_nce_cpu(
+    const at::Tensor& query, const at::Tensor& positive, const at::Tensor& bank,
+    const at::Tensor& scale, const at::Tensor& offset, const std::optional<at::Tensor>& index,
+    const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
+    const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
+    const std::optional<at::Tensor>& excluded, const std::string& objective, int64_t need) {
   const InstanceArguments x =
       instance_arguments(query, positive, bank, scale, offset, index, query_id, key_id, query_label,
-                         key_label, objective, need, /*with_half=*/false);
+                         key_label, excluded, objective, need, /*with_half=*/false);
+  TORCH_CHECK_NOT_IMPLEMENTED(!x.excluded.defined(), "crrcd_ext.", kOp,
+                              ": excluded: backend cpu does not take it yet");
   return x.dtype == at::kDouble ? InstanceNce<double>(x).run() : InstanceNce<float>(x).run();
 }
 
@@ -281,13 +281,15 @@ InstanceResult instance_nce_update_cpu(
     const at::Tensor& scale, const at::Tensor& offset, const std::optional<at::Tensor>& index,
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
-    const std::string& objective, int64_t need, const at::Tensor& update_index,
-    const at::Tensor& update_value, double momentum, bool normalize) {
+    const std::optional<at::Tensor>& excluded, const std::string& objective, int64_t need,
+    const at::Tensor& update_index, const at::Tensor& update_value, double momentum,
+    bool normalize) {
   TORCH_CHECK_VALUE((need & kInstanceBank) == 0, "crrcd_ext.", kOp,
                     ": update: a bank that is updated in the call cannot have a gradient");
   const BankUpdate update(kOp, bank, update_index, update_value, momentum, normalize);
-  InstanceResult result = instance_nce_cpu(query, positive, bank, scale, offset, index, query_id,
-                                           key_id, query_label, key_label, objective, need);
+  InstanceResult result =
+      instance_nce_cpu(query, positive, bank, scale, offset, index, query_id, key_id, query_label,
+                       key_label, excluded, objective, need);
   update.commit();
   return result;
 }

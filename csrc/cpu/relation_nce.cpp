@@ -371,11 +371,14 @@ NceResult relation_nce_cpu(const at::Tensor& query, const at::Tensor& positive,
                            const OptionalTensor& index, const OptionalTensor& key_weight,
                            const OptionalTensor& anchor_id, const OptionalTensor& query_id,
                            const OptionalTensor& key_id, const OptionalTensor& query_label,
-                           const OptionalTensor& key_label, bool self_pairs,
-                           const std::string& objective, int64_t need) {
-  const RelationArguments x = relation_arguments(
-      query, positive, anchor, bank, weight, bias, scale, offset, index, key_weight, anchor_id,
-      query_id, key_id, query_label, key_label, self_pairs, objective, need, /*with_half=*/false);
+                           const OptionalTensor& key_label, const OptionalTensor& excluded,
+                           bool self_pairs, const std::string& objective, int64_t need) {
+  const RelationArguments x =
+      relation_arguments(query, positive, anchor, bank, weight, bias, scale, offset, index,
+                         key_weight, anchor_id, query_id, key_id, query_label, key_label, excluded,
+                         self_pairs, objective, need, /*with_half=*/false);
+  TORCH_CHECK_NOT_IMPLEMENTED(!x.excluded.defined(), "crrcd_ext.", kOp,
+                              ": excluded: backend cpu does not take it yet");
   if (x.index.defined()) check_rows(kOp, "index", x.index, x.N);
   if (x.dtype == at::kDouble) return RelationNce<double>(x, false).run();
   // "medium" allows bfloat16 products of float32 matrices everywhere else in torch, so here too
@@ -391,8 +394,8 @@ NceResult relation_nce_update_cpu(const at::Tensor& query, const at::Tensor& pos
                                   const OptionalTensor& index, const OptionalTensor& key_weight,
                                   const OptionalTensor& anchor_id, const OptionalTensor& query_id,
                                   const OptionalTensor& key_id, const OptionalTensor& query_label,
-                                  const OptionalTensor& key_label, bool self_pairs,
-                                  const std::string& objective, int64_t need,
+                                  const OptionalTensor& key_label, const OptionalTensor& excluded,
+                                  bool self_pairs, const std::string& objective, int64_t need,
                                   const at::Tensor& update_index, const at::Tensor& update_value,
                                   double momentum, bool normalize) {
   TORCH_CHECK_VALUE((need & kNeedBank) == 0, "crrcd_ext.", kOp,
@@ -400,7 +403,7 @@ NceResult relation_nce_update_cpu(const at::Tensor& query, const at::Tensor& pos
   const BankUpdate update(kOp, bank, update_index, update_value, momentum, normalize);
   NceResult result = relation_nce_cpu(query, positive, anchor, bank, weight, bias, scale, offset,
                                       index, key_weight, anchor_id, query_id, key_id, query_label,
-                                      key_label, self_pairs, objective, need);
+                                      key_label, excluded, self_pairs, objective, need);
   update.commit();
   return result;
 }

@@ -19,8 +19,8 @@ NceResult relation_nce_cpu(const at::Tensor& query, const at::Tensor& positive,
                            const OptionalTensor& index, const OptionalTensor& key_weight,
                            const OptionalTensor& anchor_id, const OptionalTensor& query_id,
                            const OptionalTensor& key_id, const OptionalTensor& query_label,
-                           const OptionalTensor& key_label, bool self_pairs,
-                           const std::string& objective, int64_t need);
+                           const OptionalTensor& key_label, const OptionalTensor& excluded,
+                           bool self_pairs, const std::string& objective, int64_t need);
 
 NceResult relation_nce_update_cpu(const at::Tensor& query, const at::Tensor& positive,
                                   const at::Tensor& anchor, const at::Tensor& bank,
@@ -29,8 +29,8 @@ NceResult relation_nce_update_cpu(const at::Tensor& query, const at::Tensor& pos
                                   const OptionalTensor& index, const OptionalTensor& key_weight,
                                   const OptionalTensor& anchor_id, const OptionalTensor& query_id,
                                   const OptionalTensor& key_id, const OptionalTensor& query_label,
-                                  const OptionalTensor& key_label, bool self_pairs,
-                                  const std::string& objective, int64_t need,
+                                  const OptionalTensor& key_label, const OptionalTensor& excluded,
+                                  bool self_pairs, const std::string& objective, int64_t need,
                                   const at::Tensor& update_index, const at::Tensor& update_value,
                                   double momentum, bool normalize);
 

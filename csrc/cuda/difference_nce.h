@@ -11,7 +11,8 @@ DifferenceResult difference_nce(
     const std::optional<at::Tensor>& index, const std::optional<at::Tensor>& anchor_id,
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
-    bool self_pairs, double eps, const std::string& objective, int64_t need);
+    const std::optional<at::Tensor>& excluded, bool self_pairs, double eps,
+    const std::string& objective, int64_t need);
 
 DifferenceResult difference_nce_update(
     const at::Tensor& query, const at::Tensor& positive, const at::Tensor& anchor,
@@ -19,8 +20,8 @@ DifferenceResult difference_nce_update(
     const std::optional<at::Tensor>& index, const std::optional<at::Tensor>& anchor_id,
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
-    bool self_pairs, double eps, const std::string& objective, int64_t need,
-    const at::Tensor& update_index, const at::Tensor& update_value, double momentum,
-    bool normalize);
+    const std::optional<at::Tensor>& excluded, bool self_pairs, double eps,
+    const std::string& objective, int64_t need, const at::Tensor& update_index,
+    const at::Tensor& update_value, double momentum, bool normalize);
 
 }  // namespace crrcd::cuda

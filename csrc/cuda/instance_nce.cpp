@@ -144,17 +144,17 @@ class InstanceNce {
 
 }  // namespace
 
-InstanceResult instance_nce(const at::Tensor& query, const at::Tensor& positive,
-                            const at::Tensor& bank, const at::Tensor& scale,
-                            const at::Tensor& offset, const std::optional<at::Tensor>& index,
-                            const std::optional<at::Tensor>& query_id,
-                            const std::optional<at::Tensor>& key_id,
-                            const std::optional<at::Tensor>& query_label,
-                            const std::optional<at::Tensor>& key_label,
-                            const std::string& objective, int64_t need) {
+InstanceResult instance_nce(
+    const at::Tensor& query, const at::Tensor& positive, const at::Tensor& bank,
+    const at::Tensor& scale, const at::Tensor& offset, const std::optional<at::Tensor>& index,
+    const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
+    const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
+    const std::optional<at::Tensor>& excluded, const std::string& objective, int64_t need) {
   const InstanceArguments x =
       instance_arguments(query, positive, bank, scale, offset, index, query_id, key_id, query_label,
-                         key_label, objective, need, /*with_half=*/true);
+                         key_label, excluded, objective, need, /*with_half=*/true);
+  TORCH_CHECK_NOT_IMPLEMENTED(!x.excluded.defined(), "crrcd_ext.", kOp,
+                              ": excluded: backend cuda does not take it yet");
   const Device device(query);
   return x.dtype == at::kDouble ? InstanceNce<double>(x, device).run()
                                 : InstanceNce<float>(x, device).run();
@@ -165,14 +165,15 @@ InstanceResult instance_nce_update(
     const at::Tensor& scale, const at::Tensor& offset, const std::optional<at::Tensor>& index,
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
-    const std::string& objective, int64_t need, const at::Tensor& update_index,
-    const at::Tensor& update_value, double momentum, bool normalize) {
+    const std::optional<at::Tensor>& excluded, const std::string& objective, int64_t need,
+    const at::Tensor& update_index, const at::Tensor& update_value, double momentum,
+    bool normalize) {
   TORCH_CHECK_VALUE((need & kInstanceBank) == 0, "crrcd_ext.", kOp,
                     ": update: a bank that is updated in the call cannot have a gradient");
   const Device device(query);
   const BankUpdate update(kOp, bank, update_index, update_value, momentum, normalize);
   InstanceResult result = instance_nce(query, positive, bank, scale, offset, index, query_id,
-                                       key_id, query_label, key_label, objective, need);
+                                       key_id, query_label, key_label, excluded, objective, need);
   update.commit(device.stream());
   return result;
 }

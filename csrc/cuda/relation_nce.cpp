@@ -408,10 +408,14 @@ NceResult relation_nce(const at::Tensor& query, const at::Tensor& positive,
                        const OptionalTensor& key_weight, const OptionalTensor& anchor_id,
                        const OptionalTensor& query_id, const OptionalTensor& key_id,
                        const OptionalTensor& query_label, const OptionalTensor& key_label,
-                       bool self_pairs, const std::string& objective, int64_t need) {
-  const RelationArguments x = relation_arguments(
-      query, positive, anchor, bank, weight, bias, scale, offset, index, key_weight, anchor_id,
-      query_id, key_id, query_label, key_label, self_pairs, objective, need, /*with_half=*/true);
+                       const OptionalTensor& excluded, bool self_pairs,
+                       const std::string& objective, int64_t need) {
+  const RelationArguments x =
+      relation_arguments(query, positive, anchor, bank, weight, bias, scale, offset, index,
+                         key_weight, anchor_id, query_id, key_id, query_label, key_label, excluded,
+                         self_pairs, objective, need, /*with_half=*/true);
+  TORCH_CHECK_NOT_IMPLEMENTED(!x.excluded.defined(), "crrcd_ext.", kOp,
+                              ": excluded: backend cuda does not take it yet");
   const Device device(query);
   switch (precision_for(x)) {
     case Precision::kF64:
@@ -434,8 +438,8 @@ NceResult relation_nce_update(const at::Tensor& query, const at::Tensor& positiv
                               const OptionalTensor& index, const OptionalTensor& key_weight,
                               const OptionalTensor& anchor_id, const OptionalTensor& query_id,
                               const OptionalTensor& key_id, const OptionalTensor& query_label,
-                              const OptionalTensor& key_label, bool self_pairs,
-                              const std::string& objective, int64_t need,
+                              const OptionalTensor& key_label, const OptionalTensor& excluded,
+                              bool self_pairs, const std::string& objective, int64_t need,
                               const at::Tensor& update_index, const at::Tensor& update_value,
                               double momentum, bool normalize) {
   TORCH_CHECK_VALUE((need & kNeedBank) == 0, "crrcd_ext.", kOp,
@@ -444,7 +448,7 @@ NceResult relation_nce_update(const at::Tensor& query, const at::Tensor& positiv
   const BankUpdate update(kOp, bank, update_index, update_value, momentum, normalize);
   NceResult result = relation_nce(query, positive, anchor, bank, weight, bias, scale, offset, index,
                                   key_weight, anchor_id, query_id, key_id, query_label, key_label,
-                                  self_pairs, objective, need);
+                                  excluded, self_pairs, objective, need);
   update.commit(device.stream());
   return result;
 }
