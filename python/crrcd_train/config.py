@@ -110,6 +110,7 @@ class Contrastive:
     head: Literal["linear", "identity"] = "linear"
     standardize: bool = True
     exclude_same_label: bool = False
+    exclude_similar: float = 0.0  # a cosine of teacher embeddings; 0: no negative is left out by it
     learnable_temperature: bool = False
     learnable_offset: bool = False
     bank_dtype: Literal["float32", "bfloat16", "float16"] = "float32"

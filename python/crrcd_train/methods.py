@@ -101,7 +101,7 @@ def make_criterion(
     options = dict(vars(settings))
     for own in ("weight", "schedule", "lr_factor"):
         options.pop(own)
-    for name in ("anchors", "hidden_dim", "relation_dim"):
+    for name in ("anchors", "hidden_dim", "relation_dim", "exclude_similar"):
         if name in options:
             options[name] = options[name] or None
     options["bank_dtype"] = getattr(torch, options["bank_dtype"])
