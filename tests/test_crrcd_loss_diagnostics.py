@@ -209,7 +209,7 @@ def test_a_flat_start_is_late_until_it_lasts():
     (text,) = found[4][1]
     assert "at step 100, as in every look since step 20" in text
     assert [values["flat_steps"] for values, _ in found] == [20.0 * n for n in range(7)]
-    assert math.isnan(found[0][0]["variance_growth"])
+    assert found[0][0]["variance_growth"] == 1
     assert found[1][0]["variance_growth"] == pytest.approx(1, rel=0.2)
 
 

@@ -166,7 +166,7 @@ def test_a_checkpoint_of_the_old_start_goes_on_or_names_its_sizes():
     assert torch.equal(new(*batch), run.criterion(*batch))
     new = make()
     before = copy.deepcopy(new.state_dict())
-    text = "expected relation_dim=128, hidden_dim=256, got relation_dim=128, hidden_dim=128 in the"
+    text = r"expected relation_dim=128, hidden_dim=256, got relation_dim=128, hidden_dim=128 in the"
     with pytest.raises(RuntimeError, match=text):
         new.load_state_dict(state)
     assert all(torch.equal(value, before[name]) for name, value in new.state_dict().items())
@@ -175,5 +175,5 @@ def test_a_checkpoint_of_the_old_start_goes_on_or_names_its_sizes():
 def test_start_errors():
     with pytest.raises(ValueError, match="CRRCDLoss: init: expected one of 'mirrored', 'gaussian'"):
         make(init="orthogonal")
-    with pytest.raises(ValueError, match="CRRCDLoss: hidden_dim: expected 2 or more .*'gaussian'"):
+    with pytest.raises(ValueError, match=r"CRRCDLoss: hidden_dim: expected 2 or more .*'gaussian'"):
         make(hidden_dim=1)

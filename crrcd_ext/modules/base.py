@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -144,7 +143,7 @@ class ContrastiveLoss(ContrastiveStep):
         self._last: Step | None = None
         self._warned: set[str] = set()
         # What earlier looks of diagnostics saw.
-        self._looked = math.nan
+        self._looked = 0.0
         self._flat: diagnostics.Flat | None = None
 
     def _check_sampling(self, rows: int, labels_given: bool) -> None:
@@ -169,7 +168,8 @@ class ContrastiveLoss(ContrastiveStep):
                 refuse("distinct", "False with capacity, since a queue may be nearly empty")
         if self.exclude_similar is not None:
             if self.direction == "teacher":
-                refuse("exclude_similar", "None for direction='teacher', without a teacher's bank")
+                expected = "None for direction='teacher', without a teacher's bank"
+                refuse("exclude_similar", expected)
             if self.capacity is not None and self.direction == "both":
                 expected = "None with capacity and direction='both', or direction='student': places"
                 refuse("exclude_similar", f"{expected} of a student's queue are not the teacher's")
@@ -260,16 +260,17 @@ class ContrastiveLoss(ContrastiveStep):
         """What the last step looked like; waits for the device, which no step does on its own.
 
         Returns:
-            ``step``; ``loss``; ``no_information_loss``, the least loss of a critic that tells nothing apart
-            (doubled for "both"); ``relation_variance`` of the student's relation vectors over b and
-            ``teacher_relation_variance`` of the teacher's, means over dimensions;
-            ``effective_rank`` of the student's; ``positive_cosine`` and ``negative_cosine`` (of at
-            most 256 negatives); ``flat_steps``, for how many steps every look has found the loss at
-            no information and the relation constant, and ``variance_growth``, by which factor the
-            variance has grown since the look before (NaN in the first); with ``exclude_similar``
-            ``similar_share``, the share of (query, negative) that it masks, own rows among them,
-            and ``masked_steps``, in how many steps it left no negative at all; ``temperature``;
-            ``offset``, which is beta; ``skipped_steps``. Relations are recomputed with the parameters as they are now. Cosines are NaN where no
+            ``step``; ``loss``; ``no_information_loss``, the least loss of a critic that tells
+            nothing apart (doubled for "both"); ``relation_variance`` of the student's relation
+            vectors over b and ``teacher_relation_variance`` of the teacher's, means over
+            dimensions; ``effective_rank`` of the student's; ``positive_cosine`` and
+            ``negative_cosine`` (of at most 256 negatives); ``flat_steps``, for how many steps every
+            look has found the loss at no information and the relation constant, and
+            ``variance_growth``, by which factor the variance has grown since the look before (1 in
+            the first); with ``exclude_similar`` ``similar_share``, the share of (query, negative)
+            that it masks, own rows among them, and ``masked_steps``, in how many steps it left no
+            negative at all; ``temperature``; ``offset``, which is beta; ``skipped_steps``.
+            Relations are recomputed with the parameters as they are now. Cosines are NaN where no
             pair is kept.
 
         Warns (UserWarning), once each, when the relation has collapsed to a constant, when the
@@ -286,8 +287,9 @@ class ContrastiveLoss(ContrastiveStep):
                 f"crrcd_ext.{self.NAME}.diagnostics: expected a step before, got none"
             )
         values, width = diagnostics.measure(self, self._last)
-        values["variance_growth"] = values["relation_variance"] / self._looked
-        self._looked = values["relation_variance"] or math.nan
+        variance, before = values["relation_variance"], self._looked
+        values["variance_growth"] = variance / before if before else 1.0
+        self._looked = variance
         self._flat = diagnostics.follow(self._flat, values, width)
         values["flat_steps"] = 0.0
         if self._flat is not None:

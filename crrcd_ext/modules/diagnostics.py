@@ -14,16 +14,18 @@ PATIENCE = 100
 """Steps for which a start may be flat, as that of independent Gaussian weights often is."""
 GROWTH = 2.0
 """A variance that has grown by this factor since it was least is on its way."""
+ROUNDING = 1e-10
+"""Variance of unit vectors that differ by rounding alone."""
 MAX_NEGATIVES = 256
 """Negatives whose cosines are looked at."""
 CONSTANT_RELATION = (
     "crrcd_ext.{name}: the loss ({loss:.4g}) sits at its no-information value "
     "({no_information_loss:.4g}) and the {vectors} hardly differ between samples (variance "
-    "{relation_variance:.2g}) at step {step:.0f}, as in every look since step {since:.0f}: they have "
-    "collapsed to a constant and the student learns nothing from this loss. Likely causes: heads and "
-    "relation trained at the student's learning rate (use criterion.parameter_groups(lr), which "
-    "gives them a tenth), standardize=False, or a start other than init='mirrored'; "
-    "objective='infonce' resists better."
+    "{relation_variance:.2g}) at step {step:.0f}, as in every look since step {since:.0f}: they "
+    "have collapsed to a constant and the student learns nothing from this loss. Likely causes: "
+    "heads and relation trained at the student's learning rate (use "
+    "criterion.parameter_groups(lr), which gives them a tenth), standardize=False, or a start "
+    "other than init='mirrored'; objective='infonce' resists better."
 )
 FRESHNESS_SHORTCUT = (
     "crrcd_ext.{name}: positives sit at a mean cosine of {positive_cosine:.2f} and negatives at "
@@ -33,8 +35,9 @@ FRESHNESS_SHORTCUT = (
 )
 NOTHING_LEFT = (
     "crrcd_ext.{name}: exclude_similar={exclude_similar:g} has masked every negative in "
-    "{masked_steps:.0f} of {step:.0f} steps: the teacher's embeddings are more alike than that. Such "
-    "a step only pulls positives together (a loss of 0 for objective='infonce'). Raise the threshold."
+    "{masked_steps:.0f} of {step:.0f} steps: the teacher's embeddings are more alike than that. "
+    "Such a step only pulls positives together (a loss of 0 for objective='infonce'). Raise the "
+    "threshold."
 )
 
 
@@ -59,12 +62,12 @@ def is_collapse(flat: Flat, values: dict[str, float], width: int) -> bool:
     """Whether a flat look is the end of learning and not a late start.
 
     A late start is over within PATIENCE steps, or its variance is growing by then. Where the
-    teacher's relation is constant too there is nothing to start with.
+    student's vectors are the same to rounding, or the teacher's hardly differ, nothing can grow.
     """
-    if values["teacher_relation_variance"] < variance_floor(width):
-        return True
-    growing = values["relation_variance"] >= GROWTH * flat.variance > 0
-    return values["step"] >= PATIENCE and not growing
+    variance = values["relation_variance"]
+    hopeless = variance < ROUNDING or values["teacher_relation_variance"] < variance_floor(width)
+    growing = variance >= GROWTH * flat.variance > 0
+    return hopeless or (values["step"] >= PATIENCE and not growing)
 
 
 def measure(criterion, step) -> tuple[dict[str, float], int]:

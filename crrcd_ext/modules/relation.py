@@ -11,7 +11,6 @@ from torch.nn.functional import linear
 from crrcd_ext import functional
 from crrcd_ext.modules import _checks
 
-
 STARTS = ("mirrored", "gaussian")
 
 
