@@ -275,9 +275,9 @@ class ContrastiveLoss(ContrastiveStep):
 
         Warns (UserWarning), once each, when the relation has collapsed to a constant, when the
         loss seems to be solved by telling fresh rows from stale ones, or when ``exclude_similar``
-        has masked every negative of a step. A relation that is constant
-        in the first 100 steps, or while its variance doubles, is a late start and no collapse,
-        unless the teacher's is constant too.
+        has masked every negative of a step. A relation that is constant in the first 100 steps, or
+        while its variance doubles, is a late start and no collapse, unless the student's vectors
+        are all the same or the teacher's are constant too.
 
         Raises:
             RuntimeError: before the first step.
@@ -298,7 +298,8 @@ class ContrastiveLoss(ContrastiveStep):
                 since = {"since": self._flat.since}
                 self._warn("constant", diagnostics.CONSTANT_RELATION, {**values, **since})
         if values.get("masked_steps"):
-            self._warn("masked", diagnostics.NOTHING_LEFT, {**values, **vars(self)})
+            threshold = {"exclude_similar": self.exclude_similar}
+            self._warn("masked", diagnostics.NOTHING_LEFT, {**values, **threshold})
         if diagnostics.is_shortcut(values):
             self._warn("shortcut", diagnostics.FRESHNESS_SHORTCUT, values)
         return values
@@ -358,6 +359,7 @@ class ContrastiveLoss(ContrastiveStep):
         elif prefix + "skipped_steps" in state_dict:
             state_dict.setdefault(prefix + "masked_steps", torch.zeros_like(self.masked_steps))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._looked, self._flat = 0.0, None
         if labels is not None and self.labels is not None:
             self.labelled = bool((labels >= 0).any())
             if self.class_table is not None:
