@@ -28,4 +28,14 @@ struct BankView {
   const int64_t* index = nullptr;  // [K] or null: row k is row index[k]
 };
 
+// Bits of negatives that are none, [queries, words]; bit j % 32 of word j / 32 is position j.
+struct Excluded {
+  const uint32_t* bits = nullptr;  // null: none is excluded
+  int64_t words = 0;
+
+  bool at(int64_t query, int64_t position) const {
+    return bits[query * words + position / 32] >> position % 32 & 1;
+  }
+};
+
 }  // namespace crrcd

@@ -15,6 +15,7 @@
 #include "cpu/relation.h"
 #include "cpu/relation_nce.h"
 #include "cpu/sampling.h"
+#include "cpu/similar_mask.h"
 #include "cuda/relation_plan.h"
 #if CRRCD_WITH_CUDA
 #include "cuda/bank_update.h"
@@ -44,6 +45,7 @@ TORCH_LIBRARY_IMPL(crrcd, CPU, m) {
   m.impl("instance_nce_", crrcd::instance_nce_update_cpu);
   m.impl("difference_nce", crrcd::difference_nce_cpu);
   m.impl("difference_nce_", crrcd::difference_nce_update_cpu);
+  m.impl("similar_mask", crrcd::similar_mask_cpu);
   m.impl("bank_update_", crrcd::bank_update_cpu);
 }
 

@@ -725,6 +725,10 @@ bool load_shared_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& 
           if (p.anchor_id[a] == id) leave_out(s, a * ld_t + n);
       }
     }
+  for_excluded(p.excluded, 0, p.B, first, m, [&](int64_t b, int64_t n) {
+    prepare();
+    s.bias[b * ld_t + n] = T(kLeftOut);
+  });
   return masked;
 }
 

@@ -166,6 +166,7 @@ class DifferenceNce {
       p.query_label = pointer<int64_t>(x.query_label);
       p.key_label = pointer<int64_t>(x.key_label);
     }
+    p.excluded = excluded_bits(x.excluded);
   }
 
   // Queries and anchors seen from the anchors' middle. One anchor is the middle: eps taken from it
@@ -223,7 +224,8 @@ class DifferenceNce {
     const int64_t most = threads == 1 ? 1 : std::clamp<int64_t>(room, threads, 4 * threads);
     p.parts = std::clamp<int64_t>(x.B * x.K / 1024, 1, most);
     const Tiling buckets = choose_buckets(x.B, x.N, std::min(threads, p.parts));
-    sorted = sort_entries(kOp, x.index, {0, x.B, 0, x.K}, buckets, p.parts, /*whole_tiles=*/true);
+    sorted = sort_entries(kOp, x.index, excluded_bits(x.excluded), {0, x.B, 0, x.K}, buckets,
+                          p.parts, /*whole_tiles=*/true);
     p.entries = static_cast<const uint32_t*>(sorted.entries.const_data_ptr());
     p.bucket_begin = sorted.tile_begin.data();
     p.part_begin = sorted.part_begin.data();
@@ -496,8 +498,6 @@ DifferenceResult difference_nce_cpu(
   const DifferenceArguments x = difference_arguments(
       query, positive, anchor, bank, scale, offset, index, anchor_id, query_id, key_id, query_label,
       key_label, excluded, self_pairs, eps, objective, need, /*with_half=*/false);
-  TORCH_CHECK_NOT_IMPLEMENTED(!x.excluded.defined(), "crrcd_ext.", kOp,
-                              ": excluded: backend cpu does not take it yet");
   if (x.index.defined() && !x.own()) check_rows(kOp, "index", x.index, x.N);  // own: when sorted
   return x.dtype == at::kDouble ? DifferenceNce<double>(x).run() : DifferenceNce<float>(x).run();
 }

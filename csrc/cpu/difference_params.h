@@ -87,6 +87,7 @@ struct DifferenceParams {
   const int64_t* key_id = nullptr;       // [N], null: the row's position in the bank
   const int64_t* query_label = nullptr;  // [B]
   const int64_t* key_label = nullptr;    // [N]
+  Excluded excluded;
 
   // sums; one slice a part, added up by the host in a fixed order
   double* scalars = nullptr;  // [parts, 2]: loss, sum of logit gradients

@@ -147,6 +147,7 @@ CRRCD_INLINE bool dropped(const InstanceParams<T>& p, int64_t b, int64_t row) {
          (p.query_label && p.query_label[b] == p.key_label[row]);
 }
 
+// Something that `dropped` asks about.
 template <typename T>
 CRRCD_INLINE bool has_masks(const InstanceParams<T>& p) {
   return p.query_id || p.query_label;
@@ -176,22 +177,39 @@ CRRCD_INLINE bool may_contain(const uint64_t* filter, int64_t value) {
   return filter[bit / 64] >> bit % 64 & 1;
 }
 
-// Masks of a tile against queries [b0, b0 + width); whether there are any.
+// A product whose softplus and derivative vanish, or 0 where scale and offset allow none.
+template <typename T>
+T lost_product(const InstanceParams<T>& p) {
+  const T z = (p.offset_log2 - T(1e9)) / p.scale_log2;
+  const bool lost = z * p.scale_log2 - p.offset_log2 < T(-1e8) && std::abs(z) < T(1e30);
+  return lost ? z : T(0);
+}
+
+// Masks of a tile against queries [b0, b0 + width), without what is excluded unless `excluded`;
+// whether there are any.
 template <typename T>
 bool fill_keep(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t first, int64_t m,
-               int64_t b0, int64_t width, int64_t ld) {
+               int64_t b0, int64_t width, int64_t ld, bool excluded) {
   const int64_t count = p.B - b0 < width ? p.B - b0 : width;
   bool any = false;
-  for (int64_t n = 0; n < m; ++n) {
+  const auto prepare = [&] {
+    for (int64_t i = 0; !any && i < m; ++i)
+      for (int64_t b = 0; b < width; ++b) s.keep[i * ld + b] = 1;
+    any = true;
+  };
+  for (int64_t n = 0; has_masks(p) && n < m; ++n) {
     const int64_t row = p.bank.index ? p.bank.index[first + n] : first + n;
     if (!(p.query_id && may_contain(s.ids, p.key_id ? p.key_id[row] : row)) &&
         !(p.query_label && may_contain(s.labels, p.key_label[row])))
       continue;
-    for (int64_t i = 0; !any && i < m; ++i)
-      for (int64_t b = 0; b < width; ++b) s.keep[i * ld + b] = 1;
-    any = true;
+    prepare();
     for (int64_t b = 0; b < count; ++b) s.keep[n * ld + b] = dropped(p, b0 + b, row) ? T(0) : T(1);
   }
+  if (excluded)
+    for_excluded(p.excluded, b0, count, first, m, [&](int64_t b, int64_t n) {
+      prepare();
+      s.keep[n * ld + b] = 0;
+    });
   return any;
 }
 
@@ -311,59 +329,85 @@ void shared_logits(const InstanceParams<T>& p, const InstanceScratch<T>& s, int6
 
 #include "instance_tiles.h"
 
-template <typename T, Pass kPass, bool kTiles>
-void shared_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t part,
-                 NceSums<T>& sums) {
+// Rows `first` and on of the shared negatives, m of them.
+template <typename T>
+struct SharedTile {
+  int64_t first, m;
+  const T* rows;  // [m, ld]; with tile registers they are in `pairs`
+  int64_t ld;
+  TileRows pairs;
+};
+
+// f(tile, b0, width) for each tile of a part and queries b0 to b0 + width, the products in s.z.
+template <typename T, bool kTiles, typename F>
+CRRCD_INLINE void shared_tiles(const InstanceParams<T>& p, const InstanceScratch<T>& s,
+                               int64_t part, const F& f) {
   const int64_t tiles = (p.K + kKeyTile - 1) / kKeyTile, ld = z_stride(p);
   const int64_t end = tiles * (part + 1) / p.parts * kKeyTile;
   const int64_t stop = end < p.K ? end : p.K;
   const TileRegisters registers(kTiles);
   if constexpr (kTiles) split_queries(p, s);
-  const int64_t ld_rows = rows_in_place(p) ? p.bank.row_stride : p.ldD;
-  for (int64_t b = 0; b < p.Bp; ++b) s.live[b] = b < p.B ? T(1) : T(0);
-  if (p.query_id) fill_filter(p.B, p.query_id, s.ids);
-  if (p.query_label) fill_filter(p.B, p.query_label, s.labels);
   for (int64_t first = tiles * part / p.parts * kKeyTile; first < stop; first += kKeyTile) {
     const int64_t m = stop - first < kKeyTile ? stop - first : kKeyTile;
-    const T* rows = s.rows;
-    TileRows tile;
-    if constexpr (kTiles)
-      tile = load_pairs(p, s, first, m);
-    else if (rows_in_place(p))
-      rows = static_cast<const T*>(p.bank.data) + first * p.bank.row_stride;
-    else
+    SharedTile<T> tile{first, m, s.rows, p.ldD, {}};
+    if constexpr (kTiles) {
+      tile.pairs = load_pairs(p, s, first, m);
+    } else if (rows_in_place(p)) {
+      tile.rows = static_cast<const T*>(p.bank.data) + first * p.bank.row_stride;
+      tile.ld = p.bank.row_stride;
+    } else {
       for (int64_t n = 0; n < m; ++n) load_row<T>(p.bank, first + n, p.D, p.Dp, s.rows + n * p.ldD);
+    }
     for (int64_t b0 = 0; b0 < p.Bp; b0 += kQueryBlock) {
       const int64_t width = p.Bp - b0 < kQueryBlock ? p.Bp - b0 : kQueryBlock;
-      const int64_t count = p.B - b0 < width ? p.B - b0 : width;
       for (int64_t n = 0; n < m; n += kStrip) {
         const int64_t strip = m - n < kStrip ? m - n : kStrip;
         if constexpr (kTiles)
-          tile_products(p, s, tile, n, strip, b0, width, s.z + n * ld, ld);
+          tile_products(p, s, tile.pairs, n, strip, b0, width, s.z + n * ld, ld);
         else
-          dense_gemm<T>(strip, width, p.D, rows + n * ld_rows, ld_rows, p.query_t + b0, p.ldB,
+          dense_gemm<T>(strip, width, p.D, tile.rows + n * tile.ld, tile.ld, p.query_t + b0, p.ldB,
                         s.z + n * ld, ld, true);
         // the next tile's rows come while this one is multiplied
         for (int64_t k = first + kKeyTile + n; b0 == 0 && k < first + kKeyTile + n + strip; ++k)
           if (k < stop) prefetch_row(p.bank, p.bank.index ? p.bank.index[k] : k, p.D);
       }
-      if (has_masks(p) && fill_keep(p, s, first, m, b0, width, ld))
-        shared_logits<T, kPass, true>(p, s, m, b0, width, ld, part, sums);
-      else
-        shared_logits<T, kPass, false>(p, s, m, b0, width, ld, part, sums);
-      T* d_query = p.d_query + (part * p.B + b0) * p.ldD;
-      if (p.need_query && kPass != Pass::kSoftmax) {
-        if constexpr (kTiles)
-          tile_query_gradient(p, s, tile, m, count, width, s.z, ld, d_query);
-        else
-          dense_gemm<T, Product::kFull, true>(count, p.Dp, m, s.z, ld, rows, ld_rows, d_query,
-                                              p.ldD, false);
-      }
-      if (p.d_rows && kPass != Pass::kLogSumExp)
-        dense_gemm<T>(m, p.Dp, count, s.z, ld, p.query + b0 * p.ldD, p.ldD, p.d_rows + first * p.Dp,
-                      p.Dp, b0 == 0);
+      f(tile, b0, width);
     }
   }
+}
+
+template <typename T, Pass kPass, bool kTiles>
+void shared_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t part,
+                 NceSums<T>& sums) {
+  const int64_t ld = z_stride(p);
+  for (int64_t b = 0; b < p.Bp; ++b) s.live[b] = b < p.B ? T(1) : T(0);
+  if (p.query_id) fill_filter(p.B, p.query_id, s.ids);
+  if (p.query_label) fill_filter(p.B, p.query_label, s.labels);
+  // cheaper than a tile of masks, which few entries are worth
+  const T lost = kPass == Pass::kNce ? lost_product(p) : T(0);
+  shared_tiles<T, kTiles>(p, s, part, [&](const SharedTile<T>& tile, int64_t b0, int64_t width) {
+    const int64_t first = tile.first, m = tile.m;
+    const int64_t count = p.B - b0 < width ? p.B - b0 : width;
+    if (lost != 0)
+      for_excluded(p.excluded, b0, count, first, m,
+                   [&](int64_t b, int64_t n) { s.z[n * ld + b] = lost; });
+    const bool excluded = p.excluded.bits && lost == 0;
+    if ((has_masks(p) || excluded) && fill_keep(p, s, first, m, b0, width, ld, excluded))
+      shared_logits<T, kPass, true>(p, s, m, b0, width, ld, part, sums);
+    else
+      shared_logits<T, kPass, false>(p, s, m, b0, width, ld, part, sums);
+    T* d_query = p.d_query + (part * p.B + b0) * p.ldD;
+    if (p.need_query && kPass != Pass::kSoftmax) {
+      if constexpr (kTiles)
+        tile_query_gradient(p, s, tile.pairs, m, count, width, s.z, ld, d_query);
+      else
+        dense_gemm<T, Product::kFull, true>(count, p.Dp, m, s.z, ld, tile.rows, tile.ld, d_query,
+                                            p.ldD, false);
+    }
+    if (p.d_rows && kPass != Pass::kLogSumExp)
+      dense_gemm<T>(m, p.Dp, count, s.z, ld, p.query + b0 * p.ldD, p.ldD, p.d_rows + first * p.Dp,
+                    p.Dp, b0 == 0);
+  });
 }
 
 // ---------------------------------------------------------------------- each query's own negatives
@@ -374,7 +418,7 @@ struct Chunk {
   int64_t b = 0, n = 0;
   int64_t row[kChunk];      // of the bank; not where row_at is known and nothing else is asked for
   const T* row_at[kChunk];  // where they lie, in T
-  bool located = false;     // row_at is known
+  bool located = false;     // row_at is known beforehand
 };
 
 // Columns of a row are walked in panels of 8, 4, 2 or 1 vectors, which stay in registers.
@@ -400,8 +444,8 @@ struct Chunk {
 // z[i] = the sum of them all.
 template <typename T, int kVectors>
 __attribute__((noinline)) void dot_panel(const InstanceParams<T>& p, const Chunk<T>& chunk,
-                                         const Chunk<T>* next, const T* const* row, int64_t at,
-                                         const T* q, T* partial, T* z) {
+                                         const Chunk<T>* next, int64_t at, const T* q, T* partial,
+                                         T* z) {
   using V = typename Simd<T>::V;
   constexpr int kLanes = Simd<T>::kLanes;
   const bool last = at + kVectors * kLanes == p.Dp;
@@ -412,7 +456,7 @@ __attribute__((noinline)) void dot_panel(const InstanceParams<T>& p, const Chunk
     const T* m[kRows];
     for (int r = 0; r < kRows; ++r) {
       if (next && at == 0 && i + r < next->n) prefetch_row(p.bank, next->row[i + r], p.D);
-      m[r] = row[i + r] + at;
+      m[r] = chunk.row_at[i + r] + at;
       sum[r] = at ? load(partial + (i + r) * kLanes) : V{};
     }
     for (int j = 0; j < kVectors; ++j)
@@ -500,26 +544,38 @@ void own_log_sum_exp(const InstanceParams<T>& p, const InstanceScratch<T>& s, in
   p.running_slope[at] += horizontal_sum<T>(slope);
 }
 
+// Where the chunk's rows lie, in T.
+template <typename T>
+CRRCD_INLINE void locate(const InstanceParams<T>& p, const InstanceScratch<T>& s, Chunk<T>& chunk) {
+  if (chunk.located) return;
+  for (int64_t i = 0; i < chunk.n; ++i) {
+    if (in_place(p)) {
+      chunk.row_at[i] = static_cast<const T*>(p.bank.data) + chunk.row[i] * p.bank.row_stride;
+    } else {
+      chunk.row_at[i] = s.rows + i * p.ldD;
+      load_row<T>(p.bank, chunk.row[i], p.D, p.Dp, s.rows + i * p.ldD);
+    }
+  }
+}
+
+// Products of the chunk's query and rows, which are located, into s.z.
+template <typename T>
+void own_products(const InstanceParams<T>& p, const InstanceScratch<T>& s, const Chunk<T>& chunk,
+                  const Chunk<T>* next) {
+  const T* query = p.query + chunk.b * p.ldD;
+#define CRRCD_DOT(NV) dot_panel<T, NV>(p, chunk, next, at, query, s.partial, s.z)
+  CRRCD_PANELS(CRRCD_DOT)
+#undef CRRCD_DOT
+  for (int64_t i = 0; p.Dp == 0 && i < chunk.n; ++i) s.z[i] = 0;
+}
+
 template <typename T, Pass kPass>
-void process_chunk(const InstanceParams<T>& p, const InstanceScratch<T>& s, const Chunk<T>& chunk,
+void process_chunk(const InstanceParams<T>& p, const InstanceScratch<T>& s, Chunk<T>& chunk,
                    const Chunk<T>* next, int64_t part, NceSums<T>& sums) {
   constexpr int kLanes = Simd<T>::kLanes;
   const int64_t n = chunk.n, b = chunk.b;
-  const T* query = p.query + b * p.ldD;
-  const T* located[kChunk];
-  const T* const* row = chunk.located ? chunk.row_at : located;
-  for (int64_t i = 0; !chunk.located && i < n; ++i) {
-    located[i] = s.rows + i * p.ldD;
-    if (in_place(p))
-      located[i] = static_cast<const T*>(p.bank.data) + chunk.row[i] * p.bank.row_stride;
-    else
-      load_row<T>(p.bank, chunk.row[i], p.D, p.Dp, s.rows + i * p.ldD);
-  }
-#define CRRCD_DOT(NV) dot_panel<T, NV>(p, chunk, next, row, at, query, s.partial, s.z)
-  CRRCD_PANELS(CRRCD_DOT)
-#undef CRRCD_DOT
-  for (int64_t i = 0; p.Dp == 0 && i < n; ++i) s.z[i] = 0;
-
+  locate(p, s, chunk);
+  own_products(p, s, chunk, next);
   const bool masked = has_masks(p);
   const int64_t padded = n / kLanes * kLanes;  // from here on the last vector may have padding
   for (int64_t i = masked || kPass != Pass::kNce ? 0 : padded; i < n; ++i)
@@ -537,11 +593,12 @@ void process_chunk(const InstanceParams<T>& p, const InstanceScratch<T>& s, cons
 
   if (p.need_query && kPass != Pass::kSoftmax) {
     T* d_query = p.d_query + (part * p.B + b) * p.ldD;
-#define CRRCD_ADD(NV) add_rows_panel<T, NV>(n, row, at, s.z, d_query)
+#define CRRCD_ADD(NV) add_rows_panel<T, NV>(n, chunk.row_at, at, s.z, d_query)
     CRRCD_PANELS(CRRCD_ADD)
 #undef CRRCD_ADD
   }
   if (p.d_bank && kPass != Pass::kLogSumExp) {
+    const T* query = p.query + b * p.ldD;
 #define CRRCD_ADD(NV) add_outer_panel<T, NV>(n, chunk.row, at, s.z, query, p.d_bank, p.Dp)
     CRRCD_PANELS(CRRCD_ADD)
 #undef CRRCD_ADD
@@ -556,20 +613,30 @@ void direct_pass(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_
   int64_t at = entries * part / p.parts;
   const int64_t stop = entries * (part + 1) / p.parts;
   const auto fill = [&](Chunk<T>& chunk) {
-    const int64_t b = at / p.K, k = at % p.K;
-    int64_t n = stop - at < kChunk ? stop - at : kChunk;
-    n = p.K - k < n ? p.K - k : n;
-    const int64_t* own = p.own + b * p.own_stride + k * p.own_step;
-    for (int64_t i = 0; i < n; ++i) chunk.row[i] = own[i * p.own_step];
-    chunk.b = b, chunk.n = n;
-    at += n;
+    chunk.n = 0;
+    while (chunk.n == 0 && at < stop) {
+      const int64_t b = at / p.K, k = at % p.K;
+      int64_t n = stop - at < kChunk ? stop - at : kChunk;
+      n = p.K - k < n ? p.K - k : n;
+      const int64_t* own = p.own + b * p.own_stride + k * p.own_step;
+      if (p.excluded.bits) {
+        for (int64_t i = 0; i < n; ++i) {
+          chunk.row[chunk.n] = own[i * p.own_step];
+          chunk.n += !p.excluded.at(b, k + i);
+        }
+      } else {
+        for (int64_t i = 0; i < n; ++i) chunk.row[i] = own[i * p.own_step];
+        chunk.n = n;
+      }
+      chunk.b = b;
+      at += n;
+    }
   };
   Chunk<T> chunks[2];
-  if (at < stop) fill(chunks[0]);
+  fill(chunks[0]);
   for (int64_t i = 0; chunks[i % 2].n > 0; ++i) {
     Chunk<T>& next = chunks[(i + 1) % 2];
-    next.n = 0;
-    if (at < stop) fill(next);
+    fill(next);
     process_chunk<T, kPass>(p, s, chunks[i % 2], next.n > 0 ? &next : nullptr, part, sums);
   }
 }

@@ -132,8 +132,6 @@ class InstanceNce {
     const int64_t work = x.B * x.K * std::max<int64_t>(x.D, 16) / kProductsOfAPart;
     p.parts = std::clamp<int64_t>(work, 1, at::get_num_threads());
 
-    // fewer queries do not fill a register
-    constexpr int64_t kLeastQueries = 16;
     p.tile_registers = kernels.tile_registers && sizeof(T) == 4 && p.order == Order::kShared &&
                        p.bank.storage == Storage::kBFloat16 && x.B >= kLeastQueries;
     if (x.query.scalar_type() == at::kBFloat16) p.query_parts = 1, p.gradient_parts = 2;
@@ -150,6 +148,7 @@ class InstanceNce {
       p.query_label = pointer<int64_t>(x.query_label);
       p.key_label = pointer<int64_t>(x.key_label);
     }
+    p.excluded = excluded_bits(x.excluded);
     if (p.need_query) {
       d_query_parts = at::zeros({p.parts, x.B, p.ldD}, query.options());
       p.d_query = mutable_pointer<T>(d_query_parts);
@@ -193,8 +192,8 @@ class InstanceNce {
     const bool whole_tiles = p.d_bank != nullptr;
     const auto work_off = [&](const Batch& batch) {
       const SortedEntries sorted =
-          runs ? sort_rows(kOp, x.index, batch, tiling, p.parts, whole_tiles)
-               : sort_entries(kOp, x.index, batch, tiling, p.parts, whole_tiles);
+          runs ? sort_rows(kOp, x.index, p.excluded, batch, tiling, p.parts, whole_tiles)
+               : sort_entries(kOp, x.index, p.excluded, batch, tiling, p.parts, whole_tiles);
       const void* entries = sorted.entries.const_data_ptr();
       p.rows = runs ? static_cast<const uint8_t*>(entries) : nullptr;
       p.entries = runs ? nullptr : static_cast<const uint32_t*>(entries);
@@ -271,8 +270,6 @@ InstanceResult instance_nce_cpu(
   const InstanceArguments x =
       instance_arguments(query, positive, bank, scale, offset, index, query_id, key_id, query_label,
                          key_label, excluded, objective, need, /*with_half=*/false);
-  TORCH_CHECK_NOT_IMPLEMENTED(!x.excluded.defined(), "crrcd_ext.", kOp,
-                              ": excluded: backend cpu does not take it yet");
   return x.dtype == at::kDouble ? InstanceNce<double>(x).run() : InstanceNce<float>(x).run();
 }
 

@@ -25,8 +25,9 @@ Tiling choose_tiling(int64_t queries, int64_t rows, int64_t row_bytes, int64_t p
 
 namespace {
 
-// Calls f(query, rows, n, last) for what entries [begin, end) of the batch have of each query, in
-// their order; last: nothing of the query comes after it.
+// Calls f(query, first, rows, n, last) for what entries [begin, end) of the batch have of each
+// query, in their order: columns first to first + n of the batch; last: nothing of the query comes
+// after.
 template <typename F>
 void for_queries(const at::Tensor& index, const Batch& batch, int64_t begin, int64_t end,
                  const F& f) {
@@ -35,7 +36,7 @@ void for_queries(const at::Tensor& index, const Batch& batch, int64_t begin, int
   while (begin < end) {
     const int64_t query = begin / columns, k = begin % columns;
     const int64_t n = std::min(columns - k, end - begin);
-    f(query,
+    f(query, k,
       data + (batch.first_query + query) * index.stride(0) + (batch.first + k) * index.stride(1), n,
       k + n == columns);
     begin += n;
@@ -46,12 +47,27 @@ void for_queries(const at::Tensor& index, const Batch& batch, int64_t begin, int
 // encode(query, row within the tile) is an entry; after_query(query, next) sees where the entries
 // of each tile end when those of a query are in their places.
 template <typename Entry, typename Encode, typename AfterQuery>
-SortedEntries counting_sort(const char* op, const at::Tensor& index, const Batch& batch,
-                            const Tiling& tiling, int64_t parts, bool whole_tiles,
-                            const Encode& encode, const AfterQuery& after_query) {
+SortedEntries counting_sort(const char* op, const at::Tensor& index, const Excluded& excluded,
+                            const Batch& batch, const Tiling& tiling, int64_t parts,
+                            bool whole_tiles, const Encode& encode, const AfterQuery& after_query) {
   const int64_t tiles = tiling.tiles, step = index.stride(1);
   const int64_t count = (batch.last_query - batch.first_query) * (batch.last - batch.first);
   const int shift = tiling.shift;
+  // f(row) for entries [i, stop) of a query's that are negatives, a word of bits at a time
+  const auto for_kept = [&](int64_t query, int64_t first, const int64_t* rows, int64_t i,
+                            int64_t stop, const auto& f) {
+    while (i < stop) {
+      const int64_t b = batch.first_query + query, position = batch.first + first + i;
+      const int64_t end = excluded.bits ? std::min(stop, i + 32 - position % 32) : stop;
+      uint32_t bits = 0;
+      if (excluded.bits) bits = excluded.bits[b * excluded.words + position / 32] >> position % 32;
+      if (bits == 0)
+        for (; i < end; ++i) f(rows[i * step]);
+      else
+        for (; i < end; ++i, bits >>= 1)
+          if (!(bits & 1)) f(rows[i * step]);
+    }
+  };
   SortedEntries sorted;
   sorted.entries = scratch(count * static_cast<int64_t>(sizeof(Entry)));
   auto* entries = static_cast<Entry*>(sorted.entries.mutable_data_ptr());
@@ -64,7 +80,7 @@ SortedEntries counting_sort(const char* op, const at::Tensor& index, const Batch
       place[share].assign(tiles, 0);
       int64_t* counter = place[share].data();
       for_queries(index, batch, count * share / shares, count * (share + 1) / shares,
-                  [&](int64_t, const int64_t* rows, int64_t n, bool) {
+                  [&](int64_t query, int64_t first, const int64_t* rows, int64_t n, bool) {
                     constexpr int64_t kAtOnce = 2048;  // which the cache holds
                     for (int64_t i = 0; i < n; i += kAtOnce) {
                       const int64_t some = std::min(n - i, kAtOnce);
@@ -72,7 +88,8 @@ SortedEntries counting_sort(const char* op, const at::Tensor& index, const Batch
                         outside = true;
                         return;
                       }
-                      for (int64_t j = i; j < i + some; ++j) ++counter[rows[j * step] >> shift];
+                      for_kept(query, first, rows, i, i + some,
+                               [&](int64_t row) { ++counter[row >> shift]; });
                     }
                   });
     }
@@ -93,19 +110,18 @@ SortedEntries counting_sort(const char* op, const at::Tensor& index, const Batch
     for (int64_t share = from; share < to; ++share) {
       int64_t* next = place[share].data();
       for_queries(index, batch, count * share / shares, count * (share + 1) / shares,
-                  [=](int64_t query, const int64_t* rows, int64_t n, bool last) {
+                  [&](int64_t query, int64_t first, const int64_t* rows, int64_t n, bool last) {
                     const int64_t mask = (int64_t(1) << shift) - 1;
-                    for (int64_t i = 0; i < n; ++i) {
-                      const int64_t row = rows[i * step];
+                    for_kept(query, first, rows, 0, n, [&](int64_t row) {
                       entries[next[row >> shift]++] = encode(query, row & mask);
-                    }
+                    });
                     if (last) after_query(query, next);
                   });
     }
   });
 
   for (int64_t part = 0; part <= parts; ++part) {
-    int64_t begin = count * part / parts;
+    int64_t begin = total * part / parts;
     if (whole_tiles)
       begin = *std::lower_bound(sorted.tile_begin.begin(), sorted.tile_begin.end(), begin);
     sorted.part_begin.push_back(begin);
@@ -115,25 +131,26 @@ SortedEntries counting_sort(const char* op, const at::Tensor& index, const Batch
 
 }  // namespace
 
-SortedEntries sort_entries(const char* op, const at::Tensor& index, const Batch& batch,
-                           const Tiling& tiling, int64_t parts, bool whole_tiles) {
+SortedEntries sort_entries(const char* op, const at::Tensor& index, const Excluded& excluded,
+                           const Batch& batch, const Tiling& tiling, int64_t parts,
+                           bool whole_tiles) {
   return counting_sort<uint32_t>(
-      op, index, batch, tiling, parts, whole_tiles,
+      op, index, excluded, batch, tiling, parts, whole_tiles,
       [shift = tiling.shift](int64_t query, int64_t row) {
         return static_cast<uint32_t>(query << shift | row);
       },
       [](int64_t, const int64_t*) {});
 }
 
-SortedEntries sort_rows(const char* op, const at::Tensor& index, const Batch& batch,
-                        const Tiling& tiling, int64_t parts, bool whole_tiles) {
+SortedEntries sort_rows(const char* op, const at::Tensor& index, const Excluded& excluded,
+                        const Batch& batch, const Tiling& tiling, int64_t parts, bool whole_tiles) {
   const int64_t tiles = tiling.tiles;
   const at::Tensor ends = scratch((batch.last_query - batch.first_query) * tiles * 4);
   auto* run_end = static_cast<uint32_t*>(ends.mutable_data_ptr());
   // a byte an entry: with more, writing to as many places as there are tiles takes three times as
   // long
   SortedEntries sorted = counting_sort<uint8_t>(
-      op, index, batch, tiling, parts, whole_tiles,
+      op, index, excluded, batch, tiling, parts, whole_tiles,
       [](int64_t, int64_t row) { return static_cast<uint8_t>(row); },
       [=](int64_t query, const int64_t* next) {
         for (int64_t i = 0; i < tiles; ++i)

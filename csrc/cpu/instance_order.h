@@ -5,6 +5,7 @@
 #include <vector>
 
 #include <ATen/core/Tensor.h>
+#include "../bank.h"
 
 namespace crrcd {
 
@@ -22,8 +23,8 @@ struct Batch {
   int64_t first_query, last_query, first, last;
 };
 
-// A batch's entries, sorted by tile, within a tile by query, and cut into parts of about the same
-// number of entries.
+// A batch's entries but for those that are excluded, sorted by tile, within a tile by query, and
+// cut into parts of about the same number of entries.
 struct SortedEntries {
   at::Tensor entries;
   at::Tensor run_end;               // scratch, uint32 [queries of the batch, tiles], of rows alone
@@ -36,12 +37,13 @@ struct SortedEntries {
 
 // Entries of 32 bits, query << shift | row within the tile. Parts begin with a tile when
 // whole_tiles.
-SortedEntries sort_entries(const char* op, const at::Tensor& index, const Batch& batch,
-                           const Tiling& tiling, int64_t parts, bool whole_tiles);
+SortedEntries sort_entries(const char* op, const at::Tensor& index, const Excluded& excluded,
+                           const Batch& batch, const Tiling& tiling, int64_t parts,
+                           bool whole_tiles);
 
 // Entries of 8 bits, the row within the tile, and where each query's end in each tile: the faster
 // where a query has several entries in a tile.
-SortedEntries sort_rows(const char* op, const at::Tensor& index, const Batch& batch,
-                        const Tiling& tiling, int64_t parts, bool whole_tiles);
+SortedEntries sort_rows(const char* op, const at::Tensor& index, const Excluded& excluded,
+                        const Batch& batch, const Tiling& tiling, int64_t parts, bool whole_tiles);
 
 }  // namespace crrcd

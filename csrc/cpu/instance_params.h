@@ -16,6 +16,9 @@ enum class Order : int {
   kBucketed = 2,  // the same sorted by tiles of the bank, each of which is read once
 };
 
+// Queries from which on shared negatives are multiplied in tile registers: fewer do not fill one.
+constexpr int64_t kLeastQueries = 16;
+
 // Matrices are row major, zero between true and padded size. Strides are in elements.
 template <typename T>
 struct InstanceParams {
@@ -60,6 +63,7 @@ struct InstanceParams {
   const int64_t* key_id = nullptr;       // [N], null: the row's position in the bank
   const int64_t* query_label = nullptr;  // [B]
   const int64_t* key_label = nullptr;    // [N]
+  Excluded excluded;
 
   const T* log_normalizer = nullptr;  // [ldB], in units of log 2 (kSoftmax)
 

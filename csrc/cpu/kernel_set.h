@@ -15,6 +15,7 @@
 #include "instance_params.h"
 #include "kernels.h"
 #include "relation_params.h"
+#include "similar_params.h"
 
 #define CRRCD_PRAGMA(x) _Pragma(#x)
 #ifdef CRRCD_TARGET
@@ -41,6 +42,7 @@ namespace {
 #include "relation_kernel.h"
 #include "pairwise_kernel.h"
 #include "instance_kernel.h"
+#include "similar_kernel.h"
 #include "difference_kernel.h"
 // clang-format on
 
@@ -66,6 +68,8 @@ const Kernels& kernels() {
       instance_scratch<double>,
       instance<float>,
       instance<double>,
+      similar<float>,
+      similar<double>,
       difference_scratch<float>,
       difference_scratch<double>,
       difference_pairs<float>,

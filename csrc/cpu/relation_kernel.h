@@ -80,7 +80,7 @@ size_t carve(const NceParams<T>& p, std::byte* base, ChunkScratch<T>& s) {
   Carver c{base};
   const int64_t tiles = p.tiles_per_chunk, m = p.tile, ld_m = odd_lines<T>(m);
   const bool key_side = p.need_key || p.need_anchor;
-  const bool masks = p.query_id != nullptr || p.query_label != nullptr;
+  const bool masks = p.query_id || p.query_label || p.excluded.bits;
   const bool direct = p.form == Form::kDirect;
   const bool transposed = p.need_query || p.need_weight;
   s.x = c.take<T>(tiles * m * p.ldH);
@@ -244,6 +244,22 @@ void gather_rows(const NceParams<T>& p, int64_t first, int64_t m, T* out, int64_
   for (int64_t n = 0; n < m; ++n) load_row<T>(p.bank, first + n, p.D, padded, out + n * ld);
 }
 
+// f(b, n) for each of queries b0 + b, b < count, and keys first + n, n < m, that is excluded; first
+// is a multiple of 32.
+template <typename F>
+CRRCD_INLINE void for_excluded(const Excluded& excluded, int64_t b0, int64_t count, int64_t first,
+                               int64_t m, const F& f) {
+  if (!excluded.bits) return;
+  for (int64_t b = 0; b < count; ++b) {
+    const uint32_t* words = excluded.bits + (b0 + b) * excluded.words + first / 32;
+    for (int64_t n = 0; n < m; n += 32) {
+      uint32_t bits = words[n / 32];
+      if (m - n < 32) bits &= (uint32_t(1) << (m - n)) - 1;
+      for (; bits; bits &= bits - 1) f(b, n + __builtin_ctz(bits));
+    }
+  }
+}
+
 // Keys of one tile: gather, project, transpose, masks. Returns 0, or NaN when a key is not finite,
 // which relu would otherwise hide.
 template <typename T>
@@ -288,6 +304,15 @@ T load_tile(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t t, int64_t 
     }
     s.masked[t] = any;
   }
+  T* keep = s.keep + t * p.tile * p.ldB;
+  const bool filled = p.query_id || p.query_label;
+  for_excluded(p.excluded, 0, p.B, first, m, [&](int64_t b, int64_t n) {
+    if (!filled && !s.masked[t])
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t j = 0; j < p.Bp; ++j) keep[i * p.ldB + j] = 1;
+    s.masked[t] = true;
+    keep[n * p.ldB + b] = 0;
+  });
   return horizontal_sum<T>(poison);
 }
 

@@ -111,6 +111,7 @@ class RelationNce {
       p.query_label = pointer<int64_t>(x.query_label);
       p.key_label = pointer<int64_t>(x.key_label);
     }
+    p.excluded = excluded_bits(x.excluded);
 
     weight_t_padded = padded(weight.t(), dtype, p.Hp, p.ldR);
     p.weight_t = pointer<T>(weight_t_padded);
@@ -377,8 +378,6 @@ NceResult relation_nce_cpu(const at::Tensor& query, const at::Tensor& positive,
       relation_arguments(query, positive, anchor, bank, weight, bias, scale, offset, index,
                          key_weight, anchor_id, query_id, key_id, query_label, key_label, excluded,
                          self_pairs, objective, need, /*with_half=*/false);
-  TORCH_CHECK_NOT_IMPLEMENTED(!x.excluded.defined(), "crrcd_ext.", kOp,
-                              ": excluded: backend cpu does not take it yet");
   if (x.index.defined()) check_rows(kOp, "index", x.index, x.N);
   if (x.dtype == at::kDouble) return RelationNce<double>(x, false).run();
   // "medium" allows bfloat16 products of float32 matrices everywhere else in torch, so here too

@@ -81,6 +81,7 @@ struct NceParams {
   const int64_t* key_id = nullptr;       // [N], null: the row's position in the bank
   const int64_t* query_label = nullptr;  // [B]
   const int64_t* key_label = nullptr;    // [N]
+  Excluded excluded;
 
   // InfoNCE, in units of log 2: read in the second sweep, written (per key part) in the first
   const T* log_normalizer = nullptr;  // [A, ldB]
@@ -134,6 +135,9 @@ struct InstanceParams;  // instance_params.h
 template <typename T>
 struct DifferenceParams;  // difference_params.h
 
+template <typename T>
+struct SimilarParams;  // similar_params.h
+
 // One instruction set's entry points.
 struct Kernels {
   const char* isa;
@@ -154,6 +158,8 @@ struct Kernels {
   size_t (*instance_scratch_f64)(const InstanceParams<double>&);
   void (*instance_f32)(const InstanceParams<float>&, int64_t part);
   void (*instance_f64)(const InstanceParams<double>&, int64_t part);
+  void (*similar_f32)(const SimilarParams<float>&, int64_t part);
+  void (*similar_f64)(const SimilarParams<double>&, int64_t part);
   size_t (*difference_scratch_f32)(const DifferenceParams<float>&);
   size_t (*difference_scratch_f64)(const DifferenceParams<double>&);
   void (*difference_pairs_f32)(const DifferenceParams<float>&, int64_t part);
