@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.problem import Problem
-from bench.steps import OPERATOR, Step, as_step, in_pieces
+from bench.steps import EXCLUDING, OPERATOR, SIMILAR, Step, as_step, in_pieces
 
 # name -> (how the keys are gone through, compiled). "checkpoint" recomputes a chunk in the backward
 # pass; "backward" runs each chunk's backward at once, which a loss that is a sum over keys permits.
@@ -120,11 +120,21 @@ def baseline_step(problem: Problem, name: str, dtype: str, chunk: int = 512) -> 
     return at_once
 
 
-def operator_step(problem: Problem, dtype: str, backend: str = "cpu") -> Step:
-    """A step of crrcd_ext.functional.relation_nce, under the same autocast as the baselines."""
+def operator_step(
+    problem: Problem, dtype: str, backend: str = "cpu", excluding: bool = False
+) -> Step:
+    """A step of crrcd_ext.functional.relation_nce, under the same autocast as the baselines;
+    ``excluding``: without negatives that are similar to rows that stand for the queries."""
     from crrcd_ext import functional
 
+    seen = problem.bank[: problem.query.shape[1]]
+
     def loss() -> torch.Tensor:
+        excluded = None
+        if excluding:
+            excluded = functional.similar_mask(
+                seen, problem.bank, problem.index, threshold=SIMILAR, backend=backend
+            )
         return functional.relation_nce(
             problem.query,
             problem.positive,
@@ -136,6 +146,7 @@ def operator_step(problem: Problem, dtype: str, backend: str = "cpu") -> Step:
             offset=problem.offset,
             index=problem.index,
             key_weight=problem.key_weight,
+            excluded=excluded,
             backend=backend,
         )
 
@@ -145,6 +156,6 @@ def operator_step(problem: Problem, dtype: str, backend: str = "cpu") -> Step:
 def make_step(
     problem: Problem, name: str, dtype: str, backend: str = "cpu", chunk: int = 512
 ) -> Step:
-    if name == OPERATOR:
-        return operator_step(problem, dtype, backend)
+    if name in (OPERATOR, EXCLUDING):
+        return operator_step(problem, dtype, backend, name == EXCLUDING)
     return baseline_step(problem, name, dtype, chunk)

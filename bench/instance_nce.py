@@ -24,7 +24,7 @@ from bench.measure import (
     RowSums,
 )
 from bench.report import Benchmark
-from bench.steps import OPERATOR, Step, as_step, in_pieces
+from bench.steps import EXCLUDING, OPERATOR, SIMILAR, Step, as_step, in_pieces
 
 BASELINES: dict[str, tuple[str, bool]] = {
     "public way": ("public", False),
@@ -116,22 +116,28 @@ def baseline_step(problem: Problem, name: str, objective: str, chunk: int) -> St
     return as_step(problem, loss)
 
 
-def operator_step(problem: Problem, objective: str, backend: str) -> Step:
+def operator_step(problem: Problem, objective: str, backend: str, excluding: bool) -> Step:
     from crrcd_ext import functional
 
-    return as_step(
-        problem,
-        lambda: functional.instance_nce(
+    def loss() -> torch.Tensor:
+        negatives = problem.bank, problem.index
+        excluded = None
+        if excluding:  # by the teacher's embeddings, which the bank has too
+            excluded = functional.similar_mask(
+                problem.positive, *negatives, threshold=SIMILAR, backend=backend
+            )
+        return functional.instance_nce(
             problem.query,
             problem.positive,
-            problem.bank,
-            problem.index,
+            *negatives,
             scale=problem.scale,
             offset=problem.offset,
+            excluded=excluded,
             objective=objective,
             backend=backend,
-        ),
-    )
+        )
+
+    return as_step(problem, loss)
 
 
 @dataclass(frozen=True)
@@ -151,8 +157,8 @@ class Case(embeddings.Case):
         return embeddings.make_problem(self.shape, self.negatives, self.dtype)
 
     def make_step(self, problem: Problem, name: str, backend: str, chunk: int) -> Step:
-        if name == OPERATOR:
-            return operator_step(problem, self.objective, backend)
+        if name in (OPERATOR, EXCLUDING):
+            return operator_step(problem, self.objective, backend, name == EXCLUDING)
         return baseline_step(problem, name, self.objective, chunk)
 
     def needed_bytes(self, name: str) -> int:
@@ -189,7 +195,8 @@ several queries. peak MB: highest resident memory of one step above that before 
 included, from a fresh process. differs: largest relative L2 distance of a gradient from the
 operator's. public way: positive and negatives gathered into [B, K + 1, D], batched product,
 exp and log, as in the public code of CRD; eager: gathered rows once (shared: one product of
-matrices), softplus or logsumexp."""
+matrices), softplus or logsumexp. crrcd_ext with similar_mask: negatives above a cosine of 0.2 with
+the positive, one of a hundred, are found and left out."""
 
 BENCHMARK = Benchmark(
     name="instance_nce",
@@ -208,7 +215,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         own=[1024, 4096, 16384],
         rows=[50_000, 2_000_000],
     )
-    suite.add_variant_arguments(parser, [OPERATOR, *BASELINES])
+    suite.add_variant_arguments(parser, [OPERATOR, EXCLUDING, *BASELINES])
 
 
 def main(options: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from bench.baselines import BASELINES, make_step
 from bench.measure import MM, Limit, MatrixProduct, Meter
 from bench.problem import GRADIENTS, Problem, Shape, make_problem
 from bench.report import Benchmark
-from bench.steps import Step
+from bench.steps import EXCLUDING, Step
 
 BASE = Shape()
 # Every other shape: one size at a time around BASE, then corners and the module's own default.
@@ -90,7 +90,8 @@ matrices of that dtype in the same round. peak MB: highest resident memory of on
 before it, gradients included, from a fresh process. differs: largest relative L2 distance of a
 gradient from the operator's. best usual: among eager, torch.compile and checkpointed chunks,
 compiled or not; best of all: with chunks whose backward runs at once, too. bfloat16: float32
-tensors under torch.autocast, for every variant."""
+tensors under torch.autocast, for every variant. crrcd_ext with similar_mask: negatives above a
+cosine of 0.2 with rows that stand for the queries, one of a hundred, are found and left out."""
 
 BENCHMARK = Benchmark(
     name="relation_nce",
@@ -118,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", nargs="+", choices=dtypes, default=dtypes)
     parser.add_argument("--grads", nargs="+", choices=list(GRADIENTS), default=list(GRADIENTS))
     suite.add_run_arguments(parser, unit="a shape")
-    suite.add_variant_arguments(parser, [suite.OPERATOR, *BASELINES])
+    suite.add_variant_arguments(parser, [suite.OPERATOR, EXCLUDING, *BASELINES])
 
 
 def main(options: argparse.Namespace) -> int:

@@ -191,6 +191,44 @@ def instance_shared(B: int, K: int, D: int, N: int, storage: str) -> Work:
 
 
 # ---------------------------------------------------------------------------------------------
+# similar_mask. csrc/cuda/similar.cuh
+
+SIMILAR_LAUNCHES = Launches(own=1)
+
+
+def similar_own(B: int, K: int, D: int, N: int, storage: str) -> Work:
+    """Each query's own rows: a warp for 32 of them, four at a time."""
+    entries, row = B * K, D * BYTES[storage]
+    ends = B * D * 4 + entries * 8 + entries / 8  # query; index; bits
+    named = N * -math.expm1(-entries / N)  # rows that are drawn at all
+    return Work(
+        bytes=entries * row + ends,
+        least_bytes=named * row + ends,
+        multiply_adds=entries * D,
+        launches=SIMILAR_LAUNCHES,
+        main_loops=(
+            MainLoop(rf"similar_own<float, {storage}>", passes=entries / 4 * math.ceil(D / 128)),
+        ),
+    )
+
+
+def similar_shared(B: int, K: int, D: int, storage: str) -> Work:
+    """All rows of a bank: tiles of 64 queries x 64 rows; a row is read once for all queries of a
+    tile."""
+    tiles = -(-B // 64)
+    row = D * BYTES[storage]
+    ends = B * D * 4 + B * K / 8  # query; bits
+    products = 64 * tiles * K * D
+    return Work(
+        bytes=tiles * K * row + ends,
+        least_bytes=K * row + ends,
+        multiply_adds=products,
+        launches=SIMILAR_LAUNCHES,
+        main_loops=(MainLoop(rf"similar_shared<float, {storage}>", multiply_adds=products),),
+    )
+
+
+# ---------------------------------------------------------------------------------------------
 # relation_nce, NCE, bfloat16, one panel of queries, H = R = 128. csrc/cuda/relation_logits.cuh
 
 
@@ -352,6 +390,22 @@ CASES: list[Case] = [
         for work in [instance_shared(64, 65536, 128, 2_000_000, storage)]
     ),
     *(
+        case
+        for storage in ("float", "bf16")
+        for case in (
+            Case(
+                "similar_mask",
+                f"own, B=64 K=16384 D=128 N=2,000,000, {storage} bank",
+                similar_own(64, 16384, 128, 2_000_000, storage),
+            ),
+            Case(
+                "similar_mask",
+                f"all rows, B=256 N=65536 D=128, {storage} bank",
+                similar_shared(256, 65536, 128, storage),
+            ),
+        )
+    ),
+    *(
         Case(
             "difference_nce",
             f"shared, A=B=64 K=16384 D=128, {operands}, gradient of the query",
@@ -384,6 +438,7 @@ SOURCES = {
     "relation": "relation_nce",
     "difference": "difference_nce",
     "instance": "instance_nce",
+    "similar": "similar_mask",
     "bank_update": "bank_update_",
 }
 """What the name of a file begins with -> the operator of its kernels; the longest one counts."""

@@ -14,6 +14,10 @@ Loss = Callable[[], torch.Tensor]
 Step = Callable[[], torch.Tensor]
 
 OPERATOR = "crrcd_ext"
+EXCLUDING = f"{OPERATOR} with similar_mask"
+"""The operator without negatives that are similar to their query, which it finds first."""
+SIMILAR = 0.2
+"""Cosine above which they are: one of a hundred random rows of 128 columns."""
 CHUNKS = (64, 128, 256, 512, 1024)
 
 

@@ -16,7 +16,7 @@ import torch
 from bench import machine
 from bench.measure import Copy, Limit, Meter, interleave, time_once
 from bench.memory import peak_extra_memory
-from bench.steps import CHUNKS, OPERATOR, Problem, Step
+from bench.steps import CHUNKS, EXCLUDING, OPERATOR, Problem, Step
 
 
 class Absent(RuntimeError):
@@ -106,7 +106,7 @@ class Case(ABC):
 
     def comparable(self, name: str) -> bool:
         """Whether the variant's gradients are to be those of the others."""
-        return True
+        return name != EXCLUDING
 
     def truth(self, problem: Problem, name: str) -> dict[str, torch.Tensor] | None:
         """The gradients that `name` must leave, where they are not those of the first variant."""
@@ -297,7 +297,9 @@ def best_baseline(result: dict, among: Iterable[str] | None = None) -> tuple[str
     times = {
         name: variant["times_operator"]
         for name, variant in result["variants"].items()
-        if name != OPERATOR and "times_operator" in variant and (among is None or name in among)
+        if not name.startswith(OPERATOR)
+        and "times_operator" in variant
+        and (among is None or name in among)
     }
     return min(times.items(), key=lambda item: item[1]) if times else None
 
@@ -408,7 +410,7 @@ def run(
         say(f"[{number}/{len(cases)}] {case}")
         result = run_case(
             case,
-            [name for name in options.variants if name == OPERATOR or name in case.baselines],
+            [n for n in options.variants if n.startswith(OPERATOR) or n in case.baselines],
             backend=backend_of(options),
             device=options.device,
             repeats=options.repeats,

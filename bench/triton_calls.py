@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from crrcd_ext import triton
+from crrcd_ext._schema import wide_dtype, words_of
 
 A = B = 64
 K = 16384
@@ -62,10 +63,12 @@ def _of(types: str) -> Iterator[Call]:
         return Call(operator, types, gradients, objective, run)
 
     pairs, vectors, bank = tensor(A, B, WIDTH), tensor(B, WIDTH), tensor(ROWS, WIDTH)
+    wide = vectors.to(wide_dtype(dtype))  # as similar_mask comes to the operator
     weight, bias = tensor(WIDTH, WIDTH), tensor(WIDTH)
     critic = torch.tensor(10.0), torch.tensor(math.log(K))
     shared, own, ids = drawn(K), drawn(B, K), drawn(B)
     masks = ids, ids, None, None, None, None
+    excluding = *masks[:-1], torch.randint(2**31, (B, words_of(K)), dtype=torch.int32)
     for objective in ("nce", "infonce"):
         for gradients, need in (("query", 1), ("all", 0b111111111)):
             yield call(
@@ -85,5 +88,21 @@ def _of(types: str) -> Iterator[Call]:
                     "instance_nce", gradients + negatives, objective, vectors, vectors, bank,
                     *critic, index, *masks[1:], objective, need,
                 )  # fmt: skip
+    # kernels that read bits of what is excluded
+    yield call(
+        "relation_nce", "all excluded", "nce", pairs, pairs, vectors, bank, weight, bias,
+        *critic, shared, weight, *excluding, False, "nce", 0b111111111,
+    )  # fmt: skip
+    yield call(
+        "difference_nce", "all own excluded", "nce", vectors, vectors, vectors, bank, *critic,
+        own, *excluding, False, 0.0, "nce", 0b111111,
+    )  # fmt: skip
+    for negatives, index in (("", shared), (" own", own)):
+        yield call(
+            "instance_nce", f"all{negatives} excluded", "nce", vectors, vectors, bank, *critic,
+            index, *excluding[1:], "nce", 0b11111,
+        )  # fmt: skip
+    for negatives, index in (("", None), ("own", own)):
+        yield call("similar_mask", negatives, "", wide, bank, index, 0.5)
     yield call("relation", "", "", vectors, vectors, weight, bias)
     yield call("bank_update_", "", "", bank, ids, vectors, 0.5, True)

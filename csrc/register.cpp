@@ -23,6 +23,7 @@
 #include "cuda/instance_nce.h"
 #include "cuda/relation.h"
 #include "cuda/relation_nce.h"
+#include "cuda/similar_mask.h"
 #endif
 
 // An operator, since what traces a call would leave out the numbers that a plain function writes.
@@ -59,6 +60,7 @@ TORCH_LIBRARY_IMPL(crrcd, CUDA, m) {
   m.impl("instance_nce_", crrcd::cuda::instance_nce_update);
   m.impl("difference_nce", crrcd::cuda::difference_nce);
   m.impl("difference_nce_", crrcd::cuda::difference_nce_update);
+  m.impl("similar_mask", crrcd::cuda::similar_mask);
   m.impl("bank_update_", crrcd::cuda::bank_update);
 }
 #endif

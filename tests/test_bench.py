@@ -17,7 +17,7 @@ from bench.measure import Copy, Exponentials, MatrixProduct, RowCopies, RowSums,
 from bench.memory import peak_extra_memory
 from bench.problem import GRADIENTS, Shape, make_problem
 from bench.relation_nce import Case as RelationCase
-from bench.steps import OPERATOR
+from bench.steps import EXCLUDING, OPERATOR
 from bench.suite import Absent, Patience, best_baseline, run_case
 from bench.table import markdown_table, terminal_table
 from crrcd_ext import _backend
@@ -251,6 +251,26 @@ def test_what_does_not_fit_is_left_out(small_meters, monkeypatch):
     result = run_case(case, variants, backend="reference", repeats=1, memory=False)
     assert result["variants"]["public way"] == {"skipped": "needs about 0 GB"}
     assert result["variants"][OPERATOR]["times_operator"] == 1
+
+
+@pytest.mark.parametrize("threshold", [0.2, -2.0])
+def test_similar_negatives_are_found_and_left_out(small_meters, monkeypatch, threshold):
+    monkeypatch.setattr("bench.instance_nce.SIMILAR", threshold)
+    monkeypatch.setattr("bench.baselines.SIMILAR", threshold)
+    relation = RelationCase(Shape(4, 5, 37, 8, 8, 8, 40), "float32", "query")
+    for case in (instance_nce.Case(INSTANCE, "own", "nce", "float32"), relation):
+        names = [OPERATOR, EXCLUDING]
+        plain, excluding = (
+            float(case.make_step(case.make_problem(), name, "reference", 0)()) for name in names
+        )
+        assert excluding < plain
+        if threshold < -1:  # all are: the positives are left
+            problem = case.make_problem()
+            cosine = (problem.query * problem.positive).sum(-1).detach()
+            logit = problem.scale * cosine - problem.offset
+            assert excluding == pytest.approx(float(torch.nn.functional.softplus(-logit).mean()))
+        found = run_case(case, names, backend="reference", repeats=1, memory=False)["variants"]
+        assert found[EXCLUDING]["times_operator"] > 0
 
 
 def test_what_would_take_too_long_is_left_out():

@@ -35,6 +35,14 @@ OBJECTIVES = ["nce", "infonce"]
 each_schedule = pytest.mark.parametrize("schedule, late", SCHEDULES)
 
 
+def excluding(case: dict, share: float = 0.3) -> dict:
+    """The case with some negatives of each query left out by their bits."""
+    negatives = len(case["bank"]) if case["index"] is None else case["index"].shape[-1]
+    g = torch.Generator().manual_seed(negatives)
+    drawn = torch.rand(case["query"].shape[-2], negatives, generator=g) < share
+    return case | {"excluded": functional.pack_bits(drawn)}
+
+
 def copied(case: dict) -> dict:
     """The case in new memory, which the checker knows."""
     return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in case.items()}
@@ -48,6 +56,7 @@ def copied(case: dict) -> dict:
 )
 def test_instance_nce_has_no_race_and_stays_in_bounds(sizes, index, objective, schedule, late):
     case = make_instance(*sizes, index=index, objective=objective, ids=True, labels=True)
+    case = excluding(case)
     true = truth(case)
     for storage, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
         with emulation(CHECKED, schedule, seed=3, late=late):
@@ -56,6 +65,27 @@ def test_instance_nce_has_no_race_and_stays_in_bounds(sizes, index, objective, s
             single = run(copied(rounded), CHECKED)
         assert_close(got, true, 1e-11)
         assert_close(single, truth(rounded), tolerance)
+
+
+@each_schedule
+@pytest.mark.parametrize("index", ["own", "shared", None])
+@pytest.mark.parametrize(
+    "sizes", [(5, 70, 17, 90), (67, 130, 36, 150), (3, 40, 200, 50), (2, 1, 1, 3)], ids=str
+)
+def test_similar_mask_has_no_race_and_stays_in_bounds(sizes, index, schedule, late):
+    case = make_instance(*sizes, index=index)
+    operands = {k: case[k] for k in ("query", "bank", "index")}
+    for dtype, storage, threshold in (  # below 0 lies what stands beyond the last row
+        (torch.float64, torch.float64, 0.1),
+        (torch.float32, torch.float32, -0.2),
+        (torch.float32, torch.bfloat16, 0.1),
+        (torch.float64, torch.float16, -0.2),
+    ):
+        given = cast(operands, dtype) | {"bank": case["bank"].to(storage)}
+        with emulation(CHECKED, schedule, seed=3, late=late):
+            got = functional.similar_mask(**copied(given), threshold=threshold, backend=CHECKED)
+        expected = functional.similar_mask(**given, threshold=threshold, backend="reference")
+        assert torch.equal(got, expected)
 
 
 @each_schedule
@@ -134,7 +164,7 @@ def test_relation_nce_has_no_race_and_stays_in_bounds(precision, objective, sche
     sizes = [(2, 5, 70, 17, 9, 11, 40), (3, 67, 33, 40, 24, 20, 50)]
     for A, B, K, H, R, D, N in sizes:
         case = make(A, B, K, H, R, D, N, ids=True, labels=True, objective=objective)
-        case = cast(settled(case), dtype)
+        case = cast(settled(excluding(case)), dtype)
         true, plain = truth(case), run(case, "reference")
         with emulated_gpu(setting), emulation(CHECKED, schedule, seed=7, late=late):
             got = run(copied(case), CHECKED)
@@ -278,6 +308,21 @@ def test_relation_nce_in_several_segments(precision, objective):
 
 
 @each_precision
+@pytest.mark.parametrize("index", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_relation_nce_excludes_by_the_place_among_all(precision, objective, index):
+    """Two panels of queries, three segments of keys; nothing else is masked."""
+    dtype, setting, tolerance = precision
+    case = excluding(make(2, 70, 300, 17, 9, 11, 350, index=index, objective=objective), 0.5)
+    case = cast(settled(case), dtype)
+    true, plain = truth(case), run(case, "reference")
+    assert abs(true["loss"] - truth(case | {"excluded": None})["loss"]) > 0.2
+    with emulated_gpu(setting), segments_of(128), emulation("simt"):
+        got = run(copied(case), "simt")
+    assert_close(got, true, tolerance, plain)
+
+
+@each_precision
 @pytest.mark.parametrize("keys, segment", [(150, 128), (300, 256)])
 def test_blocks_without_a_tile_leave_no_copy_under_way(precision, keys, segment):
     """The last segment has fewer tiles, of the logits' and of the keys' pass, than blocks."""
@@ -321,7 +366,7 @@ def test_difference_nce_has_no_race_and_stays_in_bounds(index, objective, schedu
     sizes = [(5, 6, 70, 17, 90), (70, queries, 40, 9, 50), (3, 2, 33, 70, 40)]
     for (dtype, tolerance), size in zip(DIFFERENCE_CLOSE.items(), sizes, strict=True):
         case = make_difference(*size, index=index, objective=objective, ids=True, labels=True)
-        case = cast(close_to_anchors(case), dtype)
+        case = cast(close_to_anchors(excluding(case)), dtype)
         plain = run(case, "reference", wanted=DIFFERENCE_WANTED)
         with emulation(CHECKED, schedule, seed=3, late=late):
             got = run(copied(case), CHECKED, wanted=DIFFERENCE_WANTED)
@@ -331,8 +376,9 @@ def test_difference_nce_has_no_race_and_stays_in_bounds(index, objective, schedu
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("index", ["own", "shared", None])
 def test_difference_nce_in_several_segments(index, objective):
-    case = make_difference(9, 11, 200, 20, 230, index=index, objective=objective, ids=True)
-    case = close_to_anchors(case)
+    queries = 11 if index == "own" else 70
+    case = make_difference(9, queries, 200, 20, 230, index=index, objective=objective, ids=True)
+    case = close_to_anchors(excluding(case))
     with segments_of(96), emulation("simt"):
         got = run(copied(case), "simt", wanted=DIFFERENCE_WANTED)
     assert_close(got, truth(case, wanted=DIFFERENCE_WANTED), 1e-10)
@@ -448,6 +494,19 @@ def test_a_row_outside_of_the_bank_is_trapped(index, dim, row):
         run(case, "simt")
 
 
+@pytest.mark.parametrize("index", ["own", "shared"])
+@pytest.mark.parametrize("row", [-1, 13, 1 << 40])
+def test_similar_mask_traps_a_row_outside_of_the_bank(index, row):
+    case = make_instance(index=index)
+    case["index"] = case["index"].clone()
+    case["index"].view(-1)[-1] = row
+    message = r"similar_mask: index: expected rows of the bank in \[0, N\)"
+    with pytest.raises(RuntimeError, match=message):
+        functional.similar_mask(
+            case["query"], case["bank"], case["index"], threshold=0.1, backend="simt"
+        )
+
+
 @pytest.mark.parametrize("row", [-1, 30])
 def test_an_update_outside_of_the_bank_is_trapped(row):
     message = r"bank_update_: index: expected rows of the bank in \[0, N\)"
@@ -467,7 +526,7 @@ def test_an_update_outside_of_the_bank_is_trapped(row):
 def test_rows_wider_than_a_block_holds(dim, objective, dtype):
     for keys, rows in ((1, 3), (100, 40)):  # one entry; several warps of them for each part
         case = make_instance(2, keys, dim, rows, objective=objective, ids=True, labels=True)
-        case = cast(case, dtype)
+        case = cast(excluding(case), dtype)
         tolerance = 1e-11 if dtype == torch.float64 else 2e-6
         assert_close(run(case, "simt"), truth(case), tolerance, run(case, "reference"))
 
@@ -475,7 +534,8 @@ def test_rows_wider_than_a_block_holds(dim, objective, dtype):
 @each_schedule
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_wide_rows_have_no_race_and_stay_in_bounds(objective, schedule, late):
-    case = cast(make_instance(1, 34, 4101, 5, objective=objective, ids=True), torch.float32)
+    case = excluding(make_instance(1, 34, 4101, 5, objective=objective, ids=True))
+    case = cast(case, torch.float32)
     true, plain = truth(case), run(case, "reference")
     with emulation(CHECKED, schedule, seed=19, late=late):
         got = run(copied(case), CHECKED)

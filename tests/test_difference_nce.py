@@ -15,11 +15,13 @@ from helpers.cases import (
     assert_within_budget,
     cast,
     distance,
+    is_excluded,
     make_difference,
     run,
     strided,
     truth,
     unit_rows,
+    without_excluded,
 )
 from helpers.emulated import EMULATED
 from helpers.interpreted import INTERPRETED
@@ -99,7 +101,9 @@ def loop_loss(case: dict) -> float:
             continue
         rows = range(len(bank)) if index is None else index
         logits = []
-        for n in rows[b] if index and isinstance(index[0], list) else rows:
+        for j, n in enumerate(rows[b] if index and isinstance(index[0], list) else rows):
+            if is_excluded(case, b, j):
+                continue
             name = n if key_id is None else key_id[n]
             if query_id is not None and name == query_id[b]:
                 continue
@@ -131,6 +135,7 @@ VARIANTS = {
     "ids with self pairs": {"ids": True, "self_pairs": True},
     "labels": {"labels": True},
     "ids and labels, square": {"A": 6, "ids": True, "labels": True},
+    "excluded": {"excluded": 0.3},
     "one of everything": {"A": 1, "B": 1, "K": 1, "D": 2, "N": 1, "self_pairs": True},
     "negative scale": {"scale": -4.0},
     "no scale": {"scale": 0.0},
@@ -427,7 +432,8 @@ def test_more_anchors_than_a_product_takes(backend, wanted):
 @backend_and("dtype", DTYPES, [torch.float32], BACKENDS)
 @indices
 def test_strided_inputs(backend, dtype, index):
-    case = cast(make_difference(5, 6, 21, 8, 30, ids=True, labels=True, index=index), dtype)
+    options = {"ids": True, "labels": True, "excluded": 0.2, "index": index}
+    case = cast(make_difference(5, 6, 40, 8, 30, **options), dtype)
     expected = run(case, backend, wanted=DIFFERENTIABLE)
     views = {k: strided(v) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
     leaves = {k: views[k].requires_grad_() for k in DIFFERENTIABLE}
@@ -458,6 +464,8 @@ MASKS = {
     "ids, self pairs kept": {"ids": True, "self_pairs": True},
     "labels": {"labels": True},
     "both": {"ids": True, "labels": True},
+    "excluded": {"excluded": 0.2},
+    "all": {"ids": True, "labels": True, "excluded": 0.2},
 }
 
 
@@ -516,6 +524,58 @@ def test_all_negatives_masked(backend, objective, index, dtype):
     assert got["bank"].eq(0).all()
     if objective == "infonce":
         assert all(abs(float(got[k].abs().max())) < 1e-5 for k in ("loss", "query", "scale"))
+
+
+@backend_and("K", [1, 31, 33, 150], [33], BACKENDS)
+@objectives
+@indices
+@pytest.mark.parametrize("options", [{}, {"ids": True, "labels": True}], ids=str)
+@pytest.mark.parametrize("share", [0.05, 0.9])
+def test_excluded_is_as_good_as_gone(backend, K, objective, index, options, share):
+    """Against calls of one query each without them; duplicates are excluded one by one."""
+    options = {**options, "objective": objective, "index": index, "excluded": share}
+    case = make_difference(4, 6, K, 5, 12, self_pairs=True, **options)
+    wanted = DIFFERENTIABLE
+    assert_close(run(case, backend, wanted=wanted), without_excluded(case, wanted), 1e-9)
+
+
+@backend_and("dtype", DTYPES, [torch.float32], BACKENDS)
+@objectives
+@indices
+def test_all_negatives_excluded(backend, objective, index, dtype):
+    case = make_difference(4, 6, 70, 5, 12, objective=objective, index=index, excluded=1.0)
+    case = cast(case, dtype)
+    assert_close_to_truth(case, backend, dtype, wanted=DIFFERENTIABLE)
+    got = run(case, backend, wanted=DIFFERENTIABLE)
+    assert got["bank"].eq(0).all()
+    if objective == "infonce":
+        assert all(abs(float(got[k].abs().max())) < 1e-5 for k in ("loss", "query", "scale"))
+    else:
+        assert float(got["loss"]) == pytest.approx(loop_loss(case), rel=CLOSE[dtype])
+
+
+@backends
+@indices
+def test_excluded_pairs_that_are_made_exactly(backend, index):
+    """Rows and queries close to an anchor, whose differences are taken one by one."""
+    case = make_difference(3, 6, 40, 5, 12, index=index, excluded=0.4, self_pairs=True)
+    case["bank"][2:6] = case["anchor"][1] + 1e-6 * case["bank"][2:6]
+    case["query"][3] = case["anchor"][2] + 1e-6 * case["query"][3]
+    expected = without_excluded(case, DIFFERENTIABLE)
+    assert_close(run(case, backend, wanted=DIFFERENTIABLE), expected, 1e-7)
+
+
+@backends
+@indices
+def test_excluded_beside_an_update(backend, index):
+    case = make_difference(3, 6, 40, 8, 30, index=index, excluded=0.3)
+    place, value = torch.tensor([3, 9, 3]), torch.ones(3, 8).double()
+    expected = float(functional.difference_nce(**case, backend=backend))
+    alone = case["bank"].clone()
+    functional.bank_update_(alone, place, value, momentum=0.5, backend=backend)
+    got = functional.difference_nce(**case, update=(place, value, 0.5), backend=backend)
+    assert float(got) == expected
+    assert torch.equal(case["bank"], alone)
 
 
 # ------------------------------------------------------------------------------ vanishing, extremes
@@ -802,7 +862,8 @@ class TestInstructionSets:
         _C.set_isa(isa)
         torch.set_num_threads(2)
         for sizes in ((5, 9, 140, 17, 150), (18, 3, 300, 33, 40)):
-            case = make_difference(*sizes, objective=objective, index=index, ids=True, labels=True)
+            options = {"ids": True, "labels": True, "excluded": 0.2, "index": index}
+            case = make_difference(*sizes, objective=objective, **options)
             case["bank"][:3] = case["anchor"][:3] + 1e-3
             case["query"][0] = case["anchor"][1] + 1e-3
             case = cast(case, dtype)
@@ -912,7 +973,7 @@ class TestOperators:
     @pytest.mark.parametrize("need", [0, 1, ALL])
     @pytest.mark.parametrize("index", INDICES)
     def test_opcheck(self, dtype, need, index):
-        options = {"index": index, "ids": index == "own", "eps": 1e-6}
+        options = {"index": index, "ids": index == "own", "eps": 1e-6, "excluded": 0.3}
         given = arguments(need, dtype, **options)
         torch.library.opcheck(torch.ops.crrcd.difference_nce.default, given)
 
@@ -955,7 +1016,8 @@ class TestTriton:
     @objectives
     @indices
     def test_several_slices_and_segments(self, monkeypatch, objective, index):
-        case = make_difference(2, 3, 150, 12, 90, objective=objective, index=index, ids=True)
+        options = {"objective": objective, "index": index, "ids": True, "excluded": 0.3}
+        case = make_difference(2, 3, 150, 12, 90, **options)
         expected = truth(case, wanted=DIFFERENTIABLE)
         monkeypatch.setattr(passes, "SEGMENT", 64)
         monkeypatch.setattr(own_keys, "MOST_BYTES", 64 * case["query"].numel() * 8)

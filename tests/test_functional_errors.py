@@ -96,6 +96,32 @@ NCE = [  # what is changed, error, the message after "crrcd_ext.relation_nce: "
         ValueError,
         "query_label: expected an int64 tensor beside key_label, got None",
     ),
+    (
+        {"excluded": torch.zeros(B, 1)},
+        TypeError,
+        "excluded: expected dtype int32, got float32",
+    ),
+    ({"excluded": [[0]]}, TypeError, "excluded: expected an int32 tensor, got list"),
+    (
+        {"excluded": torch.zeros(B, 2, dtype=torch.int32)},
+        ValueError,
+        "excluded: expected shape [B, ceil(K / 32)] = [6, 1], got [6, 2]",
+    ),
+    (
+        {"excluded": torch.zeros(B - 1, 1, dtype=torch.int32)},
+        ValueError,
+        "excluded: expected shape [B, ceil(K / 32)] = [6, 1], got [5, 1]",
+    ),
+    (
+        {"excluded": torch.zeros(B, dtype=torch.int32)},
+        ValueError,
+        "excluded: expected shape [B, ceil(K / 32)] = [6, 1], got [6]",
+    ),
+    (
+        {"index": None, "excluded": torch.zeros(B, 0, dtype=torch.int32)},
+        ValueError,
+        "excluded: expected shape [B, ceil(N / 32)] = [6, 1], got [6, 0]",
+    ),
     ({"query": None}, TypeError, "query: expected a tensor, got NoneType"),
     ({"anchor": [1.0]}, TypeError, "anchor: expected a tensor, got list"),
     (
@@ -282,6 +308,32 @@ INSTANCE = [  # what is changed, error, the message after "crrcd_ext.instance_nc
         "query_label: expected an int64 tensor beside key_label, got None",
     ),
     (
+        {"excluded": torch.zeros(B, 1)},
+        TypeError,
+        "excluded: expected dtype int32, got float32",
+    ),
+    ({"excluded": [[0]]}, TypeError, "excluded: expected an int32 tensor, got list"),
+    (
+        {"excluded": torch.zeros(B, 2, dtype=torch.int32)},
+        ValueError,
+        "excluded: expected shape [B, ceil(K / 32)] = [6, 1], got [6, 2]",
+    ),
+    (
+        {"excluded": torch.zeros(B - 1, 1, dtype=torch.int32)},
+        ValueError,
+        "excluded: expected shape [B, ceil(K / 32)] = [6, 1], got [5, 1]",
+    ),
+    (
+        {"excluded": torch.zeros(B, dtype=torch.int32)},
+        ValueError,
+        "excluded: expected shape [B, ceil(K / 32)] = [6, 1], got [6]",
+    ),
+    (
+        {"index": None, "excluded": torch.zeros(B, 0, dtype=torch.int32)},
+        ValueError,
+        "excluded: expected shape [B, ceil(N / 32)] = [6, 1], got [6, 0]",
+    ),
+    (
         {"positive": None},
         ValueError,
         "query_id: expected positions in the bank where positive is None, got None",
@@ -384,6 +436,32 @@ DIFFERENCE = [  # what is changed, error, the message after "crrcd_ext.differenc
         {"key_label": torch.arange(N)},
         ValueError,
         "query_label: expected an int64 tensor beside key_label, got None",
+    ),
+    (
+        {"excluded": torch.zeros(B, 1)},
+        TypeError,
+        "excluded: expected dtype int32, got float32",
+    ),
+    ({"excluded": [[0]]}, TypeError, "excluded: expected an int32 tensor, got list"),
+    (
+        {"excluded": torch.zeros(B, 2, dtype=torch.int32)},
+        ValueError,
+        "excluded: expected shape [B, ceil(K / 32)] = [6, 1], got [6, 2]",
+    ),
+    (
+        {"excluded": torch.zeros(B - 1, 1, dtype=torch.int32)},
+        ValueError,
+        "excluded: expected shape [B, ceil(K / 32)] = [6, 1], got [5, 1]",
+    ),
+    (
+        {"excluded": torch.zeros(B, dtype=torch.int32)},
+        ValueError,
+        "excluded: expected shape [B, ceil(K / 32)] = [6, 1], got [6]",
+    ),
+    (
+        {"index": None, "excluded": torch.zeros(B, 0, dtype=torch.int32)},
+        ValueError,
+        "excluded: expected shape [B, ceil(N / 32)] = [6, 1], got [6, 0]",
     ),
     ({"eps": -1e-6}, ValueError, "eps: expected a number of 0 or more, got -1e-06"),
     ({"eps": float("inf")}, ValueError, "eps: expected a number of 0 or more, got inf"),
@@ -538,9 +616,9 @@ def test_float16_operands(backend):
 
 
 LOSSES = {  # a case with every argument that is a tensor
-    "relation_nce": lambda: make(A, B, K, H, R, D, N, ids=True, labels=True),
-    "instance_nce": lambda: make_instance(B, K, D, N, ids=True, labels=True),
-    "difference_nce": lambda: make_difference(A, B, K, D, N, ids=True, labels=True),
+    "relation_nce": lambda: make(A, B, K, H, R, D, N, ids=True, labels=True, excluded=0.3),
+    "instance_nce": lambda: make_instance(B, K, D, N, ids=True, labels=True, excluded=0.3),
+    "difference_nce": lambda: make_difference(A, B, K, D, N, ids=True, labels=True, excluded=0.3),
 }
 
 
@@ -627,6 +705,8 @@ def test_operators_check_too(backend, change):
         {"query_id": torch.arange(5)},
         {"query_id": torch.arange(6), "key_id": torch.arange(12)},
         {"query_label": torch.arange(6).int(), "key_label": torch.arange(13)},
+        {"excluded": torch.zeros(6, 1, dtype=torch.int64)},
+        {"excluded": torch.zeros(6, 2, dtype=torch.int32)},
         {"objective": "softmax"},
     ],
 )

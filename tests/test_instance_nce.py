@@ -14,11 +14,14 @@ from helpers.cases import (
     assert_within_budget,
     cast,
     distance,
+    is_excluded,
+    make_excluded,
     make_instance,
     moved,
     run,
     strided,
     truth,
+    without_excluded,
 )
 from helpers.emulated import EMULATED
 from helpers.interpreted import INTERPRETED
@@ -109,7 +112,9 @@ def loop_loss(case: dict) -> float:
         if case["index"] is not None:
             rows = (case["index"] if case["index"].dim() == 1 else case["index"][b]).tolist()
         logits = []
-        for n in rows:
+        for j, n in enumerate(rows):
+            if is_excluded(case, b, j):
+                continue
             if ids["query_id"] is not None:
                 name = n if ids["key_id"] is None else ids["key_id"][n]
                 if name == ids["query_id"][b]:
@@ -133,6 +138,8 @@ VARIANTS = {
     "ids": {"ids": True},
     "labels": {"labels": True},
     "ids and labels": {"ids": True, "labels": True},
+    "excluded": {"excluded": 0.3},
+    "everything": {"ids": True, "labels": True, "excluded": 0.3},
     "no offset": {"offset": 0.0},
 }
 variants = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
@@ -337,9 +344,10 @@ def test_several_pieces(backend, objective, how, monkeypatch):
     monkeypatch.setattr(tile, "MOST_TILES", 2)
     for dim, rows in ((3, 200), (140, 300)):
         monkeypatch.setattr(instance_nce, "SEGMENT_BYTES", 8 * dim * rows)
-        case, runs = prepared(how, 3, 250, dim, 90, objective=objective, ids=True)
+        case, runs = prepared(how, 3, 250, dim, 90, objective=objective, ids=True, excluded=0.3)
         if case["index"] is not None:
             case["index"] = case["index"].repeat_interleave(3, -1)
+            case["excluded"] = make_excluded(3, 750, 0.3)
         assert_close(run(case, backend, **runs), run(case, "reference", **runs), 1e-11)
 
 
@@ -418,7 +426,7 @@ def test_empty(backend, objective, dtype, sizes, how):
 @pytest.mark.parametrize("dtype", DTYPES)
 @each_order(BACKENDS)
 def test_strided_inputs(backend, dtype, how):
-    case, runs = prepared(how, 5, 70, 16, 30, ids=True, labels=True)
+    case, runs = prepared(how, 5, 70, 16, 30, ids=True, labels=True, excluded=0.2)
     case = cast(case, dtype)
     expected = run(case, backend, **runs)
     names = [k for k in runs["wanted"] if case.get(k) is not None]
@@ -500,6 +508,71 @@ def test_all_negatives_masked(backend, objective, dtype, how):
         assert got["bank"].eq(0).all()
     if objective == "infonce":  # the positive alone is certain: nothing to learn
         assert all(abs(float(got[k].abs().max())) < 1e-5 for k in ("loss", "query", "scale"))
+
+
+# How many of a query's negatives are excluded: few, most, and all but those of a query or two.
+SHARES = [0.05, 0.9]
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("K", [1, 31, 32, 33, 150])
+@each_order(BACKENDS)
+def test_excluded_is_as_good_as_gone(backend, K, objective, share, how):
+    """Against calls of one query each without them; duplicates are excluded one by one."""
+    case, runs = prepared(how, 6, K, 8, 12, objective=objective, excluded=share)
+    assert_close(run(case, backend, **runs), without_excluded(case, **runs), 1e-10)
+    more, runs = prepared(
+        how, 6, K, 8, 12, objective=objective, excluded=share, ids=True, labels=True
+    )
+    assert_close(run(more, backend, **runs), without_excluded(more, **runs), 1e-10)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@each_order(BACKENDS)
+def test_excluded_of_several_blocks_of_queries(backend, objective, how):
+    case, runs = prepared(how, 130, 150, 8, 90, objective=objective, excluded=0.3)
+    assert_close(run(case, backend, **runs), truth(case, **runs), 1e-10)
+
+
+@pytest.mark.parametrize("scale, offset", [(0.0, 1.0), (-7.0, 0.5), (1e4, 9.7), (2.0, -1e6)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@each_order(BACKENDS)
+def test_excluded_at_any_scale(backend, dtype, scale, offset, how):
+    case, runs = prepared(how, 6, 70, 8, 12, scale=scale, offset=offset, excluded=0.3)
+    case = cast(case, dtype)
+    plain = run(case, "reference", **runs)
+    assert_close(run(case, backend, **runs), without_excluded(case, **runs), CLOSE[dtype], plain)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@each_order(BACKENDS)
+def test_all_negatives_excluded(backend, objective, dtype, how):
+    case, runs = prepared(how, 6, 70, 8, 12, objective=objective, excluded=1.0)
+    case = cast(case, dtype)
+    got = run(case, backend, **runs)
+    assert_close(got, truth(case, **runs), CLOSE[dtype], run(case, "reference", **runs))
+    if "bank" in got:
+        assert got["bank"].eq(0).all()
+    if objective == "infonce":
+        assert all(abs(float(got[k].abs().max())) < 1e-5 for k in ("loss", "query", "scale"))
+    else:
+        logit = case["scale"] * (case["query"] * case["positive"]).double().sum(-1) - case["offset"]
+        expected = float(torch.nn.functional.softplus(-logit).mean())
+        assert float(got["loss"]) == pytest.approx(expected, rel=CLOSE[dtype])
+
+
+@each_order(BACKENDS)
+def test_excluded_beside_an_update(backend, how):
+    case, _ = prepared(how, 6, 40, 8, 30, excluded=0.3)
+    index, value = torch.tensor([3, 9, 3]), torch.ones(3, 8).double()
+    expected = float(functional.instance_nce(**case, backend=backend))
+    alone = case["bank"].clone()
+    functional.bank_update_(alone, index, value, momentum=0.5, backend=backend)
+    got = functional.instance_nce(**case, update=(index, value, 0.5), backend=backend)
+    assert float(got) == expected
+    assert torch.equal(case["bank"], alone)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -658,7 +731,8 @@ def test_every_instruction_set(isa, objective, how):
     _C.set_isa(isa)
     for dtype in DTYPES:
         for dim in (64, 37):
-            case, runs = prepared(how, 9, 150, dim, 90, objective=objective, ids=True)
+            options = {"objective": objective, "ids": True, "excluded": 0.2}
+            case, runs = prepared(how, 9, 150, dim, 90, **options)
             low = cast(case, dtype)
             if dtype == torch.float64:
                 assert_close(run(low, "cpu", **runs), truth(low, **runs), 1e-11)
@@ -854,7 +928,12 @@ class TestOpcheck:
     @pytest.mark.parametrize("need", [0, 1, 31])
     @pytest.mark.parametrize(
         "options",
-        [{}, {"index": "shared", "objective": "infonce"}, {"index": None, "ids": True}],
+        [
+            {},
+            {"index": "shared", "objective": "infonce"},
+            {"index": None, "ids": True},
+            {"excluded": 0.3},
+        ],
         ids=str,
     )
     def test_instance_nce(self, dtype, need, options):

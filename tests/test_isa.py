@@ -93,7 +93,8 @@ class TestChoice:
 def test_error_budget(isa, dtype, objective, wanted, shape):
     _C.set_isa(isa)
     sizes = dict(zip("ABKHRD", shape, strict=True), N=400)
-    cases = [make(**sizes, objective=objective, ids=True, seed=seed) for seed in range(3)]
+    options = {"objective": objective, "ids": True, "excluded": 0.1}
+    cases = [make(**sizes, **options, seed=seed) for seed in range(3)]
     assert_within_budget(cases, "cpu", dtype, wanted=wanted)
 
 
@@ -186,7 +187,7 @@ def test_bits_repeat(isa):
 def test_poisoned_scratch(isa, dtype, objective, shape):
     """Scratch memory full of NaN must not show anywhere."""
     _C.set_isa(isa)
-    case = cast(make(*shape, objective=objective, ids=True), dtype)
+    case = cast(make(*shape, objective=objective, ids=True, excluded=0.2), dtype)
     for wanted in (DIFFERENTIABLE, ("query",), ("weight",), ("bank",), ("anchor", "key_weight")):
         expected = run(case, "cpu", wanted=wanted)
         _C.set_poison(True)

@@ -86,6 +86,20 @@ def test_instance_nce(index, bank):
     assert found == static_model.INSTANCE_LAUNCHES
 
 
+@pytest.mark.parametrize("index", ["own", "shared", None])
+@pytest.mark.parametrize("bank", [torch.float32, torch.bfloat16])
+def test_similar_mask(index, bank):
+    case = cast(make_instance(4, 600, 16, 700, index=index), torch.float32)
+    operands = case["query"], case["bank"].to(bank), case["index"]
+    emulator = emulated.library("simt")
+    emulator.launched()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        functional.similar_mask(*operands, threshold=0.1, backend="simt")
+    of_torch = launching(e for e in profiled.events() if e.cpu_parent is None)
+    found = Launches(len(of_torch), len(emulator.launched()))
+    assert found == static_model.SIMILAR_LAUNCHES
+
+
 @pytest.mark.parametrize("operands", ["float", "bf16"])
 def test_difference_nce(operands):
     dtype = {"float": torch.float32, "bf16": torch.bfloat16}[operands]

@@ -77,6 +77,7 @@ class TestOpcheck:
             {},
             {"bias": False, "key_weight": False, "objective": "infonce"},
             {"index": False, "ids": True, "labels": True},
+            {"excluded": 0.3},
         ],
         ids=str,
     )

@@ -15,12 +15,14 @@ from helpers.cases import (
     assert_within_budget,
     cast,
     distance,
+    is_excluded,
     make,
     moved,
     run,
     strided,
     truth,
     unit_rows,
+    without_excluded,
 )
 from helpers.emulated import EMULATED
 from helpers.interpreted import INTERPRETED
@@ -74,7 +76,9 @@ def loop_loss(case: dict) -> float:
                 continue
         positive_logit = scale * dot(query[a][b], positive[a][b]) - offset
         logits = []
-        for n in rows:
+        for j, n in enumerate(rows):
+            if is_excluded(case, b, j):
+                continue
             if ids["query_id"] is not None:
                 name = n if ids["key_id"] is None else ids["key_id"][n]
                 if name == ids["query_id"][b]:
@@ -106,6 +110,8 @@ VARIANTS = {
     "ids with self pairs": {"ids": True, "self_pairs": True},
     "labels": {"labels": True},
     "ids and labels, square": {"A": 6, "ids": True, "labels": True},
+    "excluded": {"excluded": 0.3},
+    "excluded of the whole bank, square": {"A": 6, "index": False, "excluded": 0.3},
     "no offset": {"offset": 0.0},
     "one of everything": {"A": 1, "B": 1, "K": 1, "H": 1, "R": 2, "D": 1, "N": 1, "self_pairs": 1},
 }
@@ -382,7 +388,8 @@ def test_many_negatives(backend, objective):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("index", [True, False])
 def test_strided_inputs(backend, dtype, index):
-    case = cast(make(5, 6, 21, 9, 10, 8, 30, ids=True, labels=True, index=index), dtype)
+    options = {"ids": True, "labels": True, "excluded": 0.2, "index": index}
+    case = cast(make(5, 6, 40, 9, 10, 8, 30, **options), dtype)
     views = {k: strided(v) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
     expected = run(case, backend)
     leaves = {k: views[k].requires_grad_() for k in DIFFERENTIABLE}
@@ -408,6 +415,8 @@ MASKS = {
     "ids, self pairs kept": {"ids": True, "self_pairs": True},
     "labels": {"labels": True},
     "both": {"ids": True, "labels": True},
+    "excluded": {"excluded": 0.2},
+    "all": {"ids": True, "labels": True, "excluded": 0.2},
 }
 
 
@@ -469,6 +478,58 @@ def test_all_negatives_masked(backend, objective, dtype):
     if objective == "infonce":
         # The positive alone is certain: nothing to learn.
         assert all(abs(float(got[k].abs().max())) < 1e-5 for k in ("loss", "query", "scale"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("K", [1, 31, 33, 150])
+@pytest.mark.parametrize("options", [{}, {"index": False}, {"ids": True, "labels": True}], ids=str)
+@pytest.mark.parametrize("share", [0.05, 0.9])
+def test_excluded_is_as_good_as_gone(backend, K, objective, options, share):
+    """Against calls of one query each without them."""
+    case = make(4, 6, K, 7, 8, 5, 12, objective=objective, excluded=share, **options)
+    case["self_pairs"] = True
+    assert_close(run(case, backend), without_excluded(case), 1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_negatives_excluded(backend, objective, dtype):
+    case = cast(make(4, 6, 70, 7, 8, 5, 12, objective=objective, excluded=1.0), dtype)
+    got = run(case, backend)
+    assert_close(got, truth(case), CLOSE[dtype], run(case, "reference"))
+    for k in ("anchor", "bank", "key_weight", "weight", "bias"):
+        assert got[k].eq(0).all(), k
+    if objective == "infonce":
+        assert all(abs(float(got[k].abs().max())) < 1e-5 for k in ("loss", "query", "scale"))
+    else:
+        logit = case["scale"] * (case["query"] * case["positive"]).double().sum(-1) - case["offset"]
+        expected = float(torch.nn.functional.softplus(-logit).mean())
+        assert float(got["loss"]) == pytest.approx(expected, rel=CLOSE[dtype])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="about interpreted kernels")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index", [True, False])
+def test_excluded_in_several_segments(dtype, index, monkeypatch):
+    """Two blocks of queries, three segments of keys."""
+    monkeypatch.setattr("crrcd_ext.triton.passes.SEGMENT", 64)
+    case = cast(make(2, 70, 150, 7, 8, 5, 90, index=index, excluded=0.5), dtype)
+    plain = run(case, "reference")
+    assert_close(run(case, "triton"), truth(case), CLOSE[dtype], plain)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_excluded_beside_an_update(backend):
+    case = make(4, 6, 40, 7, 8, 5, 12, excluded=0.3)
+    index, value = torch.tensor([3, 9, 3]), torch.ones(3, 5).double()
+    expected = float(functional.relation_nce(**case, backend=backend))
+    alone = case["bank"].clone()
+    functional.bank_update_(alone, index, value, momentum=0.5, backend=backend)
+    got = functional.relation_nce(**case, update=(index, value, 0.5), backend=backend)
+    assert float(got) == expected
+    assert torch.equal(case["bank"], alone)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -41,7 +41,11 @@ PRECISIONS = {
 """Type of the operands, and torch's setting for products of float32."""
 TINY = {"bf16": 2.0**-7, "fp16": 2.0**-9, "tf32": 2.0**-8, "f32": 1e-5, "f64": 1e-11}
 """A result may miss by this and twice what plain PyTorch misses by."""
+EXACT = 1e-12
+"""Where no bit may differ."""
 QUERY = ("query",)
+SIMILAR = 1.5
+"""Threshold of similar_mask, which some products are equal to."""
 REPEATS = 20
 
 
@@ -54,9 +58,11 @@ class Case:
     gradients: str = ""
     objective: str = ""
     negatives: str = ""
+    masks: str = ""
 
     def __str__(self) -> str:
         words = self.operator, self.precision, self.gradients, self.objective, self.negatives
+        words += (self.masks,)
         return " ".join(word for word in words if word)
 
 
@@ -65,6 +71,10 @@ def all_cases(operator: str) -> Iterator[Case]:
         if operator == "bank_update_":
             yield Case(operator, precision)
             continue
+        if operator == "similar_mask":
+            for negatives in ("shared", "own"):
+                yield Case(operator, precision, negatives=negatives)
+            continue
         for gradients in ("query", "all"):
             if operator == "relation":
                 yield Case(operator, precision, gradients)
@@ -72,11 +82,23 @@ def all_cases(operator: str) -> Iterator[Case]:
             kinds = ("shared",) if operator == "relation_nce" else ("shared", "own")
             for objective, negatives in product(("nce", "infonce"), kinds):
                 yield Case(operator, precision, gradients, objective, negatives)
+                if gradients == "all" and objective == "nce" and precision in ("bf16", "f32"):
+                    yield Case(operator, precision, gradients, objective, negatives, "excluded")
 
 
 def inputs(case: Case, small: bool) -> dict:
     """Keyword arguments. Sizes are no multiples of a tile; the large ones are several waves of
     blocks on 132 multiprocessors."""
+    given = operands(case, small)
+    if case.masks == "excluded":
+        negatives = given["index"].shape[-1]
+        g = torch.Generator().manual_seed(1)
+        drawn = torch.rand(given["query"].shape[-2], negatives, generator=g) < 0.3
+        given["excluded"] = functional.pack_bits(drawn)
+    return given
+
+
+def operands(case: Case, small: bool) -> dict:
     common = {"ids": True, "labels": True, "scale": 10.0}
     if case.operator == "relation_nce":
         sizes = (4, 6, 70, 24, 20, 18, 50) if small else (24, 80, 6007, 128, 128, 128, 9001)
@@ -96,6 +118,21 @@ def inputs(case: Case, small: bool) -> dict:
         options = {"index": case.negatives, "objective": case.objective, "offset": 8.7}
         return cases.make_instance(*sizes, **options, **common)
     g = torch.Generator().manual_seed(0)
+    if case.operator == "similar_mask":
+        if case.negatives == "own":
+            B, K, D, N = (6, 40, 20, 50) if small else (200, 2003, 128, 9001)
+        else:
+            B, K, D, N = (6, 70, 20, 50) if small else (300, 20011, 128, 30011)
+
+        def integers(most: int, *shape: int) -> Tensor:
+            return torch.randint(-most, most + 1, shape, generator=g).double()
+
+        # Exact in float32, whatever the order of sums, and not in tf32.
+        return {
+            "query": integers(2**13 - 1, B, D) / 2**13,
+            "bank": integers(7, N, D) / 8,
+            "index": torch.randint(N, (B, K) if case.negatives == "own" else (K,), generator=g),
+        }
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g, dtype=torch.float64)
@@ -129,6 +166,9 @@ def call(case: Case, given: dict, backend: str) -> dict[str, Tensor]:
         rest = {k: v for k, v in given.items() if k != "bank"}
         functional.bank_update_(bank, **rest, momentum=0.5, backend=backend)
         return {"bank": bank}
+    if case.operator == "similar_mask":
+        bits = functional.similar_mask(**given, threshold=SIMILAR, backend=backend)
+        return {"bits": functional.unpack_bits(bits, given["index"].shape[-1]).double()}
     if case.operator == "relation":
         wanted = list(given) if case.gradients == "all" else ["sample"]
         leaves = {k: given[k].detach().clone().requires_grad_() for k in wanted}
@@ -192,7 +232,8 @@ def check(case: Case, backend: str, device: str, small: bool) -> dict[str, objec
     again = errors(first, true)
     got = {k: max(got[k], again[k]) for k in got}
     usual = {k: x if x < 1 else 0.0 for k, x in plain.items()}  # fp16 of plain PyTorch overflows
-    allowed = {k: 2 * usual[k] + TINY[case.precision] for k in got}
+    tiny = EXACT if case.operator == "similar_mask" else TINY[case.precision]
+    allowed = {k: 2 * usual[k] + tiny for k in got}
     worst = max(got, key=lambda k: got[k] / allowed[k])
     return {
         "ok": got[worst] <= allowed[worst] and different == 0,

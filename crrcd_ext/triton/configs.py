@@ -100,11 +100,25 @@ DEFAULTS: dict[str, dict[str, Config]] = {
         "bfloat16": Config(32, 8),
         "tf32": Config(32, 8, 1),
     },
+    "shared_excluded": {  # with bits of what is excluded, which take registers too
+        "bfloat16": Config(32, 8),
+        "tf32": Config(32, 8, 1),
+        "float32": Config(32, 8, queries=16, registers=112),
+        "float64": Config(16, 4, 1, queries=16, features=32),
+    },
     "shared_rows": {
         "bfloat16": Config(64, 4),
         "tf32": Config(32, 8, 1),
         "float32": Config(32, 8, 1, queries=32),
         "float64": Config(16, 4, 1, queries=16, features=32),
+    },
+    "similar": {  # keys by words of 32, as similar_own
+        "float32": Config(64, 8, 1, features=32),
+        "float64": Config(32, 4, 1, queries=16, features=32),
+    },
+    "similar_own": {
+        "float32": Config(32, 4),
+        "float64": Config(32, 4, features=64),
     },
     "own": {  # keys of 128 columns
         "interpreter": Config(64, 4, 1),

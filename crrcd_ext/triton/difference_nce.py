@@ -66,10 +66,6 @@ def difference_nce_(
 ) -> tuple[Tensor, ...]:
     """``crrcd_triton::difference_nce_``, and without ``update`` the operator that changes
     nothing."""
-    if excluded is not None:
-        raise NotImplementedError(
-            "crrcd_ext.difference_nce: excluded: backend triton does not take it yet"
-        )
     bank_rows.check("difference_nce", "index", index, bank)
     if update:
         bank_rows.check("difference_nce", "update index", update[0], bank)
@@ -79,14 +75,13 @@ def difference_nce_(
     u, v = directions(query, anchor, eps), directions(positive, anchor, eps)
     pairs = kept_pairs(anchor, u.unit, anchor_id, query_id, self_pairs)
     pairs = pairs & u.alive & v.alive
-    masks = (anchor_id, query_id, key_id, query_label, key_label)
     options = {
         "types": launch.precision(query.dtype),
         "anchor": anchor.contiguous(),
         "bank": bank,
         "scale": scale,
         "offset": offset,
-        "masks": Masks(pairs, *(x if x is None else x.contiguous() for x in masks)),
+        "masks": Masks(pairs, anchor_id, query_id, key_id, query_label, key_label, excluded),
         "eps": eps,
         "wants_query": bool(need & (QUERY | ANCHOR)),
         "wants_critic": bool(need & (SCALE | OFFSET)),

@@ -12,7 +12,7 @@ from crrcd_ext._schema import wide_dtype
 from crrcd_ext.triton import bank_rows, critic, launch
 from crrcd_ext.triton.kernels import instance as kernels
 from crrcd_ext.triton.kernels import tile
-from crrcd_ext.triton.passes import INFONCE, LN2, NCE, NORMALISER, shifts
+from crrcd_ext.triton.passes import INFONCE, LN2, NCE, NORMALISER, Masks, shifts
 
 QUERY, POSITIVE, BANK, SCALE, OFFSET = (1 << n for n in range(5))
 
@@ -42,10 +42,6 @@ def instance_nce_(
     *update,
 ) -> tuple[Tensor, ...]:
     """``crrcd_triton::instance_nce_``, and without ``update`` the operator that changes nothing."""
-    if excluded is not None:
-        raise NotImplementedError(
-            "crrcd_ext.instance_nce: excluded: backend triton does not take it yet"
-        )
     bank_rows.check("instance_nce", "index", index, bank)
     if update:
         bank_rows.check("instance_nce", "update index", update[0], bank)
@@ -53,9 +49,9 @@ def instance_nce_(
     wide = wide_dtype(query.dtype)
     scale, offset = (critic.number(x, query.device) for x in (scale, offset))
     own = index is not None and index.dim() == 2
-    masks = (query_id, key_id, query_label, key_label)
     pairs = torch.ones(len(query), dtype=torch.bool, device=query.device)
-    negatives = (Own if own else Shared)(query, bank, index, scale, offset, pairs, masks, need)
+    masks = Masks(pairs, None, query_id, key_id, query_label, key_label, excluded)
+    negatives = (Own if own else Shared)(query, bank, index, scale, offset, masks, need)
     q, p = query.to(wide), positive.to(wide)
     cosine = (q * p).sum(-1)
     gradients = bool(need & ~POSITIVE)
@@ -91,24 +87,19 @@ class Negatives:
         index: Tensor | None,
         scale: Tensor,
         offset: Tensor,
-        pairs: Tensor,
-        masks: tuple,
+        masks: Masks,
         need: int,
     ) -> None:
         self.query, self.bank, self.index = query.contiguous(), bank_rows.with_units(bank), index
-        self.scale, self.offset, self.pairs = scale, offset, pairs
-        self.masks = tuple(x if x is None else x.contiguous() for x in masks)
+        self.scale, self.offset, self.masks = scale, offset, masks
         self.wants_query, self.wants_bank = bool(need & QUERY), bool(need & BANK)
         self.wants_critic = bool(need & (SCALE | OFFSET))
         self.B, self.D = query.shape
         self.keys = len(bank) if index is None else index.shape[-1]
         self.types = launch.precision(query.dtype)
         self.wide, self.device = wide_dtype(query.dtype), query.device
-        query_id, key_id, query_label, _ = self.masks
         self.constants = {
-            "ID": query_id is not None,
-            "NAMED": key_id is not None,
-            "LABEL": query_label is not None,
+            **masks.constants,
             "WIDE": launch.TYPES[self.wide],
             "FAST": self.types.fast,
         }
@@ -138,7 +129,7 @@ class Negatives:
         raise NotImplementedError
 
     def _beta(self, normaliser: Tensor | None) -> Tensor:
-        return shifts(self.offset, self.pairs, normaliser, self.wide)
+        return shifts(self.offset, self.masks.pairs, normaliser, self.wide)
 
     def _columns(self, BD: int) -> dict:
         return {"WHOLE": self.D % BD == 0, "ND": launch.blocks(self.D, BD), "BD": BD}
@@ -193,6 +184,8 @@ class Shared(Negatives):
     def _sweep(self, mode: int, normaliser: Tensor | None) -> dict[str, Tensor]:
         wide = self.D > 128 or self.bank.element_size() > self.query.element_size()
         name = "shared_wide" if wide and self.types.tensor_cores else "shared"
+        if self.masks.excluded is not None:
+            name = "shared_excluded"
         chosen, constants = self._prepared(name)
         query = self.wants_query and mode != NORMALISER
         blocks = -(-self.B // constants["BB"])
@@ -209,7 +202,7 @@ class Shared(Negatives):
             self._index(),
             self.scale,
             self._beta(normaliser),
-            *self.masks,
+            *self.masks.arguments,
             *parts.values(),
             self.B,
             self.D,
@@ -246,7 +239,7 @@ class Shared(Negatives):
                 index,
                 self.scale,
                 beta,
-                *self.masks,
+                *self.masks.arguments,
                 d_rows,
                 self.B,
                 self.D,
@@ -293,7 +286,7 @@ class Own(Negatives):
             *self._addresses,
             self.scale,
             self._beta(normaliser),
-            *self.masks,
+            *self.masks.arguments,
             *parts.values(),
             slopes,
             self.B,

@@ -37,7 +37,8 @@ NCE, NORMALISER, INFONCE = (m.value for m in (tile.NCE, tile.NORMALISER, tile.IN
 
 @dataclass
 class Masks:
-    """What is no negative: pairs that count, bool [A, B], and the operators' ids and labels."""
+    """What is no negative: pairs that count, bool [A, B], and the operators' ids, labels and bits
+    of what is excluded."""
 
     pairs: Tensor
     anchor_id: Tensor | None
@@ -45,10 +46,28 @@ class Masks:
     key_id: Tensor | None
     query_label: Tensor | None
     key_label: Tensor | None
+    excluded: Tensor | None
+
+    def __post_init__(self) -> None:
+        for name, x in vars(self).items():
+            setattr(self, name, None if x is None else x.contiguous())
 
     @property
-    def tensors(self) -> tuple:
-        return (self.anchor_id, self.query_id, self.key_id, self.query_label, self.key_label)
+    def arguments(self) -> tuple:
+        """What kernels ask of a query and a key."""
+        words = 0 if self.excluded is None else self.excluded.shape[1]
+        ids = self.query_id, self.key_id, self.query_label, self.key_label
+        return (*ids, self.excluded, words)
+
+    @property
+    def constants(self) -> dict:
+        """Which of them there are."""
+        return {
+            "ID": self.query_id is not None,
+            "NAMED": self.key_id is not None,
+            "LABEL": self.query_label is not None,
+            "EXCLUDED": self.excluded is not None,
+        }
 
 
 def shifts(offset: Tensor, pairs: Tensor, normaliser: Tensor | None, wide: torch.dtype) -> Tensor:
@@ -234,7 +253,7 @@ class Passes:
             (tiles,),
             Config(tile_keys, warps=4, stages=1),
             self.index,
-            *self.masks.tensors[1:],
+            *self.masks.arguments,
             bits,
             flags,
             self.sizes[1],
@@ -242,10 +261,8 @@ class Passes:
             first,
             keys,
             INDEXED=self.index is not None,
-            ID=self.masks.query_id is not None,
-            NAMED=self.masks.key_id is not None,
-            LABEL=self.masks.query_label is not None,
             BN=tile_keys,
+            **self.masks.constants,
         )
         return flags, bits, words
 

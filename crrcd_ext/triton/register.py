@@ -18,6 +18,7 @@ MODULES = {
     "difference_nce_": "difference_nce",
     "instance_nce": "instance_nce",
     "instance_nce_": "instance_nce",
+    "similar_mask": "similar_mask",
     "bank_update_": "bank_update",
 }
 """Operators and the modules of this package that have functions of their names."""

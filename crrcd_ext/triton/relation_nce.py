@@ -42,10 +42,6 @@ def relation_nce_(
     *update,
 ) -> tuple[Tensor, ...]:
     """``crrcd_triton::relation_nce_``, and without ``update`` the operator that changes nothing."""
-    if excluded is not None:
-        raise NotImplementedError(
-            "crrcd_ext.relation_nce: excluded: backend triton does not take it yet"
-        )
     bank_rows.check("relation_nce", "index", index, bank)
     if update:
         bank_rows.check("relation_nce", "update index", update[0], bank)
@@ -79,10 +75,7 @@ def relation_nce_(
         _contiguous(index),
         scale,
         offset,
-        Masks(
-            pairs,
-            *map(_contiguous, (anchor_id, query_id, key_id, query_label, key_label)),
-        ),
+        Masks(pairs, anchor_id, query_id, key_id, query_label, key_label, excluded),
         weight=weight.contiguous(),
         bias=_contiguous(bias),
         key_weight=_contiguous(key_weight),

@@ -376,7 +376,7 @@ __global__ void __launch_bounds__(kDifferenceThreads, blocks_of_difference<kPrec
       const int64_t entry = (kOwn ? b0 * p.count : 0) + k0;
       uint64_t* const near_key =
           kOwn || group == 0 ? p.near_key + anchor_chunk * entries + entry : nullptr;
-      const bool masked = leave_out<kOwn>(p, s, a0, b0, count, near_key);
+      const bool masked = leave_out<kOwn>(p, s, a0, b0, p.first + k0, count, near_key);
       const bool fresh = tile == begin && !p.accumulate;
       LogitSums<T> sums;
       if constexpr (kOwn)

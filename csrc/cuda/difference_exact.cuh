@@ -91,10 +91,11 @@ __global__ void __launch_bounds__(kDifferenceThreads, 1) difference_exact(Differ
   T* const d_anchor = p.d_anchor + (p.groups * p.chunks + block) * p.A * p.D;
   double total[3] = {};  // loss, g, g cosine
 
-  // one candidate a thread: pairs with this entry's key
-  const auto work_off = [&](int64_t entry, int64_t row, bool wanted, int64_t a, int64_t b) {
-    wanted = wanted && p.offset[b * p.Ap + a] > T(kLeftOutLogit) && is_negative(p, b, row) &&
-             !is_anchors_own(p, a, row);
+  // one candidate a thread: pairs with this entry's key, negative k of the segment
+  const auto work_off = [&](int64_t entry, int64_t k, int64_t row, bool wanted, int64_t a,
+                            int64_t b) {
+    wanted = wanted && p.offset[b * p.Ap + a] > T(kLeftOutLogit) &&
+             is_negative(p, b, row, p.first + k) && !is_anchors_own(p, a, row);
     int count = 0;
     const int place = place_in_list(wanted, s.of_warps, count);
     if (count == 0) return;
@@ -180,7 +181,7 @@ __global__ void __launch_bounds__(kDifferenceThreads, 1) difference_exact(Differ
         const int64_t at = i < near_last ? p.near_pair[i] : 0, b = at / p.Ap, a = at % p.Ap;
         const uint64_t word = p.near_key[a / kDifferenceChunk<T> * entries + entry];
         const bool near_key_too = word >> a % kDifferenceChunk<T> & 1;  // its turn comes below
-        work_off(entry, row, i < near_last && !near_key_too, a, b);
+        work_off(entry, k, row, i < near_last && !near_key_too, a, b);
       }
       for (int64_t i = 0; i < words; ++i)
         for (uint64_t word = p.near_key[i * entries + entry]; word != 0; word &= word - 1) {
@@ -189,7 +190,7 @@ __global__ void __launch_bounds__(kDifferenceThreads, 1) difference_exact(Differ
           for (int64_t first = 0; first < queries; first += kDifferenceThreads) {
             const int64_t b = p.own ? own : first + threadIdx.x;
             const bool present = first + threadIdx.x < queries;
-            work_off(entry, row, present, a, present ? b : 0);
+            work_off(entry, k, row, present, a, present ? b : 0);
           }
         }
     }

@@ -335,10 +335,11 @@ __device__ __forceinline__ void measure(const DifferenceParams<T>& p, Difference
 }
 
 // Masks, and the small |w|, which are left to difference_exact and remembered for it in near_key
-// (or null). Whether there are any.
+// (or null). first: the tile's first negative, among all of the call. Whether there are any.
 template <bool kOwn, typename T>
 __device__ __forceinline__ bool leave_out(const DifferenceParams<T>& p, DifferenceTile<T>& s,
-                                          int a0, int b0, int count, uint64_t* near_key) {
+                                          int a0, int b0, int64_t first, int count,
+                                          uint64_t* near_key) {
   using Tile = DifferenceTile<T>;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   bool any = false;
@@ -357,13 +358,13 @@ __device__ __forceinline__ bool leave_out(const DifferenceParams<T>& p, Differen
       any |= out && a < p.A;
       if constexpr (!kOwn) {
         const int64_t b = b0 + i + lane;
-        const bool left = n < count && b < p.B && !is_negative(p, b, s.row[n]);
+        const bool left = n < count && b < p.B && !is_negative(p, b, s.row[n], first + n);
         s.bias[at] = left ? T(kLeftOutLogit) : T(0);
         any |= left;
       }
     }
     if constexpr (kOwn) {
-      const bool left = n < count && !is_negative(p, b0, s.row[n]);
+      const bool left = n < count && !is_negative(p, b0, s.row[n], first + n);
       if (lane == 0) s.bias[n * Tile::kLead] = left ? T(kLeftOutLogit) : T(0);
       any |= left;
     }

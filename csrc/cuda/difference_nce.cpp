@@ -84,7 +84,7 @@ class DifferenceNce {
     p.A = x.A, p.B = x.B, p.K = x.K, p.D = x.D, p.N = x.N;
     p.Ap = up(x.A), p.Bp = up(x.B);
     p.need_query = x.needs(kDifferenceQuery), p.need_anchor = x.needs(kDifferenceAnchor);
-    bank = x.bank.stride(1) == 1 || x.D == 1 ? x.bank : x.bank.contiguous();
+    bank = with_units(x.bank);
     p.bank.data = bank.const_data_ptr();
     p.bank.storage = storage_of(kOp, bank);
     p.bank.row_stride = bank.stride(0);
@@ -127,6 +127,7 @@ class DifferenceNce {
       p.query_label = ids(x.query_label);
       p.key_label = ids(x.key_label);
     }
+    p.excluded = excluded_bits(x.excluded);
     if (some()) choose_blocks();
   }
 
@@ -337,8 +338,6 @@ DifferenceResult difference_nce(
   const DifferenceArguments x = difference_arguments(
       query, positive, anchor, bank, scale, offset, index, anchor_id, query_id, key_id, query_label,
       key_label, excluded, self_pairs, eps, objective, need, /*with_half=*/true);
-  TORCH_CHECK_NOT_IMPLEMENTED(!x.excluded.defined(), "crrcd_ext.", kOp,
-                              ": excluded: backend cuda does not take it yet");
   const Device device(query);
   switch (x.dtype) {
     case at::kDouble:

@@ -73,6 +73,7 @@ struct DifferenceParams {
   const int64_t* key_id = nullptr;       // [N], null: the row's position in the bank
   const int64_t* query_label = nullptr;  // [B]
   const int64_t* key_label = nullptr;    // [N]
+  Excluded excluded;                     // by position among all negatives of the call
 
   // This segment of the negatives: k in [first, first + count)
   int64_t first = 0, count = 0;

@@ -13,9 +13,9 @@
 // negatives, or, to be the same from run to run, summed up over the entries sorted by row.
 #pragma once
 
+#include "dot_tile.cuh"
 #include "instance_params.h"
 #include "reduce.cuh"
-#include "rows.cuh"
 
 namespace crrcd::cuda {
 namespace {
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kGroup == kWarp ? 128 : kGroup, 1)
     bool keep = false;
     if (lane < count) {
       own_row = own_row_of(p, b, first + lane);
-      keep = is_negative(p, b, own_row);
+      keep = is_negative(p, b, own_row, first + lane);
     }
     const unsigned kept = __ballot_sync(0xffffffffu, keep);
     for (int at = 0; at < count; at += kRows) {
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(kWideThreads, 1) own_wide_entries(InstancePara
     __syncthreads();
 
     if (lane < kWarp) {
-      const bool keep = lane < count && is_negative(p, b, row[lane]);
+      const bool keep = lane < count && is_negative(p, b, row[lane], first + lane);
       const T z = keep ? product[lane] : T(0), s = z * scale - offset;
       const T before = top;
       if constexpr (kPass == Pass::kLogSumExp) top = warp_max(keep && s > before ? s : before);
@@ -328,10 +328,7 @@ __global__ void __launch_bounds__(128, 1) sum_sorted(InstanceParams<T> p) {
 // ---------------------------------------------------------------------------------- shared
 // negatives
 
-constexpr int kTile = kInstanceTile;
-constexpr int kDepth = kTile / 2;  // columns of two operands that a tile holds at a time
-constexpr int kLead = kTile + 4;   // row stride of a tile: rows stay on the boundary of a quad
-constexpr int kTileThreads = 256;  // 16 x 16, each with 4 x 4 cells
+static_assert(kTile == kInstanceTile);
 
 template <typename T>
 struct TileMemory {
@@ -341,39 +338,13 @@ struct TileMemory {
   double sums[3 * kTileThreads / kWarp];
 };
 
-// sum[i][j] += x[i] y[j]
-template <typename T>
-__device__ __forceinline__ void add_outer(const T (&x)[4], const T (&y)[4], T (&sum)[4][4]) {
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 4; ++j) sum[i][j] += x[i] * y[j];
-}
-
-template <typename T>
-__device__ __forceinline__ void load_four(const T* from, T (&x)[4]) {
-  const Quad<T> quad = *reinterpret_cast<const Quad<T>*>(from);
-  for (int j = 0; j < 4; ++j) x[j] = quad.x[j];
-}
-
-// Rows [first, first + kTile) of a matrix of `rows` rows, columns [d, d + kCount): element (row,
-// column) goes to out[row * kLead + column], or to out[column * kLead + row] when transposed.
-template <int kCount, bool kTransposed, typename T, typename Row>
-__device__ __forceinline__ void load_tile(int64_t first, int64_t rows, int64_t d, int64_t width,
-                                          const Row& row, T* out) {
-  for (int at = threadIdx.x; at < kTile * kCount; at += kTileThreads) {
-    const int r = at / kCount, c = at % kCount;
-    T x = 0;
-    if (first + r < rows && d + c < width) x = static_cast<T>(widen(row(first + r)[d + c]));
-    out[kTransposed ? c * kLead + r : r * kLead + c] = x;
-  }
-}
-
 template <typename T, typename S, Pass kPass>
 __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 4 ? 2 : 1)
     shared_tiles(InstanceParams<T> p) {
   CRRCD_DYNAMIC_SHARED(bytes);
   auto& s = *reinterpret_cast<TileMemory<T>*>(bytes);
   const int64_t part = blockIdx.x, tiles = (p.K + kTile - 1) / kTile;
-  const int column = threadIdx.x % 16 * 4, line = threadIdx.x / 16 * 4;
+  const int column = tile_column(), line = tile_line();
   const T scale = static_cast<T>(*p.scale), offset = static_cast<T>(*p.offset);
   const T slope = scale / static_cast<T>(p.B);
   const auto key_row = [&](int64_t k) {
@@ -388,18 +359,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 4 ? 2 : 1)
     for (int64_t b0 = 0; b0 < p.B; b0 += kTile) {
       const int64_t k0 = tile * kTile;
       T z[4][4] = {};  // [query, key]
-      for (int64_t d = 0; d < p.D; d += kDepth) {
-        load_tile<kDepth, true>(b0, p.B, d, p.D, query_row, s.operand);
-        load_tile<kDepth, true>(k0, p.K, d, p.D, key_row, s.operand + kDepth * kLead);
-        __syncthreads();
-        for (int c = 0; c < kDepth; ++c) {
-          T x[4], y[4];
-          load_four(s.operand + c * kLead + line, x);
-          load_four(s.operand + (kDepth + c) * kLead + column, y);
-          add_outer(x, y, z);
-        }
-        __syncthreads();
-      }
+      add_products(b0, p.B, query_row, k0, p.K, key_row, p.D, s.operand, z);
 
       T sums[3] = {};
 #pragma unroll
@@ -410,7 +370,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 4 ? 2 : 1)
         for (int j = 0; j < 4; ++j) {
           const int64_t k = k0 + column + j;
           keep[j] = b < p.B && k < p.K;
-          if (keep[j]) keep[j] = is_negative(p, b, p.bank.index ? p.bank.index[k] : k);
+          if (keep[j]) keep[j] = is_negative(p, b, p.bank.index ? p.bank.index[k] : k, k);
           logit[j] = z[i][j] * scale - offset;
         }
         T reference = 0;  // what an InfoNCE logit is compared with

@@ -54,13 +54,11 @@ class InstanceNce {
     p.B = x.B, p.K = x.K, p.D = x.D, p.N = x.N;
     p.infonce = x.infonce;
     p.need_query = x.needs(kInstanceQuery);
-    bank = x.bank.stride(1) == 1 || x.D == 1 ? x.bank : x.bank.contiguous();
+    bank = with_units(x.bank);
     p.bank.data = bank.const_data_ptr();
     p.bank.storage = storage_of(kOp, bank);
     p.bank.row_stride = bank.stride(0);
-    const auto quad = static_cast<uintptr_t>(4 * bank.element_size());
-    p.whole_quads = x.D % 4 == 0 && bank.stride(0) % 4 == 0 &&
-                    reinterpret_cast<uintptr_t>(p.bank.data) % quad == 0;
+    p.whole_quads = whole_quads(bank);
     if (x.own()) {
       p.own = x.index.const_data_ptr<int64_t>();
       p.own_stride = x.index.stride(0), p.own_step = x.index.stride(1);
@@ -81,6 +79,7 @@ class InstanceNce {
       p.query_label = ids(x.query_label);
       p.key_label = ids(x.key_label);
     }
+    p.excluded = excluded_bits(x.excluded);
 
     if (x.infonce) {
       p.running_max = make<T>(running_max, {p.parts, x.B});
@@ -153,8 +152,6 @@ InstanceResult instance_nce(
   const InstanceArguments x =
       instance_arguments(query, positive, bank, scale, offset, index, query_id, key_id, query_label,
                          key_label, excluded, objective, need, /*with_half=*/true);
-  TORCH_CHECK_NOT_IMPLEMENTED(!x.excluded.defined(), "crrcd_ext.", kOp,
-                              ": excluded: backend cuda does not take it yet");
   const Device device(query);
   return x.dtype == at::kDouble ? InstanceNce<double>(x, device).run()
                                 : InstanceNce<float>(x, device).run();

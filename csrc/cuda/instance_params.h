@@ -37,6 +37,7 @@ struct InstanceParams {
   const int64_t* key_id = nullptr;       // [N], null: the row's position in the bank
   const int64_t* query_label = nullptr;  // [B]
   const int64_t* key_label = nullptr;    // [N]
+  Excluded excluded;                     // by position among all negatives of the call
 
   // sums, a slice a part, added up in their order
   int64_t scalar_rows = 0;

@@ -60,4 +60,19 @@ at::Tensor scalar_operand(const at::Tensor& value, const at::TensorOptions& opti
   return value.is_cpu() ? at::full({}, value.item<double>(), options) : value.to(options);
 }
 
+at::Tensor with_units(const at::Tensor& bank) {
+  return bank.stride(1) == 1 || bank.size(1) == 1 ? bank : bank.contiguous();
+}
+
+bool whole_quads(const at::Tensor& bank) {
+  const auto quad = static_cast<uintptr_t>(4 * bank.element_size());
+  return bank.size(1) % 4 == 0 && bank.stride(0) % 4 == 0 &&
+         reinterpret_cast<uintptr_t>(bank.const_data_ptr()) % quad == 0;
+}
+
+Excluded excluded_bits(const at::Tensor& bits) {
+  if (!bits.defined()) return {};
+  return {reinterpret_cast<const uint32_t*>(bits.const_data_ptr<int32_t>()), bits.size(1)};
+}
+
 }  // namespace crrcd::cuda

@@ -1,7 +1,8 @@
-// Matrices as the relation kernels multiply them.
+// Operands as kernels take them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include "../bank.h"
 #include "relation_layout.h"
 
 namespace crrcd::cuda {
@@ -20,5 +21,14 @@ at::Tensor padded(const at::Tensor& t, int64_t columns, double value = 0);
 
 // A number on the device, wherever it comes from, without waiting for the device.
 at::Tensor scalar_operand(const at::Tensor& value, const at::TensorOptions& options);
+
+// The bank where it lies, or a copy where the elements of a row do not lie side by side.
+at::Tensor with_units(const at::Tensor& bank);
+
+// Whether the rows of such a bank can be read four elements at a time.
+bool whole_quads(const at::Tensor& bank);
+
+// Bits of what is excluded as kernels see them, of a tensor that may be undefined.
+Excluded excluded_bits(const at::Tensor& bits);
 
 }  // namespace crrcd::cuda

@@ -137,7 +137,7 @@ class RelationNce {
     p.boost = kPrecision == Precision::kF16 ? 256 : 1;
     if (x.A == 0 || x.B == 0 || x.K == 0) return;
 
-    bank = x.bank.stride(1) == 1 || x.D == 1 ? x.bank : x.bank.contiguous();
+    bank = with_units(x.bank);
     p.bank.data = bank.const_data_ptr();
     p.bank.storage = storage_of(kOp, bank);
     p.bank.row_stride = bank.stride(0);
@@ -155,7 +155,8 @@ class RelationNce {
       p.query_label = ids(x.query_label);
       p.key_label = ids(x.key_label);
     }
-    if (p.query_id || p.query_label)
+    p.excluded = excluded_bits(x.excluded);
+    if (p.query_id || p.query_label || p.excluded.bits)
       p.keep = reinterpret_cast<uint64_t*>(make<int64_t>(keep, {p.query_panels(), p.Kp}));
 
     anchor = operand(x.anchor, x.A, p.Hp, /*rounded=*/false);
@@ -414,8 +415,6 @@ NceResult relation_nce(const at::Tensor& query, const at::Tensor& positive,
       relation_arguments(query, positive, anchor, bank, weight, bias, scale, offset, index,
                          key_weight, anchor_id, query_id, key_id, query_label, key_label, excluded,
                          self_pairs, objective, need, /*with_half=*/true);
-  TORCH_CHECK_NOT_IMPLEMENTED(!x.excluded.defined(), "crrcd_ext.", kOp,
-                              ": excluded: backend cuda does not take it yet");
   const Device device(query);
   switch (precision_for(x)) {
     case Precision::kF64:

@@ -40,6 +40,7 @@ struct RelationNceParams {
   const int64_t* key_id = nullptr;       // [N], null: the row's position in the bank
   const int64_t* query_label = nullptr;  // [B]
   const int64_t* key_label = nullptr;    // [N]
+  Excluded excluded;                     // by position among all negatives of the call
   uint64_t* keep = nullptr;              // [panels of queries, Kp] a bit a query; null: all
 
   const void* anchor = nullptr;  // [A, Hp]

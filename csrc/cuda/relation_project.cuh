@@ -116,7 +116,8 @@ __global__ void __launch_bounds__(128, 4) relation_keep(RelationNceParams<T> p, 
   std::uint64_t bits = ~std::uint64_t(0);
   for (int b = 0; b < panel_rows && first + b < p.B; ++b) {
     const bool out = (p.query_id && p.query_id[first + b] == id) ||
-                     (p.query_label && p.query_label[first + b] == label);
+                     (p.query_label && p.query_label[first + b] == label) ||
+                     is_excluded(p, first + b, p.first_key + key);
     if (out) bits &= ~(std::uint64_t(1) << b);
   }
   p.keep[panel * p.Kp + key] = bits;

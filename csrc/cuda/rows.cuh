@@ -68,11 +68,19 @@ __device__ __forceinline__ const S* bank_row(const BankView& bank, int64_t row) 
   return static_cast<const S*>(bank.data) + row * bank.row_stride;
 }
 
-// Whether a row of the bank is a negative of query b: neither its own nor of its class.
+// Whether the bit of negative k, counted over all of the call, leaves it out for query b.
 template <typename Params>
-__device__ __forceinline__ bool is_negative(const Params& p, int64_t b, int64_t row) {
+__device__ __forceinline__ bool is_excluded(const Params& p, int64_t b, int64_t k) {
+  return p.excluded.bits && (p.excluded.bits[b * p.excluded.words + k / 32] >> k % 32 & 1);
+}
+
+// Whether negative k of query b, a row of the bank, counts: it is neither its own, nor of its
+// class, nor excluded.
+template <typename Params>
+__device__ __forceinline__ bool is_negative(const Params& p, int64_t b, int64_t row, int64_t k) {
   if (p.query_id && p.query_id[b] == (p.key_id ? p.key_id[row] : row)) return false;
-  return !(p.query_label && p.query_label[b] == p.key_label[row]);
+  if (p.query_label && p.query_label[b] == p.key_label[row]) return false;
+  return !is_excluded(p, b, k);
 }
 
 // An id that the caller had to keep below `rows` and that no host has looked at.

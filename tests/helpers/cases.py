@@ -53,6 +53,7 @@ def make(
     index: bool = True,
     ids: bool = False,
     labels: bool = False,
+    excluded: float = 0.0,
     scale: float = 10.0,
     offset: float = 1.5,
     objective: str = "nce",
@@ -94,7 +95,23 @@ def make(
     if labels:
         case["query_label"] = integers(3, B)
         case["key_label"] = integers(3, N)
+    if excluded:
+        case["excluded"] = make_excluded(B, K, excluded, seed)
     return case
+
+
+def make_excluded(B: int, K: int, share: float, seed: int = 0) -> Tensor:
+    """Bits of which ``share`` are set, and all beyond K, which do not count."""
+    g = torch.Generator().manual_seed(seed + 2000)
+    mask = torch.rand(B, -(-K // 32) * 32, generator=g) < share
+    mask[:, K:] = True
+    return functional.pack_bits(mask)
+
+
+def is_excluded(case: dict, b: int, position: int) -> bool:
+    """A bit, by its definition."""
+    bits = case.get("excluded")
+    return bits is not None and bool(int(bits[b, position // 32]) >> position % 32 & 1)
 
 
 def make_instance(
@@ -107,6 +124,7 @@ def make_instance(
     index: str | None = "own",
     ids: bool = False,
     labels: bool = False,
+    excluded: float = 0.0,
     scale: float = 10.0,
     offset: float = 1.5,
     objective: str = "nce",
@@ -143,6 +161,8 @@ def make_instance(
         case |= {"query_id": integers(4, B), "key_id": integers(4, N)}
     if labels:
         case |= {"query_label": integers(3, B), "key_label": integers(3, N)}
+    if excluded:
+        case["excluded"] = make_excluded(B, K, excluded, seed)
     return case
 
 
@@ -157,6 +177,7 @@ def make_difference(
     index: str | None = "own",
     ids: bool = False,
     labels: bool = False,
+    excluded: float = 0.0,
     scale: float = 10.0,
     offset: float = 1.5,
     objective: str = "nce",
@@ -165,7 +186,8 @@ def make_difference(
 ) -> dict:
     """Keyword arguments of functional.difference_nce: as :func:`make_instance`'s, with anchors."""
     options = {"seed": seed, "index": index, "labels": labels, "objective": objective}
-    case = make_instance(B, K, D, N, ids=ids, scale=scale, offset=offset, **options)
+    options |= {"excluded": excluded, "scale": scale, "offset": offset}
+    case = make_instance(B, K, D, N, ids=ids, **options)
     g = torch.Generator().manual_seed(seed + 1000)
     case |= {
         "anchor": unit_rows(torch.randn((A, D), generator=g, dtype=torch.float64)),
@@ -202,9 +224,7 @@ def run(case: dict, backend: str, *, wanted=DIFFERENTIABLE, factor: float = 0.7)
 
     A factor other than 1 shows a backward that forgets the incoming gradient.
     """
-    operator = functional.instance_nce
-    if "anchor" in case:
-        operator = functional.relation_nce if "weight" in case else functional.difference_nce
+    operator = _operator(case)
     leaves = {
         k: case[k].detach().clone(memory_format=torch.preserve_format).requires_grad_()
         for k in wanted
@@ -216,6 +236,38 @@ def run(case: dict, backend: str, *, wanted=DIFFERENTIABLE, factor: float = 0.7)
         assert gradient.dtype == case[k].dtype, k
         assert gradient.shape == case[k].shape, k
     return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def without_excluded(case: dict, wanted=DIFFERENTIABLE, factor: float = 0.7) -> dict:
+    """What ``run`` gives, in float64, by calls of one query each, from whose negatives those that
+    are excluded are gone. Self pairs are kept."""
+    case = cast(case, torch.float64)
+    leaves = {k: case[k].clone().requires_grad_() for k in wanted if case.get(k) is not None}
+    whole = {**case, **leaves}
+    operator = _operator(case)
+    queries, count = len(case["excluded"]), _negatives(case)
+    loss = torch.zeros((), dtype=torch.float64)
+    for b in range(queries):
+        kept = torch.tensor([j for j in range(count) if not is_excluded(case, b, j)]).long()
+        index = case["index"]
+        if index is not None:
+            kept = (index if index.dim() == 1 else index[b])[kept]
+        one = {k: whole[k][..., b : b + 1, :] for k in ("query", "positive")}
+        one |= {k: case[k][b : b + 1] for k in ("query_id", "query_label") if k in case}
+        one |= {"index": kept, "excluded": None}
+        loss = loss + operator(**{**whole, **one}, backend="reference") / queries
+    gradients = torch.autograd.grad(loss * factor, list(leaves.values()))
+    return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def _negatives(case: dict) -> int:
+    return len(case["bank"]) if case["index"] is None else case["index"].shape[-1]
+
+
+def _operator(case: dict):
+    if "anchor" not in case:
+        return functional.instance_nce
+    return functional.relation_nce if "weight" in case else functional.difference_nce
 
 
 def truth(case: dict, **options) -> dict:

@@ -15,6 +15,7 @@
 #include "../../csrc/cuda/instance_nce.h"
 #include "../../csrc/cuda/relation.h"
 #include "../../csrc/cuda/relation_nce.h"
+#include "../../csrc/cuda/similar_mask.h"
 #include "simt.h"
 
 namespace {
@@ -94,5 +95,6 @@ CRRCD_IMPL(CRRCD_SIMT_LIBRARY, CPU, m) {
   m.impl("instance_nce_", crrcd::cuda::instance_nce_update);
   m.impl("difference_nce", crrcd::cuda::difference_nce);
   m.impl("difference_nce_", crrcd::cuda::difference_nce_update);
+  m.impl("similar_mask", crrcd::cuda::similar_mask);
   m.impl("bank_update_", crrcd::cuda::bank_update);
 }

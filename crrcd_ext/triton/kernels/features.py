@@ -287,6 +287,8 @@ def mask(
     key_id,
     query_label,
     key_label,
+    excluded,  # [B, excluded_words] int32, a bit a key
+    excluded_words,
     kept_bits,  # [tiles x BN, words] int32: queries that have the key for a negative
     flags,  # [tiles] whether any key of the tile is none to any query
     B,
@@ -297,12 +299,14 @@ def mask(
     ID: tl.constexpr,
     NAMED: tl.constexpr,
     LABEL: tl.constexpr,
+    EXCLUDED: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """What ids and labels mask of a segment's keys, once for all anchors: most tiles have nothing,
-    and need not even look."""
+    """What ids, labels and bits mask of a segment's keys, once for all anchors: most tiles have
+    nothing, and need not even look."""
     tile = tl.program_id(0)
     n = tile * BN + tl.arange(0, BN)
+    entry = tile.to(tl.int64) * BN + first
     position = positions(n, first, keys, index, INDEXED)
     bit = tl.arange(0, 32)
     touched = tl.zeros([BN], tl.int32)
@@ -310,8 +314,9 @@ def mask(
         b = word * 32 + bit
         keep = tl.broadcast_to((n < keys)[:, None], [BN, 32])
         keep = kept(
-            keep, b, B, position, query_id, key_id, query_label, key_label, ID, NAMED, LABEL, True
-        )
+            keep, b, B, entry, position, query_id, key_id, query_label, key_label,
+            excluded, excluded_words, ID, NAMED, LABEL, EXCLUDED,
+        )  # fmt: skip
         bits = tl.sum(keep.to(tl.int32) << bit[None, :], 1).to(tl.int32)
         tl.store(kept_bits + n.to(tl.int64) * words + word, bits)
         touched = tl.maximum(touched, tl.max((~keep & (b < B)[None, :]).to(tl.int32), 1))

@@ -43,20 +43,25 @@ def without_masked(
     n,
     B,
     keys,
+    entry,
     position,
     query_id,
     key_id,
     query_label,
     key_label,
+    excluded,
+    words,
     ID: tl.constexpr,
     NAMED: tl.constexpr,
     LABEL: tl.constexpr,
+    EXCLUDED: tl.constexpr,
 ):
     """Logits s [n, b] with -inf for what is no negative."""
     keep = (n < keys)[:, None] & (b < B)[None, :]
     keep = kept(
-        keep, b, B, position, query_id, key_id, query_label, key_label, ID, NAMED, LABEL, True
-    )
+        keep, b, B, entry, position, query_id, key_id, query_label, key_label,
+        excluded, words, ID, NAMED, LABEL, EXCLUDED,
+    )  # fmt: skip
     return tl.where(keep, s, -float("inf"))
 
 
@@ -75,13 +80,17 @@ def logits(
     B,
     D,
     keys,
+    entry,
     query_id,
     key_id,
     query_label,
     key_label,
+    excluded,
+    words,
     ID: tl.constexpr,
     NAMED: tl.constexpr,
     LABEL: tl.constexpr,
+    EXCLUDED: tl.constexpr,
     DTYPE: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -99,8 +108,8 @@ def logits(
             x = narrow(gathered(bank, stride, position, d, D, WHOLE, WIDE), DTYPE)
             cosine = dot(x, tl.trans(matrix(query, b, B, d, D)), cosine, PRECISION)
     s = without_masked(
-        cosine * factor - less[None, :], b, n, B, keys, position,
-        query_id, key_id, query_label, key_label, ID, NAMED, LABEL,
+        cosine * factor - less[None, :], b, n, B, keys, entry, position,
+        query_id, key_id, query_label, key_label, excluded, words, ID, NAMED, LABEL, EXCLUDED,
     )  # fmt: skip
     return cosine, s
 
@@ -117,6 +126,8 @@ def shared(
     key_id,
     query_label,
     key_label,
+    excluded,
+    words,
     part_sum,  # [slices, query blocks] sums of softplus, or [slices, B] of 2^(s - top)
     part_top,  # [slices, B]
     part_query,  # [slices, B, D]
@@ -133,6 +144,7 @@ def shared(
     ID: tl.constexpr,
     NAMED: tl.constexpr,
     LABEL: tl.constexpr,
+    EXCLUDED: tl.constexpr,
     DTYPE: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -176,7 +188,8 @@ def shared(
                 rows = narrow(gathered(bank, stride, position, own_d, D, WHOLE, WIDE), DTYPE)
             cosine, s = logits(
                 query, query_first, bank, stride, position, rows, factor, less, b, n, B, D, count,
-                query_id, key_id, query_label, key_label, ID, NAMED, LABEL,
+                begin + tile, query_id, key_id, query_label, key_label, excluded, words,
+                ID, NAMED, LABEL, EXCLUDED,
                 DTYPE, WIDE, PRECISION, WHOLE, ND, BD,
             )  # fmt: skip
             if MODE == NORMALISER:
@@ -231,6 +244,8 @@ def shared_rows(
     key_id,
     query_label,
     key_label,
+    excluded,
+    words,
     d_rows,  # [keys, D]
     B,
     D,
@@ -241,6 +256,7 @@ def shared_rows(
     ID: tl.constexpr,
     NAMED: tl.constexpr,
     LABEL: tl.constexpr,
+    EXCLUDED: tl.constexpr,
     DTYPE: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -254,6 +270,7 @@ def shared_rows(
 ):
     """A tile of a segment's keys meets all queries: a block of columns of the keys' gradient."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
+    entry = tl.program_id(0).to(tl.int64) * BN + first
     own_d = tl.program_id(1) * BD + tl.arange(0, BD)
     position = positions(n, first, keys, index, INDEXED)
     rows = tl.zeros([BN, BD], DTYPE)
@@ -267,7 +284,8 @@ def shared_rows(
         less = tl.load(beta + b, mask=b < B, other=0)
         _, s = logits(
             query, q, bank, stride, position, rows, factor, less, b, n, B, D, keys,
-            query_id, key_id, query_label, key_label, ID, NAMED, LABEL,
+            entry, query_id, key_id, query_label, key_label, excluded, words,
+            ID, NAMED, LABEL, EXCLUDED,
             DTYPE, WIDE, PRECISION, WHOLE, ND, BD,
         )  # fmt: skip
         if MODE == INFONCE:
@@ -294,6 +312,8 @@ def own(
     key_id,
     query_label,
     key_label,
+    excluded,
+    words,
     part_sum,  # [slices, B] sums of softplus, or of 2^(s - top)
     part_top,  # [slices, B]
     part_query,  # [slices, B, D]
@@ -311,6 +331,7 @@ def own(
     ID: tl.constexpr,
     NAMED: tl.constexpr,
     LABEL: tl.constexpr,
+    EXCLUDED: tl.constexpr,
     WIDE: tl.constexpr,
     FAST: tl.constexpr,
     MOST: tl.constexpr,
@@ -355,8 +376,9 @@ def own(
                     x = gathered(bank, stride, position, d, D, WHOLE, WIDE)
                     logit += tl.sum(x * matrix(query, b, B, d, D).to(WIDE), 1)[:, None]
             s = without_masked(
-                logit * factor - less[None, :], b, n, B, count, position,
-                query_id, key_id, query_label, key_label, ID, NAMED, LABEL,
+                logit * factor - less[None, :], b, n, B, count, begin + tile, position,
+                query_id, key_id, query_label, key_label, excluded, words,
+                ID, NAMED, LABEL, EXCLUDED,
             )  # fmt: skip
             if MODE == NORMALISER:
                 top, total = grown(s, top, total, FAST)

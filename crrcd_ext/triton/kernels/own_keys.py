@@ -75,6 +75,8 @@ def own_keys(
     key_id,
     query_label,
     key_label,
+    excluded,  # [B, words] int32, a bit a key
+    words,
     part_sum,  # [slices, B] sums of softplus, or [slices, A, B] of 2^(s - top)
     part_top,  # [slices, A, B]
     part_direction,  # [slices, A, B, D] gradient of ``direction``
@@ -96,6 +98,7 @@ def own_keys(
     ID: tl.constexpr,
     NAMED: tl.constexpr,
     LABEL: tl.constexpr,
+    EXCLUDED: tl.constexpr,
     ANCHORS: tl.constexpr,
     EPS: tl.constexpr,  # not a number, which would come in float32
     WIDE: tl.constexpr,
@@ -140,6 +143,9 @@ def own_keys(
             present = present & (name != tl.load(query_id + b))
         if LABEL:
             present = present & (tl.load(key_label + position) != tl.load(query_label + b))
+        if EXCLUDED:
+            bits = tl.load(excluded + b * words + (entry >> 5))
+            present = present & (((bits >> (entry & 31).to(tl.int32)) & 1) == 0)
         row = bank + position * stride
         m = gathered(row, d, D, WIDE)
         d_m = tl.zeros([1, BC, BN, BJ], WIDE)

@@ -206,14 +206,22 @@ MOST_TILES = 30
 
 
 @triton.jit
-def differ(own, key, KEYS_FIRST: tl.constexpr):
-    """own [b] != key [n] as [b, n], or as [n, b]; or with key [b, n]."""
-    if len(key.shape) == 2:
-        return own[:, None] != key
-    elif KEYS_FIRST:
-        return own[None, :] != key[:, None]
-    else:
-        return own[:, None] != key[None, :]
+def included(excluded, words, b, queries, entry, BN: tl.constexpr):
+    """[n, b]: whether the bits of BN negatives are clear for the queries b. The first is ``entry``,
+    int64, counted over all of the call, a multiple of BN, which is a power of two.
+
+    A word of a query has the bits of 32 negatives, so that one is read for all of these.
+    """
+    n = tl.arange(0, BN)
+    word = entry >> 5
+    row = excluded + b.to(tl.int64) * words
+    bits = tl.load(row + word, mask=b < queries, other=0)[None, :]
+    for after in tl.static_range(1, BN // 32):
+        inside = (b < queries) & (word + after < words)
+        more = tl.load(row + word + after, mask=inside, other=0)
+        bits = tl.where((n < 32 * after)[:, None], bits, more[None, :])
+    shift = (n + (entry & 31).to(tl.int32)) & 31
+    return ((bits >> shift[:, None]) & 1) == 0
 
 
 @triton.jit
@@ -221,28 +229,34 @@ def kept(
     keep,
     b,
     queries,
+    entry,
     position,
     query_id,
     key_id,
     query_label,
     key_label,
+    excluded,  # [B, words] int32, a bit a negative
+    words,
     ID: tl.constexpr,
     NAMED: tl.constexpr,
     LABEL: tl.constexpr,
-    KEYS_FIRST: tl.constexpr,
+    EXCLUDED: tl.constexpr,
 ):
-    """keep, less the negatives that are the query's own, by their ids, or of its class.
+    """keep [n, b], less the negatives that are the query's own, by their ids, or of its class, or
+    that have their bit set.
 
-    ``position`` are rows of the bank, [n] or [b, n], of which none lies outside; with NAMED their
-    ids are in key_id.
+    ``entry`` is the first of them, see included, and ``position`` [n] are their rows of the bank,
+    of which none lies outside; with NAMED their ids are in key_id.
     """
     if ID:
         name = position
         if NAMED:
             name = tl.load(key_id + position)
         own = tl.load(query_id + b, mask=b < queries, other=0)
-        keep = keep & differ(own, name, KEYS_FIRST)
+        keep = keep & (own[None, :] != name[:, None])
     if LABEL:
         own = tl.load(query_label + b, mask=b < queries, other=0)
-        keep = keep & differ(own, tl.load(key_label + position), KEYS_FIRST)
+        keep = keep & (own[None, :] != tl.load(key_label + position)[:, None])
+    if EXCLUDED:
+        keep = keep & included(excluded, words, b, queries, entry, position.shape[0])
     return keep
