@@ -23,6 +23,7 @@ SHARED = {
     "seed": st.integers(0, 2**32 - 1),
     "ids": st.booleans(),
     "labels": st.booleans(),
+    "excluded": st.sampled_from([0.0, 0.3]),
     "scale": st.sampled_from([-3.0, 0.0, 1.0, 14.0, 40.0]),
     "offset": st.sampled_from([-2.0, 0.0, 3.0]),
     "objective": st.sampled_from(["nce", "infonce"]),
@@ -44,6 +45,7 @@ OPERATORS = {
         | {
             "index": st.sampled_from([None, "shared", "own"]),
             "eps": st.sampled_from([0.0, 1e-3]),
+            "D": st.integers(2, 20),  # on a line no direction has a gradient, but for roundings
         },
     ),
 }
