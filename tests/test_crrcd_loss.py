@@ -26,6 +26,8 @@ def make(dtype=torch.float64, seed=0, **options):
         "embedding_dim": 6,
         "hidden_dim": 8,
         "relation_dim": 6,
+        # Two modules that differ, so that none can stand in for the other unseen.
+        "init": "gaussian",
         "anchors": 3,
         "bank_dtype": torch.float64 if dtype == torch.float64 else torch.float32,
         **options,

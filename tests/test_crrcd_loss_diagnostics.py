@@ -14,6 +14,7 @@ from crrcd_ext.modules import diagnostics
 
 DS, DT, N, K, B = 6, 10, 300, 40, 8
 NAMES = {
+    "step",
     "loss",
     "no_information_loss",
     "relation_variance",
@@ -21,6 +22,8 @@ NAMES = {
     "effective_rank",
     "positive_cosine",
     "negative_cosine",
+    "flat_steps",
+    "variance_growth",
     "temperature",
     "offset",
     "skipped_steps",
@@ -178,6 +181,48 @@ def test_a_constant_relation_warns_once(direction, objective):
         warnings.simplefilter("error")
         criterion(*batch(2))
         criterion.diagnostics()
+
+
+def looks(criterion, *variances, every=20):
+    """What diagnostics says of a student whose relation has these variances, step by step."""
+    found = []
+    student, teacher, index = batch()
+    for n, variance in enumerate(variances, 1):
+        criterion(student, teacher, index)
+        criterion.step.fill_(n * every)
+        with torch.no_grad():
+            # An embedding that hardly differs between samples, and the loss that goes with it.
+            same = criterion._last.student.mean(0)
+            spread = criterion._last.student - same
+            criterion._last = criterion._last._replace(student=same + variance**0.5 * spread)
+        level = diagnostics.no_information_loss(K, "nce")
+        criterion._last = criterion._last._replace(loss=torch.tensor(level))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found.append((criterion.diagnostics(), [str(w.message) for w in caught]))
+    return found
+
+
+def test_a_flat_start_is_late_until_it_lasts():
+    found = looks(make(), *[1e-4] * 7)
+    assert [bool(said) for _, said in found] == [False] * 4 + [True] + [False] * 2
+    (text,) = found[4][1]
+    assert "at step 100, as in every look since step 20" in text
+    assert [values["flat_steps"] for values, _ in found] == [20.0 * n for n in range(7)]
+    assert found[0][0]["variance_growth"] == 1
+    assert found[1][0]["variance_growth"] == pytest.approx(1, rel=0.2)
+
+
+def test_a_flat_start_that_grows_is_no_collapse():
+    found = looks(make(), 1e-6, 1e-6, 1e-6, 1e-6, 4e-6, 1e-5, 1.0)
+    assert not any(said for _, said in found)
+    assert [values["flat_steps"] > 0 for values, _ in found] == [False, *[True] * 5, False]
+    assert found[4][0]["variance_growth"] == pytest.approx(4, rel=0.2)
+    # A look that is not flat ends the stretch: a later one starts at itself.
+    criterion = make()
+    found = looks(criterion, 1e-4, 1.0, 1e-4, every=60)
+    assert [values["flat_steps"] for values, _ in found] == [0.0, 0.0, 0.0]
+    assert [bool(said) for _, said in found] == [False, False, True]
 
 
 def test_a_low_variance_that_carries_information_does_not_warn():

@@ -15,7 +15,7 @@ from crrcd_ext import FeatureRelation
 
 def make(backend=None, **options):
     torch.manual_seed(0)
-    options = {"hidden_dim": 9, "relation_dim": 6, **options}
+    options = {"hidden_dim": 9, "relation_dim": 6, "init": "gaussian", **options}
     module = FeatureRelation(5, 4, backend=backend, **options).double()
     if module.bias is not None:
         with torch.no_grad():
@@ -65,9 +65,9 @@ def test_projections_are_the_two_halves():
     torch.testing.assert_close(module.relate(p, x), module(anchor, sample))
 
 
-def test_initialisation():
+def test_gaussian_start():
     torch.manual_seed(0)
-    module = FeatureRelation(200, hidden_dim=256, relation_dim=300)
+    module = FeatureRelation(200, hidden_dim=256, relation_dim=300, init="gaussian")
     assert module.anchor_weight.shape == module.sample_weight.shape == (256, 200)
     assert module.weight.shape == (300, 256)
     for weight, variance in (
@@ -78,6 +78,72 @@ def test_initialisation():
         assert float(weight.detach().var()) == pytest.approx(variance, rel=0.03)
         assert abs(float(weight.detach().mean())) < 0.02
     assert not module.bias.any() and not module.hidden_bias.any()
+
+
+def test_gaussian_start_repeats_the_draws_of_version_0_1():
+    torch.manual_seed(7)
+    weights = [torch.empty(4, 3).normal_(), torch.empty(4, 2).normal_()]
+    weights.append(torch.empty(5, 4).normal_(std=(2 / 4) ** 0.5))
+    torch.manual_seed(7)
+    module = FeatureRelation(3, 2, 4, 5, init="gaussian")
+    for got, expected in zip(module.parameters(), weights[:2], strict=False):
+        assert torch.equal(got, expected)
+    assert torch.equal(module.weight, weights[2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mirrored_start_is_the_turned_difference(backend):
+    torch.manual_seed(0)
+    module = FeatureRelation(6, backend=backend).double()
+    assert module.anchor_weight.shape == (12, 6) and module.weight.shape == (6, 12)
+    anchor, sample = (torch.randn(n, 6, dtype=torch.float64) for n in (4, 5))
+    difference = torch.nn.functional.normalize(anchor[:, None] - sample, dim=-1)
+    v = module(anchor, sample)
+    # Cosines between relations are all that the losses see.
+    cosine, expected = v.flatten(0, 1) @ v.flatten(0, 1).T, difference.flatten(0, 1)
+    torch.testing.assert_close(cosine, expected @ expected.T, rtol=0, atol=1e-6)
+    assert not module.bias.any() and not module.hidden_bias.any()
+
+
+@pytest.mark.parametrize("hidden_dim", [2, 3, 7, 10, 16, 31])
+@pytest.mark.parametrize("relation_dim", [1, 4, 5, 9])
+@pytest.mark.parametrize("sample_dim", [3, 5, 8])
+def test_mirrored_start_keeps_all_that_the_sizes_allow(hidden_dim, relation_dim, sample_dim):
+    torch.manual_seed(0)
+    module = FeatureRelation(5, sample_dim, hidden_dim, relation_dim).double()
+    width = max(5, sample_dim)
+    # What the module makes of a difference before it is brought to unit length.
+    padded = torch.eye(width, dtype=torch.float64)
+    anchor, sample = padded[:, :5], torch.zeros(1, sample_dim, dtype=torch.float64)
+    hidden = module.project_anchor(anchor) - module.project_sample(sample)
+    linear = hidden.relu() @ module.weight.T
+    assert torch.allclose((-hidden).relu() @ module.weight.T, -linear, atol=1e-6)  # no half is lost
+    linear[5:] = -((-module.project_sample(padded[5:, :sample_dim])).relu() @ module.weight.T)
+    sizes = torch.linalg.svdvals(linear)
+    rank = min(relation_dim, hidden_dim // 2, width)
+    torch.testing.assert_close(
+        sizes[:rank], torch.ones(rank, dtype=torch.float64), rtol=0, atol=1e-5
+    )
+    assert float(sizes[rank:].abs().sum()) < 1e-5
+
+
+def test_mirrored_start_of_an_odd_hidden_layer_can_learn_with_every_unit():
+    torch.manual_seed(0)
+    module = FeatureRelation(3, hidden_dim=5, relation_dim=3)
+    module(torch.randn(4, 3), torch.randn(6, 3)).square().mul(torch.rand(3)).sum().backward()
+    assert (module.weight.grad.abs().sum(0) > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_mirrored_start_in_other_default_dtypes(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        module = FeatureRelation(4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(p.dtype == dtype for p in module.parameters())
+    with torch.device("meta"):
+        assert FeatureRelation(4).weight.is_meta
 
 
 def test_without_bias():
@@ -119,7 +185,7 @@ def test_copies_and_saving():
 
 
 def test_repr():
-    text = "anchor_dim=5, sample_dim=4, hidden_dim=9, relation_dim=6, bias=True"
+    text = "anchor_dim=5, sample_dim=4, hidden_dim=9, relation_dim=6, bias=True, init='gaussian'"
     assert text in repr(make())
 
 
@@ -129,6 +195,16 @@ def test_constructor_errors(name, value):
     text = f"crrcd_ext.FeatureRelation: {name}: expected a positive integer, got {value}"
     with pytest.raises(ValueError, match=text):
         FeatureRelation(**{"anchor_dim": 4, name: value})
+
+
+def test_start_errors():
+    text = "FeatureRelation: init: expected one of 'mirrored', 'gaussian', got 'zeros'"
+    with pytest.raises(ValueError, match=text):
+        FeatureRelation(4, init="zeros")
+    text = "hidden_dim: expected 2 or more for init='mirrored', which pairs .*gaussian.*got 1"
+    with pytest.raises(ValueError, match=text):
+        FeatureRelation(4, hidden_dim=1)
+    assert FeatureRelation(4, hidden_dim=1, init="gaussian").weight.shape == (4, 1)
 
 
 @pytest.mark.parametrize(

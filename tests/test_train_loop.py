@@ -119,6 +119,24 @@ def test_every_method_trains(
         assert float(rows[-1][f"{name}_no_information_loss"]) > 0
 
 
+def test_zero_stands_for_what_the_losses_write_none() -> None:
+    table = config.Config().crrcd
+    assert table.hidden_dim == table.relation_dim == table.exclude_similar == 0
+    sizes = {"student_dim": 6, "teacher_dim": 9, "num_samples": 40, "negatives": 8}
+    found = methods.make_criterion("CRRCDLoss", "crrcd", table, embedding_dim=5, **sizes)
+    assert found.cross_relation.weight.shape == (5, 10) and found.exclude_similar is None
+    assert found.cross_relation.init == "mirrored"
+    table.exclude_similar, table.hidden_dim, table.init = 0.5, 7, "gaussian"
+    found = methods.make_criterion("CRRCDLoss", "crrcd", table, embedding_dim=5, **sizes)
+    assert found.cross_relation.weight.shape == (5, 7) and found.exclude_similar == 0.5
+    assert found.cross_relation.init == "gaussian"
+    table.exclude_similar = 1.5
+    with pytest.raises(
+        UserError, match=r"config table crrcd: .*exclude_similar: expected a number"
+    ):
+        methods.make_criterion("CRRCDLoss", "crrcd", table, **sizes)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -131,6 +149,7 @@ def test_every_method_trains(
         ["run.method=kd", "run.amp=float16"],
         ["run.method=ce", "student.model=timm:mobilenetv3_small_050"],
         ["run.method=kd+crcd", "distill.layers=3"],
+        ["run.method=crrcd", "crrcd.exclude_similar=0.5", "crrcd.init=gaussian"],
         ["run.method=crd", "distill.hard_negatives=true"],
     ],
     ids=lambda overrides: " ".join(o.split(".")[-1] for o in overrides),

@@ -49,6 +49,12 @@ def momentum(where: str, value: object) -> None:
         fail(ValueError, where, "momentum", "a number in [0, 1]", repr(value))
 
 
+def cosine(where: str, argument: str, value: object) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not -1 < value <= 1:
+        fail(ValueError, where, argument, "a number in (-1, 1]", repr(value))
+
+
 def features(where: str, argument: str, x: object, width: int, device: torch.device) -> None:
     """A floating point [*, width] matrix on `device`."""
     if not isinstance(x, Tensor):

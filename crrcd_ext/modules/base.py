@@ -47,6 +47,7 @@ class ContrastiveLoss(ContrastiveStep):
         head: str,
         standardize: bool,
         exclude_same_label: bool,
+        exclude_similar: float | None,
         labels: Tensor | None,
         learnable_temperature: bool,
         learnable_offset: bool,
@@ -79,6 +80,8 @@ class ContrastiveLoss(ContrastiveStep):
         _checks.choice(self.NAME, "nonfinite", nonfinite, ("error", "skip"))
         _checks.choice(self.NAME, "negative_sampling", negative_sampling, ("shared", "per_sample"))
         _checks.choice(self.NAME, "exclusion", exclusion, ("mask", "draw"))
+        if exclude_similar is not None:
+            _checks.cosine(self.NAME, "exclude_similar", exclude_similar)
         source, rows = ("num_samples", num_samples) if capacity is None else ("capacity", capacity)
         _checks.negatives(self.NAME, negatives, source, rows)
         super().__init__(
@@ -95,6 +98,7 @@ class ContrastiveLoss(ContrastiveStep):
         self.anchors = anchors
         self.self_pairs = bool(self_pairs)
         self.exclude_same_label = bool(exclude_same_label)
+        self.exclude_similar = None if exclude_similar is None else float(exclude_similar)
         self.nonfinite = nonfinite
         self.backend = backend
         self._check_sampling(rows, labels is not None)
@@ -121,6 +125,8 @@ class ContrastiveLoss(ContrastiveStep):
         self.register_buffer("seed", torch.tensor(int(seed) + 2, dtype=torch.int64))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64))
+        similar = None if exclude_similar is None else torch.zeros((), dtype=torch.int64)
+        self.register_buffer("masked_steps", similar)
         self.register_buffer("labels", None)
         self.labelled = False
         self.class_table = None
@@ -136,6 +142,9 @@ class ContrastiveLoss(ContrastiveStep):
                 self._set_labels(labels)
         self._last: Step | None = None
         self._warned: set[str] = set()
+        # What earlier looks of diagnostics saw.
+        self._looked = 0.0
+        self._flat: diagnostics.Flat | None = None
 
     def _check_sampling(self, rows: int, labels_given: bool) -> None:
         """What the options of sampling and bank ask of each other; ``rows`` are the bank's."""
@@ -157,6 +166,13 @@ class ContrastiveLoss(ContrastiveStep):
                 refuse("exclusion", "'mask' with capacity")
             if self.distinct:
                 refuse("distinct", "False with capacity, since a queue may be nearly empty")
+        if self.exclude_similar is not None:
+            if self.direction == "teacher":
+                expected = "None for direction='teacher', without a teacher's bank"
+                refuse("exclude_similar", expected)
+            if self.capacity is not None and self.direction == "both":
+                expected = "None with capacity and direction='both', or direction='student': places"
+                refuse("exclude_similar", f"{expected} of a student's queue are not the teacher's")
         if self.num_samples is None and (self.exclude_same_label or labels_given):
             refuse("num_samples", "a positive integer for labels")
         if self.exclusion == "draw":
@@ -244,16 +260,24 @@ class ContrastiveLoss(ContrastiveStep):
         """What the last step looked like; waits for the device, which no step does on its own.
 
         Returns:
-            ``loss``; ``no_information_loss``, the least loss of a critic that tells nothing apart
-            (doubled for "both"); ``relation_variance`` of the student's relation vectors over b and
-            ``teacher_relation_variance`` of the teacher's, means over dimensions;
-            ``effective_rank`` of the student's; ``positive_cosine`` and ``negative_cosine`` (of at
-            most 256 negatives); ``temperature``; ``offset``, which is beta; ``skipped_steps``.
+            ``step``; ``loss``; ``no_information_loss``, the least loss of a critic that tells
+            nothing apart (doubled for "both"); ``relation_variance`` of the student's relation
+            vectors over b and ``teacher_relation_variance`` of the teacher's, means over
+            dimensions; ``effective_rank`` of the student's; ``positive_cosine`` and
+            ``negative_cosine`` (of at most 256 negatives); ``flat_steps``, for how many steps every
+            look has found the loss at no information and the relation constant, and
+            ``variance_growth``, by which factor the variance has grown since the look before (1 in
+            the first); with ``exclude_similar`` ``similar_share``, the share of (query, negative)
+            that it masks, own rows among them, and ``masked_steps``, in how many steps it left no
+            negative at all; ``temperature``; ``offset``, which is beta; ``skipped_steps``.
             Relations are recomputed with the parameters as they are now. Cosines are NaN where no
             pair is kept.
 
-        Warns (UserWarning), once each, when the relation has collapsed to a constant or when the
-        loss seems to be solved by telling fresh rows from stale ones.
+        Warns (UserWarning), once each, when the relation has collapsed to a constant, when the
+        loss seems to be solved by telling fresh rows from stale ones, or when ``exclude_similar``
+        has masked every negative of a step. A relation that is constant in the first 100 steps, or
+        while its variance doubles, is a late start and no collapse, unless the student's vectors
+        are all the same or the teacher's are constant too.
 
         Raises:
             RuntimeError: before the first step.
@@ -263,8 +287,19 @@ class ContrastiveLoss(ContrastiveStep):
                 f"crrcd_ext.{self.NAME}.diagnostics: expected a step before, got none"
             )
         values, width = diagnostics.measure(self, self._last)
-        if diagnostics.is_constant(values, width):
-            self._warn("constant", diagnostics.CONSTANT_RELATION, values)
+        variance, before = values["relation_variance"], self._looked
+        values["variance_growth"] = variance / before if before else 1.0
+        self._looked = variance
+        self._flat = diagnostics.follow(self._flat, values, width)
+        values["flat_steps"] = 0.0
+        if self._flat is not None:
+            values["flat_steps"] = values["step"] - self._flat.since
+            if diagnostics.is_collapse(self._flat, values, width):
+                since = {"since": self._flat.since}
+                self._warn("constant", diagnostics.CONSTANT_RELATION, {**values, **since})
+        if values.get("masked_steps"):
+            threshold = {"exclude_similar": self.exclude_similar}
+            self._warn("masked", diagnostics.NOTHING_LEFT, {**values, **threshold})
         if diagnostics.is_shortcut(values):
             self._warn("shortcut", diagnostics.FRESHNESS_SHORTCUT, values)
         return values
@@ -297,6 +332,7 @@ class ContrastiveLoss(ContrastiveStep):
             "normalizer": self.normalizer,
             "objective": self.objective,
             "exclude_same_label": self.exclude_same_label,
+            "exclude_similar": self.exclude_similar,
             "learnable_temperature": self.log_scale is not None,
             "learnable_offset": self.offset is not None,
             "nonfinite": self.nonfinite,
@@ -317,7 +353,13 @@ class ContrastiveLoss(ContrastiveStep):
         labels = state_dict.get(prefix + "labels")
         if labels is not None and self.labels is not None:
             self._check_labels(self.NAME, labels)
+        # It came later than the rest, and is there with ``exclude_similar`` only.
+        if self.masked_steps is None:
+            state_dict.pop(prefix + "masked_steps", None)
+        elif prefix + "skipped_steps" in state_dict:
+            state_dict.setdefault(prefix + "masked_steps", torch.zeros_like(self.masked_steps))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._looked, self._flat = 0.0, None
         if labels is not None and self.labels is not None:
             self.labelled = bool((labels >= 0).any())
             if self.class_table is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from crrcd_ext import functional
 from crrcd_ext.modules import _checks, cosines
 from crrcd_ext.modules.base import ContrastiveLoss
-from crrcd_ext.modules.relation import FeatureRelation
+from crrcd_ext.modules.relation import FeatureRelation, check_start
 from crrcd_ext.modules.step import Side, Step
 
 
@@ -36,7 +36,12 @@ class CRRCDLoss(ContrastiveLoss):
             any id of 0 or more.
         negatives: K, bank rows drawn anew for each step (with replacement), or "all" for the whole
             bank.
-        embedding_dim, hidden_dim, relation_dim: D, H, R.
+        embedding_dim: D, the width of the embeddings.
+        hidden_dim, relation_dim: H, R of the relation modules (default: 2 D and D, which keep all
+            of a difference).
+        init: start of the relation modules, as of :class:`FeatureRelation`: "mirrored", with which
+            F^t and F^ts start as one, the difference relation, or "gaussian", two independent draws
+            (the default up to version 0.1, with H = R = 128), which may learn late or not at all.
         temperature: tau.
         momentum: of the bank's rows.
         direction: "student" as above; "teacher" swaps the roles: query v^t, positive v^ts,
@@ -63,6 +68,11 @@ class CRRCDLoss(ContrastiveLoss):
         self_pairs: keep the pairs a = b.
         exclude_same_label: a negative of the query's class is none; needs ``labels``. Negative
             labels mean unknown.
+        exclude_similar: a threshold in (-1, 1]: a negative is none where the cosine of its teacher
+            embedding with the query's is above it, so that without labels most images of the
+            query's own class are not pushed away. None: all negatives stay. Direction "teacher"
+            keeps no embeddings of the teacher and refuses it, and so do queues (``capacity``) of
+            students ("both").
         labels: int64 [N], the data set's labels; :meth:`fill` may set them later.
         learnable_temperature: 1/tau = exp(``log_scale``), a parameter.
         learnable_offset: beta + ``offset``, a parameter that starts at 0 ("nce" only).
@@ -91,8 +101,9 @@ class CRRCDLoss(ContrastiveLoss):
         *,
         negatives: int | str = 16384,
         embedding_dim: int = 128,
-        hidden_dim: int = 128,
-        relation_dim: int = 128,
+        hidden_dim: int | None = None,
+        relation_dim: int | None = None,
+        init: str = "mirrored",
         temperature: float = 0.1,
         momentum: float = 0.5,
         direction: str = "student",
@@ -106,6 +117,7 @@ class CRRCDLoss(ContrastiveLoss):
         standardize: bool = True,
         self_pairs: bool = False,
         exclude_same_label: bool = False,
+        exclude_similar: float | None = None,
         labels: Tensor | None = None,
         learnable_temperature: bool = False,
         learnable_offset: bool = False,
@@ -114,8 +126,10 @@ class CRRCDLoss(ContrastiveLoss):
         seed: int = 0,
         backend: str | None = None,
     ) -> None:
-        _checks.positive_int(self.NAME, "hidden_dim", hidden_dim)
-        _checks.positive_int(self.NAME, "relation_dim", relation_dim)
+        for name, value in (("hidden_dim", hidden_dim), ("relation_dim", relation_dim)):
+            if value is not None:
+                _checks.positive_int(self.NAME, name, value)
+        check_start(self.NAME, init, 2 if hidden_dim is None else hidden_dim)
         super().__init__(
             student_dim,
             teacher_dim,
@@ -135,6 +149,7 @@ class CRRCDLoss(ContrastiveLoss):
             standardize=standardize,
             self_pairs=self_pairs,
             exclude_same_label=exclude_same_label,
+            exclude_similar=exclude_similar,
             labels=labels,
             learnable_temperature=learnable_temperature,
             learnable_offset=learnable_offset,
@@ -144,11 +159,45 @@ class CRRCDLoss(ContrastiveLoss):
             backend=backend,
         )
         student_width, teacher_width = self.student_head.out_dim, self.teacher_head.out_dim
-        relations = {"hidden_dim": hidden_dim, "relation_dim": relation_dim, "backend": backend}
+        width = max(student_width, teacher_width)
+        relations = {
+            "hidden_dim": 2 * width if hidden_dim is None else hidden_dim,
+            "relation_dim": width if relation_dim is None else relation_dim,
+            "init": init,
+            "backend": backend,
+        }
         self.teacher_relation = FeatureRelation(teacher_width, **relations)
         self.cross_relation = FeatureRelation(teacher_width, student_width, **relations)
+        if init == "mirrored":
+            self._start_alike()
         if not self._teacher_learns():
             self.teacher_relation.requires_grad_(False)
+
+    @torch.no_grad()
+    def _start_alike(self) -> None:
+        """F^t is what F^ts makes of teacher embeddings, so that both start with one space.
+
+        Two draws would see different things: nothing would lead the student into the teacher's
+        space, and the first batch's Zbar, taken from relations that are strangers to each other,
+        would leave the critic where it tells nothing apart.
+        """
+        teacher, cross = self.teacher_relation, self.cross_relation
+        for weight in (teacher.anchor_weight, teacher.sample_weight):
+            weight.copy_(cross.anchor_weight)
+        teacher.weight.copy_(cross.weight)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # Before anything is copied: these sizes had other defaults once.
+        loaded = state_dict.get(prefix + "cross_relation.weight")
+        own = self.cross_relation.weight.shape
+        if loaded is not None and loaded.shape != own:
+            sizes = "relation_dim={}, hidden_dim={}"
+            raise RuntimeError(
+                f"crrcd_ext.{self.NAME}: {prefix}cross_relation: expected "
+                f"{sizes.format(*own)}, got {sizes.format(*loaded.shape)} in the checkpoint; build "
+                "the module with these (128 and 128 were the defaults up to version 0.1)"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _sides(self, step: Step) -> list[Side]:
         f_ts, f_t = self.cross_relation, self.teacher_relation

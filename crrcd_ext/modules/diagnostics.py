@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from crrcd_ext import functional
+
+PATIENCE = 100
+"""Steps for which a start may be flat, as that of independent Gaussian weights often is."""
+GROWTH = 2.0
+"""A variance that has grown by this factor since it was least is on its way."""
+ROUNDING = 1e-10
+"""Variance of unit vectors that differ by rounding alone."""
 MAX_NEGATIVES = 256
 """Negatives whose cosines are looked at."""
 CONSTANT_RELATION = (
     "crrcd_ext.{name}: the loss ({loss:.4g}) sits at its no-information value "
     "({no_information_loss:.4g}) and the {vectors} hardly differ between samples (variance "
-    "{relation_variance:.2g}): they have collapsed to a constant and the student learns nothing "
-    "from this loss. Likely causes: heads and relation trained at the student's learning rate (use "
-    "criterion.parameter_groups(lr), which gives them a tenth), standardize=False, or a changed "
-    "initialisation; objective='infonce' resists better."
+    "{relation_variance:.2g}) at step {step:.0f}, as in every look since step {since:.0f}: they "
+    "have collapsed to a constant and the student learns nothing from this loss. Likely causes: "
+    "heads and relation trained at the student's learning rate (use "
+    "criterion.parameter_groups(lr), which gives them a tenth), standardize=False, or a start "
+    "other than init='mirrored'; objective='infonce' resists better."
 )
 FRESHNESS_SHORTCUT = (
     "crrcd_ext.{name}: positives sit at a mean cosine of {positive_cosine:.2f} and negatives at "
@@ -23,15 +33,52 @@ FRESHNESS_SHORTCUT = (
     "the bank's stale ones instead of learning relations. Use keys='stop_gradient' with a bank "
     "filled from the teacher (criterion.fill(loader) before training), or keys='live' or 'bank'."
 )
+NOTHING_LEFT = (
+    "crrcd_ext.{name}: exclude_similar={exclude_similar:g} has masked every negative in "
+    "{masked_steps:.0f} of {step:.0f} steps: the teacher's embeddings are more alike than that. "
+    "Such a step only pulls positives together (a loss of 0 for objective='infonce'). Raise the "
+    "threshold."
+)
+
+
+class Flat(NamedTuple):
+    """Looks in a row that found the relation constant: since which step, the least variance."""
+
+    since: float
+    variance: float
+
+
+def follow(flat: Flat | None, values: dict[str, float], width: int) -> Flat | None:
+    """The stretch of flat looks after one more; None when this look was not flat."""
+    if not is_constant(values, width):
+        return None
+    variance = values["relation_variance"]
+    if flat is None or values["step"] < flat.since:
+        return Flat(values["step"], variance)
+    return Flat(flat.since, min(flat.variance, variance))
+
+
+def is_collapse(flat: Flat, values: dict[str, float], width: int) -> bool:
+    """Whether a flat look is the end of learning and not a late start.
+
+    A late start is over within PATIENCE steps, or its variance is growing by then. Where the
+    student's vectors are the same to rounding, or the teacher's hardly differ, nothing can grow.
+    """
+    variance = values["relation_variance"]
+    hopeless = variance < ROUNDING or values["teacher_relation_variance"] < variance_floor(width)
+    growing = variance >= GROWTH * flat.variance > 0
+    return hopeless or (values["step"] >= PATIENCE and not growing)
 
 
 def measure(criterion, step) -> tuple[dict[str, float], int]:
     """The numbers of :meth:`crrcd_ext.CRRCDLoss.diagnostics`, and the width of the vectors."""
-    cosines = [criterion._cosines(side) for side in criterion._sides(step)]
+    sides = criterion._sides(step)
+    cosines = [criterion._cosines(side) for side in sides]
     negative = [masked_mean(*c.negative(c.positions(MAX_NEGATIVES))) for c in cosines]
     of_student, of_teacher = criterion._relations(step)
     level = no_information_loss(criterion.num_negatives, criterion.objective)
     values = {
+        "step": float(criterion.step),
         "loss": float(step.loss),
         "no_information_loss": level * len(cosines),
         "relation_variance": relation_variance(of_student),
@@ -39,11 +86,25 @@ def measure(criterion, step) -> tuple[dict[str, float], int]:
         "effective_rank": effective_rank(of_student),
         "positive_cosine": masked_mean(cosines[0].positive, cosines[0].pairs),
         "negative_cosine": sum(negative) / len(negative),
+        **_similar(criterion, sides),
         "temperature": 1 / float(criterion.scale()),
         "offset": criterion.current_offset(),
         "skipped_steps": float(criterion.skipped_steps),
     }
     return values, of_student.shape[-1]
+
+
+def _similar(criterion, sides) -> dict[str, float]:
+    """What exclude_similar does, if it is set."""
+    if criterion.exclude_similar is None:
+        return {}
+    masks = [side.arguments["excluded"] for side in sides]
+    count = criterion.num_negatives
+    shares = [float(functional.unpack_bits(mask, count).double().mean()) for mask in masks]
+    return {
+        "similar_share": sum(shares) / len(shares),
+        "masked_steps": float(criterion.masked_steps),
+    }
 
 
 def no_information_loss(negatives: int, objective: str) -> float:
@@ -80,13 +141,15 @@ def masked_mean(values: Tensor, keep: Tensor) -> float:
 
 
 def is_constant(values: dict[str, float], relation_dim: int) -> bool:
-    """The loss within 1% of no information while the relation hardly varies.
-
-    The bar of 1e-3 is meant for R up to 128; unit vectors of more dimensions vary less in each.
-    """
+    """The loss within 1% of no information while the relation hardly varies."""
     level = values["no_information_loss"]
-    bar = 1e-3 * min(1.0, 128 / relation_dim)
-    return abs(values["loss"] - level) <= 0.01 * level and values["relation_variance"] < bar
+    low = values["relation_variance"] < variance_floor(relation_dim)
+    return low and abs(values["loss"] - level) <= 0.01 * level
+
+
+def variance_floor(relation_dim: int) -> float:
+    """1e-3 is meant for R up to 128; unit vectors of more dimensions vary less in each."""
+    return 1e-3 * min(1.0, 128 / relation_dim)
 
 
 def is_shortcut(values: dict[str, float]) -> bool:

@@ -18,18 +18,19 @@ def log_mean_exp_logit(cosines: Cosines, scale: Tensor | float) -> Tensor:
 
     Candidates are the positive and the kept negatives, so that this is CRD's constant Z = N Zbar,
     in log space. At most 16,384 rows, evenly spaced, enter as negatives; they are taken in pieces
-    of 16 MB. Returns float32, or float64 when the cosines are; -inf or NaN when no pair is kept.
+    of 16 MB. Returns float32, or float64 when the cosines are; NaN when no negative is kept, since
+    the positives alone are no measure of the candidates.
     """
     dtype = cosines.positive.dtype
     if isinstance(scale, Tensor):
         scale = scale.to(dtype)
     logit = (scale * cosines.positive).masked_fill(~cosines.pairs, -torch.inf)
     total = logit.flatten().logsumexp(0)
-    count = cosines.pairs.sum()
+    pairs = count = cosines.pairs.sum()
     size = max(1, _CHUNK_ELEMENTS // max(1, cosines.width))
     for piece in cosines.positions(MAX_NEGATIVES).split(size):
         cosine, keep = cosines.negative(piece)
         logit = (scale * cosine).masked_fill(~keep, -torch.inf)
         total = torch.logaddexp(total, logit.flatten().logsumexp(0))
         count = count + keep.sum()
-    return total - count.to(dtype).log()
+    return (total - count.to(dtype).log()).masked_fill(count == pairs, torch.nan)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from crrcd_ext import functional
 from crrcd_ext.modules import _checks, _counter
 from crrcd_ext.modules.bank import Change, MemoryBank
 from crrcd_ext.modules.cosines import Cosines
@@ -182,6 +183,9 @@ class ContrastiveStep(Critic):
             loss = torch.where(finite, loss, torch.zeros_like(loss))
         if update:
             self._commit(finite, (teacher_statistics, student_statistics), log_zbar)
+            if self.masked_steps is not None:
+                nothing_left = self._nothing_left(sides)
+                self.masked_steps.add_(nothing_left if finite is None else nothing_left & finite)
             if finite is not None:
                 for side, change, rows in zip(sides, changes, before, strict=True):
                     bank, written = side.bank.rows, change[0]
@@ -326,7 +330,33 @@ class ContrastiveStep(Critic):
             "key_id": key_id,
             "query_label": query_label,
             "key_label": key_label,
+            "excluded": self._similar(slot, step, rows, drawn),
         }
+
+    @torch.no_grad()
+    def _similar(self, slot: int, step: Step, rows: Tensor, drawn: Tensor | None) -> Tensor | None:
+        """The bits of the negatives that ``exclude_similar`` leaves out, by the teacher's eyes."""
+        if self.exclude_similar is None:
+            return None
+        if slot == 1:
+            # Of the student's negatives, the same samples' rows of the teacher's bank.
+            rows = self.teacher_bank.rows
+            if self.keys == "live":
+                rows = rows if drawn is None else rows.index_select(0, drawn)
+                rows, drawn = self.teacher_head(rows, step.statistics).to(step.teacher.dtype), None
+        threshold = self.exclude_similar
+        return functional.similar_mask(
+            step.teacher.detach(), rows.detach(), drawn, threshold=threshold, backend=self.backend
+        )
+
+    def _nothing_left(self, sides: list[Side]) -> Tensor:
+        """Whether ``exclude_similar`` masks every negative of the step, bool []."""
+        words, rest = divmod(self.num_negatives, 32)
+        masked = []
+        for side in sides:
+            mask = side.arguments["excluded"]
+            masked += [(mask[:, :words] == -1).all(), (mask[:, words:] == (1 << rest) - 1).all()]
+        return torch.stack(masked).all()
 
     def _contrast(self, side: Side, size: int, change: Change | None, log_zbar: dict) -> Tensor:
         """One direction's loss and its bank's update; a new log Zbar goes into ``log_zbar``."""
@@ -356,10 +386,6 @@ class ContrastiveStep(Critic):
         query = side.arguments["query"]
         with torch.autocast(query.device.type, enabled=False), torch.no_grad():
             fresh = log_mean_exp_logit(self._cosines(side), self.scale()).to(torch.float64)
-        empty = side.bank.is_empty()
-        if empty is not None:
-            # The positives alone give no Zbar; the next batch does.
-            fresh = fresh.masked_fill(empty, torch.nan)
         log_zbar[side.slot] = fresh
         # Without a pair there is no mean, and a loss that does not depend on it.
         return self._beta(torch.where(fresh.isfinite(), fresh, 0.0))

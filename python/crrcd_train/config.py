@@ -110,6 +110,7 @@ class Contrastive:
     head: Literal["linear", "identity"] = "linear"
     standardize: bool = True
     exclude_same_label: bool = False
+    exclude_similar: float = 0.0  # a cosine of teacher embeddings; 0: no negative is left out by it
     learnable_temperature: bool = False
     learnable_offset: bool = False
     bank_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -119,8 +120,9 @@ class Contrastive:
 
 @dataclass
 class CRRCD(Contrastive):
-    hidden_dim: int = 128
-    relation_dim: int = 128
+    hidden_dim: int = 0  # 0: twice the width of the embeddings
+    relation_dim: int = 0  # 0: the width of the embeddings
+    init: Literal["mirrored", "gaussian"] = "mirrored"
     anchors: int = 8
     self_pairs: bool = False
 
@@ -271,8 +273,6 @@ _POSITIVE = {
     "student.stem_stride",
     "kd.temperature",
     *(f"{name}.{key}" for name in CONTRASTIVE for key in ("temperature", "embedding_dim")),
-    "crrcd.hidden_dim",
-    "crrcd.relation_dim",
     "distill.layers",
     "run.validate_every",
     "study.workers",

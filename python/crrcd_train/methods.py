@@ -101,8 +101,9 @@ def make_criterion(
     options = dict(vars(settings))
     for own in ("weight", "schedule", "lr_factor"):
         options.pop(own)
-    if "anchors" in options:
-        options["anchors"] = options["anchors"] or None
+    for name in ("anchors", "hidden_dim", "relation_dim", "exclude_similar"):
+        if name in options:
+            options[name] = options[name] or None
     options["bank_dtype"] = getattr(torch, options["bank_dtype"])
     options["backend"] = options["backend"] or None
     try:

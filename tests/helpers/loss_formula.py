@@ -66,6 +66,7 @@ class Step:
         self.selected = list(range(size)) if selected is None else selected.tolist()
         self.log_zbar = {}
         self.rows = {}
+        self.similar = 0  # how many (a, b, n) exclude_similar leaves out, own rows aside
         self.loss = student.sum() * 0
         for side, bank in (("student", c.teacher_bank), ("teacher", c.student_bank)):
             if bank is None:
@@ -106,6 +107,11 @@ class Step:
         own = int(self.index[b])
         if key < 0 or key == own:
             return False
+        if self.c.exclude_similar is not None:
+            (seen,) = self.keys("student", self.c.teacher_bank, torch.tensor([n]))
+            if float(seen @ self.e_t[b]) > self.c.exclude_similar:
+                self.similar += 1
+                return False
         return self.labels is None or int(self.labels[key]) != int(self.labels[own])
 
     def vectors(self, side: str, bank, a: int, b: int, rows: Tensor) -> tuple[Tensor, ...]:
