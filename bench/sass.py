@@ -184,8 +184,10 @@ def parse_resources(lines: Iterable[str], arch: str = "") -> dict[tuple[str, str
             symbol = words[1].rstrip(":")
         elif words[:1] and words[0].startswith("REG:"):
             use = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
-            # From sm_90 on what the system keeps of every block is counted in.
-            shared = use["SHARED"] - (SYSTEM_SHARED if generation(arch) >= 90 else 0)
+            # From sm_90 on what the system keeps of every block is counted in, but for kernels
+            # without any in a file without dynamic shared memory.
+            system = SYSTEM_SHARED if generation(arch) >= 90 else 0
+            shared = max(use["SHARED"] - system, 0)
             found[arch, symbol] = Resources(use["REG"], use["STACK"], use["LOCAL"], shared)
     return found
 

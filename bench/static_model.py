@@ -213,15 +213,13 @@ def similar_own(B: int, K: int, D: int, N: int, storage: str) -> Work:
 
 
 def similar_shared(B: int, K: int, D: int, storage: str) -> Work:
-    """All rows of a bank: tiles of 64 queries x 64 rows; a row is read once for all queries of a
-    tile."""
-    tiles = -(-B // 64)
-    row = D * BYTES[storage]
-    ends = B * D * 4 + B * K / 8  # query; bits
-    products = 64 * tiles * K * D
+    """All rows of a bank: tiles of 64 queries x 64 rows; blocks of the same rows run side by side,
+    so that a row comes from device memory once."""
+    moved = K * D * BYTES[storage] + B * D * 4 + B * K / 8  # rows; query; bits
+    products = 64 * -(-B // 64) * K * D
     return Work(
-        bytes=tiles * K * row + ends,
-        least_bytes=K * row + ends,
+        bytes=moved,
+        least_bytes=moved,
         multiply_adds=products,
         launches=SIMILAR_LAUNCHES,
         main_loops=(MainLoop(rf"similar_shared<float, {storage}>", multiply_adds=products),),

@@ -30,6 +30,8 @@ Fatbin elf code:
 arch = sm_90a
  Function first:
   REG:64 STACK:0 SHARED:1056 LOCAL:8 CONSTANT[0]:440 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function without_shared:
+  REG:56 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:656 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
 
 ELF = """
@@ -128,6 +130,7 @@ def test_resources_and_threads():
     assert found["sm_80", "first"] == Resources(registers=90, stack=16, local=0, shared=32)
     # What the system keeps of a block's shared memory is not the kernel's.
     assert found["sm_90a", "first"] == Resources(registers=64, stack=0, local=8, shared=32)
+    assert found["sm_90a", "without_shared"].shared == 0
     assert sass.parse_max_threads(ELF.splitlines()) == {("sm_80", "first"): 256}
 
 
@@ -416,6 +419,15 @@ def test_bytes_of_instance_nce():
     assert math.isclose(work.least_bytes, work.bytes, rel_tol=1e-6)  # hardly a row is drawn twice
     work = static_model.instance_shared(64, 1024, 128, 1 << 40, "float")
     assert work.bytes == 1024 * 128 * 4 + 3 * 64 * 128 * 4 + 1024 * 8
+
+
+def test_work_of_similar_mask():
+    work = static_model.similar_own(64, 1024, 128, 1 << 40, "bf16")
+    assert work.bytes == 64 * 1024 * 128 * 2 + 64 * 128 * 4 + 64 * 1024 * 8 + 64 * 1024 // 8
+    assert math.isclose(work.least_bytes, work.bytes, rel_tol=1e-6)  # hardly a row is drawn twice
+    work = static_model.similar_shared(65, 1024, 128, "float")
+    assert work.bytes == work.least_bytes == 1024 * 128 * 4 + 65 * 128 * 4 + 65 * 1024 // 8
+    assert work.multiply_adds == 128 * 1024 * 128
 
 
 def test_work_of_difference_nce():
