@@ -28,7 +28,4 @@ at::Tensor with_units(const at::Tensor& bank);
 // Whether the rows of such a bank can be read four elements at a time.
 bool whole_quads(const at::Tensor& bank);
 
-// Bits of what is excluded as kernels see them, of a tensor that may be undefined.
-Excluded excluded_bits(const at::Tensor& bits);
-
 }  // namespace crrcd::cuda
