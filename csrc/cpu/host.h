@@ -6,7 +6,6 @@
 #include <atomic>
 
 #include <ATen/core/Tensor.h>
-#include "../bank.h"
 #include "plan.h"
 
 namespace crrcd {

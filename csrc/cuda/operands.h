@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include "../bank.h"
 #include "relation_layout.h"
 
 namespace crrcd::cuda {
