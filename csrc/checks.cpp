@@ -89,6 +89,11 @@ at::Tensor check_excluded(const char* op, const std::optional<at::Tensor>& exclu
   return excluded->contiguous();
 }
 
+Excluded excluded_bits(const at::Tensor& bits) {
+  if (!bits.defined()) return {};
+  return {reinterpret_cast<const uint32_t*>(bits.const_data_ptr<int32_t>()), bits.size(1)};
+}
+
 at::ScalarType check_operands(const char* op, std::initializer_list<at::Tensor> operands,
                               bool with_half) {
   const at::ScalarType dtype = operands.begin()->scalar_type();

@@ -35,6 +35,9 @@ at::Tensor check_ids(const char* op, const char* name, const std::optional<at::T
 at::Tensor check_excluded(const char* op, const std::optional<at::Tensor>& excluded,
                           int64_t queries, int64_t negatives);
 
+// The same as kernels see them; `bits` may be undefined.
+Excluded excluded_bits(const at::Tensor& bits);
+
 // The operands' common dtype: float64, float32, bfloat16 or, except on the CPU, float16; TypeError
 // otherwise.
 at::ScalarType check_operands(const char* op, std::initializer_list<at::Tensor> operands,

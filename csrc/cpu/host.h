@@ -6,7 +6,6 @@
 #include <atomic>
 
 #include <ATen/core/Tensor.h>
-#include "../bank.h"
 #include "plan.h"
 
 namespace crrcd {
@@ -40,12 +39,6 @@ const T* pointer(const at::Tensor& t) {
 template <typename T>
 T* mutable_pointer(const at::Tensor& t) {
   return t.defined() ? t.mutable_data_ptr<T>() : nullptr;
-}
-
-// Bits of the negatives, as kernels see them; t may be undefined.
-inline Excluded excluded_bits(const at::Tensor& t) {
-  if (!t.defined()) return {};
-  return {reinterpret_cast<const uint32_t*>(t.const_data_ptr<int32_t>()), t.size(1)};
 }
 
 }  // namespace crrcd

@@ -70,9 +70,4 @@ bool whole_quads(const at::Tensor& bank) {
          reinterpret_cast<uintptr_t>(bank.const_data_ptr()) % quad == 0;
 }
 
-Excluded excluded_bits(const at::Tensor& bits) {
-  if (!bits.defined()) return {};
-  return {reinterpret_cast<const uint32_t*>(bits.const_data_ptr<int32_t>()), bits.size(1)};
-}
-
 }  // namespace crrcd::cuda

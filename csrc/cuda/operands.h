@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include "../bank.h"
 #include "relation_layout.h"
 
 namespace crrcd::cuda {
@@ -27,8 +26,5 @@ at::Tensor with_units(const at::Tensor& bank);
 
 // Whether the rows of such a bank can be read four elements at a time.
 bool whole_quads(const at::Tensor& bank);
-
-// Bits of what is excluded as kernels see them, of a tensor that may be undefined.
-Excluded excluded_bits(const at::Tensor& bits);
 
 }  // namespace crrcd::cuda
