@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import warnings
 
@@ -211,6 +212,21 @@ def test_a_flat_start_is_late_until_it_lasts():
     assert [values["flat_steps"] for values, _ in found] == [20.0 * n for n in range(7)]
     assert found[0][0]["variance_growth"] == 1
     assert found[1][0]["variance_growth"] == pytest.approx(1, rel=0.2)
+
+
+def test_a_resumed_run_goes_on_with_its_looks():
+    criterion = make()
+    looks(criterion, 1e-4, 2e-4)
+    file = io.BytesIO()
+    torch.save(criterion.state_dict(), file)
+    file.seek(0)
+    resumed = make()
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert resumed._flat == criterion._flat == (20.0, pytest.approx(criterion._flat.variance))
+    assert resumed._looked == criterion._looked > 0
+    # Of a state that says nothing of looks, as an older one, they begin anew.
+    resumed.load_state_dict(dict(criterion.state_dict()))
+    assert resumed._flat is None and resumed._looked == 0
 
 
 def test_a_flat_start_that_grows_is_no_collapse():

@@ -116,7 +116,8 @@ def test_the_shipped_study_of_faces_is_valid() -> None:
     read = config.load(path, (), faces.FacesConfig)
     assert set(read.faces.rivals) < set(read.faces.methods)
     method, own = faces.resolve(read, "crd, as published")
-    assert (method, own.crd.temperature, read.crd.temperature) == ("crd", 0.07, 0.2)
+    assert (method, own.crd.temperature, read.crd.temperature) == ("crd", 0.07, 0.1)
+    assert (own.crd.exclude_similar, read.crd.exclude_similar) == (0.0, 0.5)
 
 
 def test_settings_of_one_method_and_size(tmp_path: Path) -> None:

@@ -344,7 +344,14 @@ class ContrastiveLoss(ContrastiveStep):
 
     # ------------------------------------------------------------------ saving
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Not of the run's state, so beside it: what diagnostics compares its next look with.
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata["looks"] = [self._looked, *(self._flat or ())]
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
         # Before anything of this module is copied, its banks included, which load after it.
         for name in ("teacher_bank", "student_bank"):
             bank = getattr(self, name)
@@ -358,8 +365,9 @@ class ContrastiveLoss(ContrastiveStep):
             state_dict.pop(prefix + "masked_steps", None)
         elif prefix + "skipped_steps" in state_dict:
             state_dict.setdefault(prefix + "masked_steps", torch.zeros_like(self.masked_steps))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._looked, self._flat = 0.0, None
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        self._looked, *flat = local_metadata.get("looks", [0.0])
+        self._flat = diagnostics.Flat(*flat) if flat else None
         if labels is not None and self.labels is not None:
             self.labelled = bool((labels >= 0).any())
             if self.class_table is not None:

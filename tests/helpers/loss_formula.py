@@ -109,7 +109,7 @@ class Step:
             return False
         if self.c.exclude_similar is not None:
             (seen,) = self.keys("student", self.c.teacher_bank, torch.tensor([n]))
-            if float(seen @ self.e_t[b]) > self.c.exclude_similar:
+            if float((seen @ self.e_t[b]).detach()) > self.c.exclude_similar:
                 self.similar += 1
                 return False
         return self.labels is None or int(self.labels[key]) != int(self.labels[own])
