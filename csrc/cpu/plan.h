@@ -56,8 +56,10 @@ inline Form choose_form(int64_t A, int64_t B, int64_t K, int64_t H, int64_t R, c
                  (need.weight ? sparse_t * 0.75 * h * h : 0)) /
                     rate +
                 (once + r * h * h) / pairs;
+  // of a square's products a triangle has 0.7, counting blocks on its edge; a wider factor has more
+  const double factor = 0.7 * (2 - rank / h);
   double triangular =
-      (0.7 * sparse * h * rank + sparse * h * b + (need.query ? sparse_t * b * h : 0)) / rate +
+      (factor * sparse * h * rank + sparse * h * b + (need.query ? sparse_t * b * h : 0)) / rate +
       (once + 8 * r * h * rank) / pairs;
   double direct = 0.62 * h * r + r * b + (need.query ? r * b : 0) +
                   (inner || need.weight ? r * b : 0) + (inner ? h * r : 0) +
