@@ -155,6 +155,21 @@ def test_a_step_without_any_negative_is_defined_counted_and_said_once(kind, obje
         criterion.diagnostics()
 
 
+@pytest.mark.parametrize("alike", [slice(0, 32), slice(32, 40), slice(0, 39)])
+def test_a_step_with_some_negatives_left_is_not_counted(alike):
+    teacher = torch.eye(4)[[0]].repeat(40, 1)
+    teacher[alike] = torch.eye(4)[1]
+    criterion = CRDLoss(
+        4, 4, 40, negatives="all", head="identity", standardize=False, direction="student",
+        exclude_similar=0.5,
+    )  # fmt: skip
+    criterion.fill(torch.arange(40), teacher)
+    index = torch.arange(40)[alike][:3]
+    criterion(torch.randn(3, 4), teacher[index], index)
+    assert criterion.masked_steps == 0
+    assert criterion.diagnostics()["similar_share"] == len(teacher[alike]) / 40
+
+
 def test_such_a_step_gives_no_zbar():
     criterion = make("crd", exclude_similar=-0.9999999, direction="student")
     rows = criterion.teacher_bank.rows.clone()
