@@ -18,6 +18,37 @@ def update(index=(1, 2), value=(2, D), momentum=0.5, *rest):
     return (torch.tensor(index), torch.ones(value), momentum, *rest)
 
 
+# What each loss says of bits that are not those of six queries.
+EXCLUDED_ERRORS = [
+    (
+        {"excluded": torch.zeros(B, 1)},
+        TypeError,
+        "excluded: expected dtype int32, got float32",
+    ),
+    ({"excluded": [[0]]}, TypeError, "excluded: expected an int32 tensor, got list"),
+    (
+        {"excluded": torch.zeros(B, 2, dtype=torch.int32)},
+        ValueError,
+        "excluded: expected shape [B, ceil(K / 32)] = [6, 1], got [6, 2]",
+    ),
+    (
+        {"excluded": torch.zeros(B - 1, 1, dtype=torch.int32)},
+        ValueError,
+        "excluded: expected shape [B, ceil(K / 32)] = [6, 1], got [5, 1]",
+    ),
+    (
+        {"excluded": torch.zeros(B, dtype=torch.int32)},
+        ValueError,
+        "excluded: expected shape [B, ceil(K / 32)] = [6, 1], got [6]",
+    ),
+    (
+        {"index": None, "excluded": torch.zeros(B, 0, dtype=torch.int32)},
+        ValueError,
+        "excluded: expected shape [B, ceil(N / 32)] = [6, 1], got [6, 0]",
+    ),
+]
+
+
 NCE = [  # what is changed, error, the message after "crrcd_ext.relation_nce: "
     (
         {"query": torch.ones(A, B)},
@@ -96,32 +127,7 @@ NCE = [  # what is changed, error, the message after "crrcd_ext.relation_nce: "
         ValueError,
         "query_label: expected an int64 tensor beside key_label, got None",
     ),
-    (
-        {"excluded": torch.zeros(B, 1)},
-        TypeError,
-        "excluded: expected dtype int32, got float32",
-    ),
-    ({"excluded": [[0]]}, TypeError, "excluded: expected an int32 tensor, got list"),
-    (
-        {"excluded": torch.zeros(B, 2, dtype=torch.int32)},
-        ValueError,
-        "excluded: expected shape [B, ceil(K / 32)] = [6, 1], got [6, 2]",
-    ),
-    (
-        {"excluded": torch.zeros(B - 1, 1, dtype=torch.int32)},
-        ValueError,
-        "excluded: expected shape [B, ceil(K / 32)] = [6, 1], got [5, 1]",
-    ),
-    (
-        {"excluded": torch.zeros(B, dtype=torch.int32)},
-        ValueError,
-        "excluded: expected shape [B, ceil(K / 32)] = [6, 1], got [6]",
-    ),
-    (
-        {"index": None, "excluded": torch.zeros(B, 0, dtype=torch.int32)},
-        ValueError,
-        "excluded: expected shape [B, ceil(N / 32)] = [6, 1], got [6, 0]",
-    ),
+    *EXCLUDED_ERRORS,
     ({"query": None}, TypeError, "query: expected a tensor, got NoneType"),
     ({"anchor": [1.0]}, TypeError, "anchor: expected a tensor, got list"),
     (
@@ -307,32 +313,7 @@ INSTANCE = [  # what is changed, error, the message after "crrcd_ext.instance_nc
         ValueError,
         "query_label: expected an int64 tensor beside key_label, got None",
     ),
-    (
-        {"excluded": torch.zeros(B, 1)},
-        TypeError,
-        "excluded: expected dtype int32, got float32",
-    ),
-    ({"excluded": [[0]]}, TypeError, "excluded: expected an int32 tensor, got list"),
-    (
-        {"excluded": torch.zeros(B, 2, dtype=torch.int32)},
-        ValueError,
-        "excluded: expected shape [B, ceil(K / 32)] = [6, 1], got [6, 2]",
-    ),
-    (
-        {"excluded": torch.zeros(B - 1, 1, dtype=torch.int32)},
-        ValueError,
-        "excluded: expected shape [B, ceil(K / 32)] = [6, 1], got [5, 1]",
-    ),
-    (
-        {"excluded": torch.zeros(B, dtype=torch.int32)},
-        ValueError,
-        "excluded: expected shape [B, ceil(K / 32)] = [6, 1], got [6]",
-    ),
-    (
-        {"index": None, "excluded": torch.zeros(B, 0, dtype=torch.int32)},
-        ValueError,
-        "excluded: expected shape [B, ceil(N / 32)] = [6, 1], got [6, 0]",
-    ),
+    *EXCLUDED_ERRORS,
     (
         {"positive": None},
         ValueError,
@@ -437,32 +418,7 @@ DIFFERENCE = [  # what is changed, error, the message after "crrcd_ext.differenc
         ValueError,
         "query_label: expected an int64 tensor beside key_label, got None",
     ),
-    (
-        {"excluded": torch.zeros(B, 1)},
-        TypeError,
-        "excluded: expected dtype int32, got float32",
-    ),
-    ({"excluded": [[0]]}, TypeError, "excluded: expected an int32 tensor, got list"),
-    (
-        {"excluded": torch.zeros(B, 2, dtype=torch.int32)},
-        ValueError,
-        "excluded: expected shape [B, ceil(K / 32)] = [6, 1], got [6, 2]",
-    ),
-    (
-        {"excluded": torch.zeros(B - 1, 1, dtype=torch.int32)},
-        ValueError,
-        "excluded: expected shape [B, ceil(K / 32)] = [6, 1], got [5, 1]",
-    ),
-    (
-        {"excluded": torch.zeros(B, dtype=torch.int32)},
-        ValueError,
-        "excluded: expected shape [B, ceil(K / 32)] = [6, 1], got [6]",
-    ),
-    (
-        {"index": None, "excluded": torch.zeros(B, 0, dtype=torch.int32)},
-        ValueError,
-        "excluded: expected shape [B, ceil(N / 32)] = [6, 1], got [6, 0]",
-    ),
+    *EXCLUDED_ERRORS,
     ({"eps": -1e-6}, ValueError, "eps: expected a number of 0 or more, got -1e-06"),
     ({"eps": float("inf")}, ValueError, "eps: expected a number of 0 or more, got inf"),
     ({"eps": float("nan")}, ValueError, "eps: expected a number of 0 or more, got nan"),

@@ -174,10 +174,6 @@ class MemoryBank(KeepsBufferDtype):
         """Whether, as far as the host knows, every row may be drawn."""
         return True
 
-    def is_empty(self) -> Tensor | None:
-        """Whether there is no row to draw, bool []; None where that cannot be."""
-        return None
-
     def masks(
         self, index: Tensor, query_label: Tensor | None, labels: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

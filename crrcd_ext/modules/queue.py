@@ -108,6 +108,7 @@ class MemoryQueue(MemoryBank):
         return self._full
 
     def is_empty(self) -> Tensor | None:
+        """Whether there is no row to draw, bool []; None where that cannot be."""
         return None if self.full else self.pushed == 0
 
     def masks(self, index, query_label, labels):
