@@ -330,7 +330,7 @@ def test_tiny_imagenet(tiny_imagenet: Path, capfd: pytest.CaptureFixture[str]) -
         ),
         ("val/val_annotations.txt", b"val_0.JPEG\tn09\n", r"val_0.JPEG is of class n09, unknown"),
         ("val/images/val_1.JPEG", None, r"data file .*val_1.JPEG is missing"),
-        ("val/images/val_1.JPEG", b"no image", r"data file .*val_1.JPEG is damaged"),
+        ("val/images/val_1.JPEG", b"no image", r"image .*val_1.JPEG is damaged or none"),
         ("wnids.txt", b"n01\nn02\nn03\nn04\n", r"no file .*train/n04/images/\*.JPEG"),
     ],
 )
@@ -349,7 +349,7 @@ def test_tiny_imagenet_with_damage(
 def test_half_an_image_is_named(tiny_imagenet: Path) -> None:
     path = tiny_imagenet / "train" / "n03" / "images" / "n03_1.JPEG"
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(UserError, match=r"n03_1.JPEG is damaged \(image file is truncated"):
+    with pytest.raises(UserError, match=r"n03_1.JPEG is damaged or none \(image file is truncated"):
         data.load(Data(name="tiny-imagenet", root=str(tiny_imagenet)), lambda text: None)
 
 
@@ -385,6 +385,16 @@ def test_image_folder(tmp_path: Path) -> None:
         data.load(Data(name="folder", root=str(tmp_path)))
     (tmp_path / "test" / "dog" / "1.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"1.png is damaged"):
+        data.load(options, lambda text: None)
+    said = []
+    options.damaged = "skip"
+    images = data.load(options, said.append)
+    assert (len(images.train), len(images.test)) == (6, 3)
+    assert images.test_labels.tolist() == [0, 0, 1]
+    assert "1 of 4 pictures skipped as damaged: dog/1.png" in said
+    for path in (tmp_path / "test").rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"every picture in .*test is damaged"):
         data.load(options, lambda text: None)
 
 

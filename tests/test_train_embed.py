@@ -145,3 +145,15 @@ def test_too_few_pictures(place, tmp_path):
     )
     with pytest.raises(UserError, match="too few"):
         embed.fit(read, tmp_path / "out")
+
+
+def test_damaged_pictures_stop_or_are_skipped(place, capsys):
+    cut = place / "photos" / "class1" / "1.png"
+    cut.write_bytes(cut.read_bytes()[:40])
+    assert main(arguments(place)) == 2
+    assert "1.png is damaged or none" in capsys.readouterr().err
+    assert main(arguments(place, "embed.damaged=skip")) == 0
+    assert "1 of 40 pictures skipped as damaged: class1/1.png\n" in capsys.readouterr().out
+    result = embed.runs.read_json(place / "out" / embed.RESULT)
+    assert (result["pictures"], result["damaged"]) == (39, 1)
+    assert "39 pictures (1 damaged ones left out)" in (place / "out" / "report.html").read_text()

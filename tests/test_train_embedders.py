@@ -14,6 +14,7 @@ from PIL import Image
 
 from crrcd_train import checkpoint, embedders, interrupt, people
 from crrcd_train.errors import Interrupted, UserError
+from crrcd_train.pictures import open_image
 
 TEACHER = """
 import numpy as np
@@ -403,8 +404,8 @@ def test_dlib_on_a_face_and_on_none(tmp_path: Path) -> None:
     same, other = torch.cdist(found.vectors[:1], found.vectors[1:])[0].tolist()
     assert same < 0.6 < other
     # Reduced pictures are cut where the face lies in the whole ones.
-    shown = [embedders.through(embedders.open_image(path), 8) for path in files[:1]]
-    vectors, detected = embedders.build("dlib")([embedders.open_image(files[0])], shown)
+    shown = [embedders.through(open_image(path), 8) for path in files[:1]]
+    vectors, detected = embedders.build("dlib")([open_image(files[0])], shown)
     assert detected.tolist() == [True]
     assert float(np.linalg.norm(vectors[0] - found.vectors[0].numpy())) > 0.05
 
@@ -440,7 +441,7 @@ def _damaged(kind: str, tmp_path: Path) -> Path:
 def test_a_damaged_image_names_its_file(kind: str, tmp_path: Path) -> None:
     path = _damaged(kind, tmp_path)
     with pytest.raises(UserError, match=rf"^image {path} is damaged or none \("):
-        embedders.open_image(path)
+        open_image(path)
 
 
 def test_a_damaged_image_among_others(

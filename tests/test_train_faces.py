@@ -7,6 +7,7 @@ import html.parser
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -454,6 +455,31 @@ def test_undetected_pictures_are_skipped(
     capsys.readouterr()
     assert main([*few[:-2], "--set", "faces.undetected=centred", *few[-2:]]) == 2
     one_line(capsys, "teacher.json was made with other settings (faces.undetected: 'skip' -> ")
+
+
+def test_damaged_pictures_stop_or_are_skipped(
+    place: Path, tmp_path: Path, in_process: None, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(place / "people", tmp_path / "people")
+    cut = tmp_path / "people" / "Bob" / "2.png"
+    cut.write_bytes(cut.read_bytes()[:40])
+    given = [*FEW, f"faces.root={tmp_path / 'people'}", "faces.probes=1"]
+    assert main(arguments(place, tmp_path / "out", *given, cache=tmp_path / "cache")) == 2
+    one_line(capsys, "2.png is damaged or none")
+    given.append("faces.damaged=skip")
+    assert main(arguments(place, tmp_path / "out", *given, cache=tmp_path / "cache")) == 0
+    printed = capsys.readouterr().out
+    assert "1 of 12 pictures skipped as damaged: Bob/2.png\n" in printed
+    record = json.loads((tmp_path / "out" / faces.SUMMARY).read_text())
+    assert (record["pictures"], record["damaged"]) == (11, 1)
+    own = faces.material(
+        config.load(None, ["pixels.canvas=24"], faces.FacesConfig), tmp_path / "out"
+    )
+    assert len(own.people) == 11 and "Bob/2.png" not in own.people.names
+    for row, path in enumerate(own.people.files):
+        torch.testing.assert_close(own.vectors[row], _pixels(Image.open(path)))
+    text = (tmp_path / "out" / "report" / "report.html").read_text()
+    assert "11 pictures of 3 persons (1 damaged ones left out)" in text
 
 
 # ------------------------------------------------------------------ mistakes

@@ -254,12 +254,12 @@ def _embed(options: argparse.Namespace, command: str) -> int:
 
 
 def _match(options: argparse.Namespace, command: str) -> int:
-    from . import embed, embedders
+    from . import embed, pictures
 
     if options.count < 1:
         raise UserError(f"match: --count: expected 1 or more, got {options.count}")
     matcher = embed.Matcher(options.folder, options.gallery)
-    images = [embedders.open_image(Path(path)) for path in options.pictures]
+    images = [pictures.open_image(Path(path)) for path in options.pictures]
     for path, found in zip(options.pictures, matcher(images, options.count), strict=True):
         print(path)
         for match in found:

@@ -40,6 +40,8 @@ class Data:
     image_size: int = 0  # edge of the teacher's images; 0 keeps the data set's own
     student_size: int = 7  # edge of the student's images
     resize: Literal["area", "bicubic"] = "area"  # how the student's images are made
+    # Pictures of "folder" that cannot be read: an error, or left out and counted.
+    damaged: Literal["error", "skip"] = "error"
     validation: int = 5000  # training images set aside to choose settings on
     labels: int = 1000  # labelled images that a student may use, equally many a class; 0: all
     subset: Literal["by-seed", "fixed"] = "by-seed"  # by-seed: each seed draws its own images

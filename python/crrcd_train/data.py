@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import fetch
+from . import fetch, pictures
 from .config import Data
 from .errors import UserError
+from .meter import meter
 
 SPLIT_SEED = 20240905  # the validation images are the same in every run of a data set
 NAMES = ("fashion-mnist", "cifar10", "cifar100", "svhn", "stl10", "tiny-imagenet", "folder")
@@ -270,28 +271,16 @@ def _rows(path: Path) -> list[list[str]]:
 
 def _read(files: list[Path], size: int, folder: Path, say: fetch.Say, progress: bool) -> Tensor:
     """Bytes [N, 3, size, size]: shorter edges are brought to `size`, then the middle is cut out."""
-    from PIL import Image
     from torchvision import transforms
-    from tqdm import tqdm
 
     say(f"reading {len(files)} images from {folder}")
     fit = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
     pixels = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    bar = tqdm(
-        files,
-        desc=folder.name,
-        unit="image",
-        disable=None if progress else True,
-        dynamic_ncols=True,
-    )
-    for row, path in enumerate(bar):
-        try:
-            with Image.open(path) as image:
-                pixels[row] = transforms.functional.pil_to_tensor(fit(image.convert("RGB")))
-        except FileNotFoundError:
-            raise UserError(f"data file {path} is missing") from None
-        except OSError as error:
-            raise UserError(f"data file {path} is damaged ({error})") from None
+    for row, path in enumerate(meter(folder.name, "image", enabled=progress, items=files)):
+        if not path.exists():
+            raise UserError(f"data file {path} is missing")
+        image = fit(pictures.open_image(path).convert("RGB"))
+        pixels[row] = transforms.functional.pil_to_tensor(image)
     return pixels
 
 
@@ -310,9 +299,15 @@ def _folder(data: Data, say: fetch.Say, progress: bool) -> Images:
             found = ImageFolder(str(folder))
         except FileNotFoundError as error:
             raise UserError(f"data.root: {str(error).splitlines()[0]}") from None
-        files = [Path(path) for path, _ in found.samples]
+        files, labels = [Path(path) for path, _ in found.samples], found.targets
+        if data.damaged == "skip":
+            names = [str(path.relative_to(folder)) for path in files]
+            rows = pictures.readable(files, names, say)
+            files, labels = [files[row] for row in rows], [labels[row] for row in rows]
+            if not files:
+                raise UserError(f"data.root: every picture in {folder} is damaged")
         pixels = _read(files, data.image_size, folder, say, progress)
-        return pixels, torch.tensor(found.targets), found.classes
+        return pixels, torch.tensor(labels), found.classes
 
     if (root / "train").is_dir() and (root / "test").is_dir():
         train, train_labels, classes = images(root / "train")

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from . import checkpoint, embedders, methods, page, people, retrieval, runs, students
+from . import checkpoint, embedders, methods, page, people, pictures, retrieval, runs, students
 from .config import CRCD, to_dict
 from .data import SPLIT_SEED, resize
 from .errors import UserError, writable_folder
@@ -36,6 +36,7 @@ class Embed:
     teacher: str = ""  # "module:function", "file.py:function" or "dlib"
     size: int = 8  # pixels a side that the student sees
     method: str = "crrcd-difference"  # terms joined by +, see students.TERMS
+    damaged: Literal["error", "skip"] = "error"  # pictures that cannot be read
     held_out: float = 0.2  # share of the pictures that the student is judged on, not trained
     seed: int = 0
     device: str = "auto"
@@ -111,6 +112,9 @@ def fit(
     found = _pictures(Path(wanted.pictures))
     cache = Path(wanted.cache) if wanted.cache else output / "embeddings"
     chosen = {"workers": wanted.workers, "progress": wanted.progress, "say": say}
+    total = len(found)
+    if wanted.damaged == "skip":
+        found = found.keep(torch.tensor(pictures.readable(found.files, found.names, say)))
     count = len(found)
     held = max(1, round(wanted.held_out * count))
     if count - held < 2:
@@ -129,7 +133,7 @@ def fit(
         **chosen,
     )
     canvases = torch.stack(
-        [students.on_canvas(embedders.open_image(f), config.pixels) for f in found.files]
+        [students.on_canvas(pictures.open_image(f), config.pixels) for f in found.files]
     )
     made = students.train(
         students.Views(canvases[trained_on], wanted.size, config.pixels),
@@ -152,6 +156,7 @@ def fit(
         "command": command,
         "date": date.today().isoformat(),
         "pictures": count,
+        "damaged": total - count,
         "held_out": held,
         "teacher": large.identity,
         "width": large.vectors.shape[1],
@@ -219,8 +224,9 @@ def report(output: Path, result: dict[str, Any]) -> Path:
     picture = output / "training.png"
     drawn.savefig(picture)
     figures.plt.close(drawn)
+    skipped = f" ({result['damaged']} damaged ones left out)" if result["damaged"] else ""
     facts = (
-        f"{result['pictures']} pictures, {result['held_out']} of them held out; embeddings of "
+        f"{result['pictures']} pictures{skipped}, {result['held_out']} of them held out; embeddings of "
         f"{result['width']} numbers by {result['teacher'].split()[0]}; {result['date']}, "
         f"{result['seconds']:.0f} s."
     )

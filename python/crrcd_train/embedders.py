@@ -26,6 +26,8 @@ from torch import Tensor
 from . import checkpoint, interrupt, pool
 from .errors import Interrupted, UserError, writable_folder
 from .loop import Watcher
+from .meter import meter
+from .pictures import open_image
 
 CHUNK = 20
 """Images that a worker embeds at a time; what is lost when the work is stopped."""
@@ -305,16 +307,8 @@ def _embed_chunk(job: _Chunk, watcher: Watcher, say: Callable[[str], None]) -> d
 def _one_after_another(
     jobs: list[_Chunk], progress: bool, done: Callable[[_Chunk, dict[str, Any]], None]
 ) -> None:
-    from tqdm import tqdm
-
     total = sum(len(job.rows) for job in jobs)
-    with tqdm(
-        total=total,
-        desc="teacher's embeddings",
-        unit="image",
-        disable=None if progress else True,
-        dynamic_ncols=True,
-    ) as bar:
+    with meter("teacher's embeddings", "image", enabled=progress, total=total) as bar:
         for job in jobs:
             done(job, _embed_chunk(job, Watcher(), print))
             bar.update(len(job.rows))
@@ -379,19 +373,6 @@ class _Store:
 
     def whole(self) -> Embeddings:
         return Embeddings(self.vectors, self.detected, self.identity)
-
-
-def open_image(path: Path) -> Any:
-    """A PIL image in memory; raises UserError for a file that is none."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    # What Pillow raises depends on its format and on where the damage lies.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path} is damaged or none ({error})") from None
 
 
 def through(image: Any, size: int) -> Any:

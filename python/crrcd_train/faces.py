@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import checkpoint, embedders, interrupt, people, pool, retrieval, runs, students
+from . import checkpoint, embedders, interrupt, people, pictures, pool, retrieval, runs, students
 from .config import Variant, flatten, to_dict, with_values
 from .errors import UserError, writable_folder
 from .loop import Watcher
@@ -38,6 +38,7 @@ class Faces:
     teacher: str = "dlib"  # or module:function, see embedders.py
     cache: str = "data/embeddings"  # the teacher's embeddings are kept here
     undetected: Literal["centred", "skip"] = "centred"  # pictures without a detectable face
+    damaged: Literal["error", "skip"] = "error"  # pictures that cannot be read
     methods: list[str] = field(
         default_factory=lambda: [
             *("teacher", "ridge", "cosine", "cosine+rkd", "crd", "crcd"),
@@ -138,7 +139,11 @@ def run(config: FacesConfig, output: Path, *, fresh: bool = False, command: str 
     started = time.monotonic()
     writable_folder(output)
     faces = config.faces
-    found = _people(faces.root)
+    every = _people(faces.root)
+    rows = torch.arange(len(every))
+    if faces.damaged == "skip":
+        rows = torch.tensor(pictures.readable(every.files, every.names, say))
+    found = every.keep(rows)
     # Said before all the work.
     if len(found.persons) < 2:
         raise UserError(f"{faces.root}: two persons or more are needed, found {found.persons[0]}")
@@ -148,7 +153,7 @@ def run(config: FacesConfig, output: Path, *, fresh: bool = False, command: str 
             shutil.rmtree(output / f"{size}x{size}", ignore_errors=True)
         (output / SUMMARY).unlink(missing_ok=True)
     with interrupt.on_signals():
-        identity, undetected = _prepare(config, found, output)
+        identity, undetected = _prepare(config, found, rows, output)
         todo = jobs(config, output, identity)
         pending = [job for job in todo if job.methods]
         asked = sum(_wanted(faces, label, job.size) for job in todo for label in faces.methods)
@@ -165,7 +170,8 @@ def run(config: FacesConfig, output: Path, *, fresh: bool = False, command: str 
                 remedy="with --set faces.workers=1",
                 name="splits",
             )
-    _record(config, output, found, identity, undetected, command, time.monotonic() - started)
+    record = {"damaged": len(every) - len(found), "undetected": undetected, "command": command}
+    _record(config, output, found, identity, record, time.monotonic() - started)
 
 
 def jobs(config: FacesConfig, output: Path, identity: str) -> list[Job]:
@@ -218,10 +224,12 @@ def finished(path: Path, label: str, config: FacesConfig, identity: str) -> dict
     return runs.unchanged(path / f"{label}.json", used_settings(config, label, identity))
 
 
-def _prepare(config: FacesConfig, found: people.People, output: Path) -> tuple[str, list[str]]:
+def _prepare(
+    config: FacesConfig, found: people.People, rows: Tensor, output: Path
+) -> tuple[str, list[str]]:
     """Embeds what is not in the cache; leaves all that workers need in TEACHER.
 
-    Returns the identity of teacher and pictures, and the names of those without a detectable face.
+    ``found`` are ``rows`` of the pictures in the folder. Returns the identity of teacher and pictures, and the names of those without a detectable face.
     """
     faces = config.faces
 
@@ -242,20 +250,20 @@ def _prepare(config: FacesConfig, found: people.People, output: Path) -> tuple[s
     if undetected:
         use = "used centred" if faces.undetected == "centred" else "skipped"
         say(f"no face was detected on {len(undetected)}, {use}: {', '.join(undetected)}")
-    rows = torch.arange(len(found))
+    used = torch.arange(len(found))
     if faces.undetected == "skip":
-        rows = rows[whole.detected]
-        people.split(found.keep(rows), max(faces.per_person), faces.probes, 0)
+        used = used[whole.detected]
+        people.split(found.keep(used), max(faces.per_person), faces.probes, 0)
     small = {}
     if "teacher" in faces.methods:
-        small = {str(size): embed(size).vectors[rows] for size in faces.sizes}
+        small = {str(size): embed(size).vectors[used] for size in faces.sizes}
     checkpoint.save(
         output / TEACHER,
         {
             "identity": identity,
-            "vectors": whole.vectors[rows],
+            "vectors": whole.vectors[used],
             "small": small,
-            "rows": rows,
+            "rows": rows[used],
             "root": faces.root,
         },
     )
@@ -283,7 +291,7 @@ def _material(path: Path, modified: int, pixels: tuple[tuple[str, Any], ...]) ->
     found = _people(stored["root"]).keep(stored["rows"])
     settings = students.Pixels(**dict(pixels))
     canvases = torch.stack(
-        [students.on_canvas(embedders.open_image(file), settings) for file in found.files]
+        [students.on_canvas(pictures.open_image(file), settings) for file in found.files]
     )
     return Material(found, canvases, stored["vectors"], stored["small"])
 
@@ -398,22 +406,20 @@ def _record(
     output: Path,
     found: people.People,
     identity: str,
-    undetected: list[str],
-    command: str,
+    record: dict[str, Any],
     seconds: float,
 ) -> None:
     earlier = runs.read_json(output / SUMMARY) or {"seconds": 0.0}
     runs.write_json(
         output / SUMMARY,
         {
-            "command": command,
+            **record,
             "date": date.today().isoformat(),
             "seconds": round(earlier["seconds"] + seconds, 1),
             "versions": runs.versions(),
             "pictures": len(found),
             "persons": len(found.persons),
             "teacher": identity,
-            "undetected": undetected,
             "config": to_dict(config),
         },
     )

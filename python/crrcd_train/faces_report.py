@@ -359,8 +359,11 @@ def _page(
     wanted = config.faces
     missing = len(record["undetected"])
     use = "used centred" if wanted.undetected == "centred" else "left out"
+    damaged = record.get("damaged", 0)
+    skipped = f" ({damaged} damaged ones left out)" if damaged else ""
     facts = [
-        f"{record['pictures']} pictures of {record['persons']} persons, {record['date']}; "
+        f"{record['pictures']} pictures of {record['persons']} persons{skipped}, "
+        f"{record['date']}; "
         f"{wanted.splits} splits. Each person is enrolled with n pictures, embedded by the frozen "
         f"teacher ({record['teacher'].split()[0]}) at full size; probes are {wanted.probes} other "
         "pictures each, at the size of the first column. Students saw the enrolled pictures "

@@ -15,6 +15,7 @@ import torch
 from . import interrupt
 from .errors import Interrupted, UserError
 from .loop import Watcher
+from .meter import meter
 from .progress import say
 
 
@@ -56,17 +57,9 @@ def run(
         Interrupted: asked to stop.
         UserError: a worker died, or what `work` raised.
     """
-    from tqdm import tqdm
-
     context = multiprocessing.get_context("spawn")
     messages, stop = context.Queue(), context.Event()
-    bar = tqdm(
-        total=None,
-        desc=f"0 of {len(jobs)} {name}",
-        unit=unit,
-        disable=None if progress else True,
-        dynamic_ncols=True,
-    )
+    bar = meter(f"0 of {len(jobs)} {name}", unit, enabled=progress)
     totals: dict[str, int] = {}
     workers = min(workers, len(jobs))
     with (

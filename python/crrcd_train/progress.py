@@ -1,4 +1,4 @@
-"""Progress on the terminal: one bar with rate and time left, one line for what is finished."""
+"""Progress of a run: its bar, and one line for what is finished."""
 
 from __future__ import annotations
 
@@ -6,27 +6,18 @@ import sys
 from typing import Any
 
 from .loop import Watcher
+from .meter import meter
 
 
 class Bar(Watcher):
-    """A tqdm bar over steps, with the latest loss and validation accuracy."""
+    """A bar over steps, with the latest loss and validation accuracy."""
 
     def __init__(self, label: str, enabled: bool = True) -> None:
         self.label, self.enabled = label, enabled
         self.bar: Any = None
 
     def start(self, label: str, total: int, done: int) -> None:
-        from tqdm import tqdm
-
-        self.bar = tqdm(
-            total=total,
-            initial=done,
-            desc=self.label,
-            unit="step",
-            disable=None if self.enabled else True,  # None: off where no terminal looks on
-            file=sys.stderr,
-            dynamic_ncols=True,
-        )
+        self.bar = meter(self.label, "step", enabled=self.enabled, total=total, initial=done)
 
     def step(self, count: int) -> None:
         self.bar.update(count)
