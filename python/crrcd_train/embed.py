@@ -226,9 +226,9 @@ def report(output: Path, result: dict[str, Any]) -> Path:
     figures.plt.close(drawn)
     skipped = f" ({result['damaged']} damaged ones left out)" if result["damaged"] else ""
     facts = (
-        f"{result['pictures']} pictures{skipped}, {result['held_out']} of them held out; embeddings of "
-        f"{result['width']} numbers by {result['teacher'].split()[0]}; {result['date']}, "
-        f"{result['seconds']:.0f} s."
+        f"{result['pictures']} pictures{skipped}, {result['held_out']} of them held out; "
+        f"embeddings of {result['width']} numbers by {result['teacher'].split()[0]}; "
+        f"{result['date']}, {result['seconds']:.0f} s."
     )
     title = output.resolve().name
     body = (

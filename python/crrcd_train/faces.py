@@ -229,7 +229,8 @@ def _prepare(
 ) -> tuple[str, list[str]]:
     """Embeds what is not in the cache; leaves all that workers need in TEACHER.
 
-    ``found`` are ``rows`` of the pictures in the folder. Returns the identity of teacher and pictures, and the names of those without a detectable face.
+    ``found`` are ``rows`` of the pictures in the folder. Returns the identity of teacher and
+    pictures, and the names of those without a detectable face.
     """
     faces = config.faces
 

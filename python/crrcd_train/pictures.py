@@ -37,7 +37,6 @@ def readable(files: list[Path], names: list[str], say: Callable[[str], None]) ->
             good.append(row)
     if bad:
         rest = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
-        say(
-            f"{len(bad)} of {len(files)} pictures skipped as damaged: {', '.join(bad[:NAMED])}{rest}"
-        )
+        named = ", ".join(bad[:NAMED]) + rest
+        say(f"{len(bad)} of {len(files)} pictures skipped as damaged: {named}")
     return good
