@@ -205,3 +205,10 @@ def test_logs_are_read():
     assert versions.first_error("one\nValueError: two\nthree") == "ValueError: two"
     assert versions.first_error("one\ntwo\n\n") == "two"
     assert versions.first_error("") == ""
+
+
+def test_a_first_cell_in_a_fresh_clone_finds_room(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(versions, "BUILD", tmp_path / "build" / "versions")
+    monkeypatch.setattr(versions, "GIGABYTES", float("inf"))
+    with pytest.raises(SystemExit, match="GB of disk are free, inf are needed"):
+        versions.Runner(Cell("2.14.1", "3.11"), sys.executable).environment()

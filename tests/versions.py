@@ -163,10 +163,10 @@ class Runner:
         return output
 
     def environment(self) -> dict:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(BUILD).free / 1e9
         if free < GIGABYTES:
             sys.exit(f"versions: {free:.0f} GB of disk are free, {GIGABYTES} are needed")
-        self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.write_text("")
         shutil.rmtree(self.place, ignore_errors=True)
         self.run(self.interpreter, "-m", "venv", self.place)
