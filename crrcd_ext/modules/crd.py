@@ -126,4 +126,4 @@ class CRDLoss(EmbeddingLoss):
         return self.keys == "live" or (self.keys == "bank" and self.direction == "both")
 
     def _has_pair(self, size: int) -> bool:
-        return True
+        return size > 0

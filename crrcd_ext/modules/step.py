@@ -94,7 +94,7 @@ class ContrastiveStep(Critic):
 
     def _has_pair(self, size: int) -> bool:
         """Whether a batch of ``size`` may have a pair."""
-        return size > 1 or self.self_pairs
+        return size > 1 or (size == 1 and self.self_pairs)
 
     # ------------------------------------------------------------------ the step
 
@@ -123,8 +123,9 @@ class ContrastiveStep(Critic):
                 training mode. Without it every buffer stays as it is.
 
         Returns:
-            0-dim loss: float32, or float64 for a float64 module. 0, with zero gradients, when no
-            pair is left, as for a batch of one with self pairs off, or for an empty batch.
+            0-dim loss: float32, or float64 for a float64 module. 0, with zero gradients for every
+            parameter that has one otherwise, when no pair is left, as for a batch of one with self
+            pairs off, or for an empty batch, which changes nothing either.
 
         Raises:
             ValueError: widths, shapes, devices, features that are not finite, labels that are
@@ -138,9 +139,8 @@ class ContrastiveStep(Critic):
         size = len(index)
         if negative_index is not None:
             negative_index = self._check_negative_index(negative_index, size)
-        if size == 0:
-            dtype = torch.promote_types(self._dtype(student_features), torch.float32)
-            return student_features.sum().to(dtype)
+        # An empty batch goes the same way, so that the same parameters get a gradient, of zero.
+        update = update and size > 0
         student, teacher, finite = self._screen(student_features, teacher_features.detach())
 
         teacher_statistics = self._teacher_statistics(teacher, update)
@@ -192,9 +192,10 @@ class ContrastiveStep(Critic):
                     bank.index_copy_(0, written, torch.where(finite, bank[written], rows))
             for side in sides:
                 side.bank.record_(index, finite)
-        # The statistics are the running ones by now. torch 2.6 traces no _replace.
-        embeddings = e_t.detach(), e_s.detach()
-        self._last = Step(*embeddings, **chosen, statistics=None, loss=loss.detach())
+        if size > 0:
+            # The statistics are the running ones by now. torch 2.6 traces no _replace.
+            embeddings = e_t.detach(), e_s.detach()
+            self._last = Step(*embeddings, **chosen, statistics=None, loss=loss.detach())
         return loss
 
     def _check_batch(
