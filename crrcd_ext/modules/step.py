@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from crrcd_ext import functional
-from crrcd_ext.modules import _checks, _counter
+from crrcd_ext.modules import _checks, _counter, _once
 from crrcd_ext.modules.bank import Change, MemoryBank
 from crrcd_ext.modules.cosines import Cosines
 from crrcd_ext.modules.critic import Critic
@@ -131,6 +131,11 @@ class ContrastiveStep(Critic):
             ValueError: widths, shapes, devices, features that are not finite, labels that are
                 missing.
             TypeError: dtypes. IndexError: an id outside of [0, N).
+            RuntimeError: an update within a backward pass, where torch.utils.checkpoint runs what
+                it holds again (without an update the second run repeats the first, as long as no
+                step has come between them); in a process of several, within a
+                DistributedDataParallel that broadcasts buffers, which would overwrite the banks;
+                within DataParallel, which would lose them.
             Nothing has changed then. On a GPU and under torch.compile values are asserted on the
             device instead.
         """
@@ -141,6 +146,8 @@ class ContrastiveStep(Critic):
             negative_index = self._check_negative_index(negative_index, size)
         # An empty batch goes the same way, so that the same parameters get a gradient, of zero.
         update = update and size > 0
+        if update:
+            index = _once.check(self.NAME, self, self.step, index)
         student, teacher, finite = self._screen(student_features, teacher_features.detach())
 
         teacher_statistics = self._teacher_statistics(teacher, update)
