@@ -92,6 +92,10 @@ class ContrastiveStep(Critic):
         """Whether the teacher's side gets a gradient."""
         return self.keys != "stop_gradient"
 
+    def _watch(self, finite: Tensor | None) -> None:
+        """Now and then, look at what an updating step has left in ``_last``."""
+        raise NotImplementedError
+
     def _has_pair(self, size: int) -> bool:
         """Whether a batch of ``size`` may have a pair."""
         return size > 1 or (size == 1 and self.self_pairs)
@@ -203,6 +207,8 @@ class ContrastiveStep(Critic):
             # The statistics are the running ones by now. torch 2.6 traces no _replace.
             embeddings = e_t.detach(), e_s.detach()
             self._last = Step(*embeddings, **chosen, statistics=None, loss=loss.detach())
+        if update and not torch.compiler.is_compiling():
+            self._watch(finite)
         return loss
 
     def _check_batch(
