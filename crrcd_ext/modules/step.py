@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import update_wrapper
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +51,16 @@ class Side(NamedTuple):
     arguments: dict[str, Any]
 
 
+def _own_copy(function: FunctionType, name: str) -> FunctionType:
+    """``function`` with a code object of its own, which tracebacks call ``name``."""
+    code = function.__code__.replace(co_name=name)
+    copied = FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return update_wrapper(copied, function)
+
+
 class ContrastiveStep(Critic):
     """The step of :class:`crrcd_ext.modules.base.ContrastiveLoss`, which has what it works with."""
 
@@ -56,6 +68,13 @@ class ContrastiveStep(Critic):
     COSINES: Callable[..., Cosines]
     PER_QUERY = False
     """Whether the operator takes negatives of each query's own, int64 [B, K]."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "forward" not in cls.__dict__:
+            # torch.compile counts by code object how often it compiled anew, and stops at a limit:
+            # losses of several kinds in one process shall not use up each other's.
+            cls.forward = _own_copy(cls.forward, f"{cls.__name__}.forward")
 
     @property
     def num_negatives(self) -> int:
