@@ -33,7 +33,7 @@ from torch.nn.functional import normalize
 
 from crrcd_ext import functional
 from crrcd_ext._pages import advise_huge_pages
-from crrcd_ext.modules import _checks, _counter
+from crrcd_ext.modules import _checks, _counter, _once
 
 __all__ = ["CRCDLoss", "CRDLoss"]
 
@@ -229,11 +229,13 @@ class _Loss(nn.Module):
         Raises:
             TypeError, ValueError: dtypes, shapes, devices; a positive that is not ``idx``;
                 embeddings that are not finite; in the first batch, a normalising constant that
-                float32 cannot hold. IndexError: ids outside of the memories.
+                float32 cannot hold. IndexError: ids outside of the memories. RuntimeError: a step
+                whose changes would be made twice or lost (see :mod:`crrcd_ext.modules._once`).
             Nothing has changed then. On a GPU and under torch.compile values are asserted on the
             device instead.
         """
         f_s, f_t, idx, contrast_idx = self._check_batch(f_s, f_t, idx, contrast_idx)
+        idx = _once.check(self._where, self, self.contrast.params, idx)
         e_s, e_t = self.embed_s(f_s), self.embed_t(f_t)
         if len(idx) == 0:
             return self._result(e_s.sum() + e_t.sum())

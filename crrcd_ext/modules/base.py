@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crrcd_ext._check import capturing
 from crrcd_ext.modules import _checks, diagnostics, filling
 from crrcd_ext.modules.bank import MemoryBank
 from crrcd_ext.modules.heads import EmbeddingHead
@@ -53,6 +55,7 @@ class ContrastiveLoss(ContrastiveStep):
         learnable_offset: bool,
         bank_dtype: torch.dtype,
         nonfinite: str,
+        check_every: int | None,
         seed: int,
         backend: str | None,
         distinct: bool,
@@ -69,8 +72,10 @@ class ContrastiveLoss(ContrastiveStep):
             "embedding_dim": embedding_dim,
             "anchors": anchors,
             "capacity": capacity,
+            "check_every": check_every,
         }
-        optional = ("anchors", "capacity") + (() if capacity is None else ("num_samples",))
+        optional = ("anchors", "capacity", "check_every")
+        optional += () if capacity is None else ("num_samples",)
         for name, value in sizes.items():
             if value is not None or name not in optional:
                 _checks.positive_int(self.NAME, name, value)
@@ -100,6 +105,7 @@ class ContrastiveLoss(ContrastiveStep):
         self.exclude_same_label = bool(exclude_same_label)
         self.exclude_similar = None if exclude_similar is None else float(exclude_similar)
         self.nonfinite = nonfinite
+        self.check_every = check_every
         self.backend = backend
         self._check_sampling(rows, labels is not None)
 
@@ -142,9 +148,13 @@ class ContrastiveLoss(ContrastiveStep):
                 self._set_labels(labels)
         self._last: Step | None = None
         self._warned: set[str] = set()
-        # What earlier looks of diagnostics saw.
+        # What earlier looks saw: that of diagnostics, all of them.
         self._looked = 0.0
         self._flat: diagnostics.Flat | None = None
+        # Of looks on the way: the one that has not been read yet, and the steps since the last one,
+        # None before the first.
+        self._look: diagnostics.Look | None = None
+        self._since_look: int | None = None
 
     def _check_sampling(self, rows: int, labels_given: bool) -> None:
         """What the options of sampling and bank ask of each other; ``rows`` are the bank's."""
@@ -274,10 +284,14 @@ class ContrastiveLoss(ContrastiveStep):
             pair is kept.
 
         Warns (UserWarning), once each, when the relation has collapsed to a constant, when the
-        loss seems to be solved by telling fresh rows from stale ones, or when ``exclude_similar``
-        has masked every negative of a step. A relation that is constant in the first 100 steps, or
-        while its variance doubles, is a late start and no collapse, unless the student's vectors
-        are all the same or the teacher's are constant too.
+        loss seems to be solved by telling fresh rows from stale ones, when ``exclude_similar`` has
+        masked every negative of a step, or when the loss is not finite. A relation that is constant
+        in the first 100 steps, or while its variance doubles, is a late start and no collapse,
+        unless the student's vectors are all the same or the teacher's are constant too.
+
+        Of all but the second the losses warn by themselves: the first training step and every
+        ``check_every``-th are looked at, without waiting for the device: on a GPU a later step
+        reads what was seen. Steps under torch.compile and in CUDA graphs are not looked at.
 
         Raises:
             RuntimeError: before the first step.
@@ -286,20 +300,13 @@ class ContrastiveLoss(ContrastiveStep):
             raise RuntimeError(
                 f"crrcd_ext.{self.NAME}.diagnostics: expected a step before, got none"
             )
+        self._read_look(wait=True)
         values, width = diagnostics.measure(self, self._last)
         variance, before = values["relation_variance"], self._looked
         values["variance_growth"] = variance / before if before else 1.0
         self._looked = variance
-        self._flat = diagnostics.follow(self._flat, values, width)
-        values["flat_steps"] = 0.0
-        if self._flat is not None:
-            values["flat_steps"] = values["step"] - self._flat.since
-            if diagnostics.is_collapse(self._flat, values, width):
-                since = {"since": self._flat.since}
-                self._warn("constant", diagnostics.CONSTANT_RELATION, {**values, **since})
-        if values.get("masked_steps"):
-            threshold = {"exclude_similar": self.exclude_similar}
-            self._warn("masked", diagnostics.NOTHING_LEFT, {**values, **threshold})
+        self._judge(values, width)
+        values["flat_steps"] = 0.0 if self._flat is None else values["step"] - self._flat.since
         if diagnostics.is_shortcut(values):
             self._warn("shortcut", diagnostics.FRESHNESS_SHORTCUT, values)
         return values
@@ -310,12 +317,55 @@ class ContrastiveLoss(ContrastiveStep):
         used = [z for z, bank in pairs if bank is not None]
         return float(self._beta(sum(used) / len(used)))
 
+    @torch.no_grad()
+    def _watch(self, finite: Tensor | None) -> None:
+        """Look at the step that was just made, if it is time, and warn of what looks have found.
+
+        The first step is looked at for what comes later to be compared with.
+        """
+        self._read_look()
+        if self.check_every is None:
+            return
+        first = self._since_look is None
+        since = 1 if first else self._since_look + 1
+        device = self.step.device
+        # A single sample does not vary, and what is captured has not happened.
+        able = device.type in ("cpu", "cuda") and len(self._last.index) > 1
+        if not (first or since >= self.check_every) or not able or capturing(device):
+            self._since_look = None if first else since
+            return
+        self._since_look = since if first else 0
+        self._look = diagnostics.look(self, self._last, finite, warn=not first)
+        if device.type == "cpu":
+            self._read_look()
+
+    def _read_look(self, wait: bool = False) -> None:
+        look = self._look
+        if look is not None and look.is_here(wait):
+            self._look = None
+            values = look.values(self)
+            if values is not None:
+                self._judge(values, look.width, look.warn)
+
+    def _judge(self, values: dict[str, float], width: int, warn: bool = True) -> None:
+        """Follow the looks by one more, and warn of what it shows, if that is new."""
+        self._flat = diagnostics.follow(self._flat, values, width)
+        if not warn:
+            return
+        if self._flat is not None and diagnostics.is_collapse(self._flat, values, width):
+            since = {"since": self._flat.since}
+            self._warn("constant", diagnostics.CONSTANT_RELATION, {**values, **since})
+        if values.get("masked_steps"):
+            threshold = {"exclude_similar": self.exclude_similar}
+            self._warn("masked", diagnostics.NOTHING_LEFT, {**values, **threshold})
+        if not math.isfinite(values["loss"]):
+            self._warn("finite", diagnostics.NOT_FINITE, values)
+
     def _warn(self, name: str, text: str, values: dict[str, float]) -> None:
         if name not in self._warned:
             self._warned.add(name)
             text = text.format(name=self.NAME, vectors=self.VECTORS, **values)
-            # Past this method, diagnostics and its no_grad wrapper: the caller's line.
-            warnings.warn(text, UserWarning, stacklevel=4)
+            warnings.warn(text, UserWarning, stacklevel=diagnostics.callers_level())
 
     def _shown(self) -> dict[str, Any]:
         """What repr shows."""
@@ -336,6 +386,7 @@ class ContrastiveLoss(ContrastiveStep):
             "learnable_temperature": self.log_scale is not None,
             "learnable_offset": self.offset is not None,
             "nonfinite": self.nonfinite,
+            "check_every": self.check_every,
             "backend": self.backend,
         }
 
@@ -368,11 +419,14 @@ class ContrastiveLoss(ContrastiveStep):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self._looked, *flat = local_metadata.get("looks", [0.0])
         self._flat = diagnostics.Flat(*flat) if flat else None
+        self._look, self._since_look = None, None
         if labels is not None and self.labels is not None:
             self.labelled = bool((labels >= 0).any())
             if self.class_table is not None:
                 self.class_table.set_(self.labels)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles carry the state of the run, not the tensors of its last batch.
-        return {**self.__dict__, "_last": None}
+        # Copies and pickles carry the state of the run, not the tensors of its last batch. What has
+        # not been read of it they look at anew.
+        looked = self._since_look if self._look is None else None
+        return {**self.__dict__, "_last": None, "_look": None, "_since_look": looked}

@@ -91,6 +91,7 @@ class CRCDLoss(EmbeddingLoss):
         learnable_offset: bool = False,
         bank_dtype: torch.dtype = torch.float32,
         nonfinite: str = "error",
+        check_every: int | None = 100,
         seed: int = 0,
         backend: str | None = None,
     ) -> None:
@@ -121,6 +122,7 @@ class CRCDLoss(EmbeddingLoss):
             learnable_offset=learnable_offset,
             bank_dtype=bank_dtype,
             nonfinite=nonfinite,
+            check_every=check_every,
             seed=seed,
             backend=backend,
         )

@@ -86,6 +86,7 @@ class CRDLoss(EmbeddingLoss):
         learnable_offset: bool = False,
         bank_dtype: torch.dtype = torch.float32,
         nonfinite: str = "error",
+        check_every: int | None = 100,
         seed: int = 0,
         backend: str | None = None,
     ) -> None:
@@ -114,6 +115,7 @@ class CRDLoss(EmbeddingLoss):
             learnable_offset=learnable_offset,
             bank_dtype=bank_dtype,
             nonfinite=nonfinite,
+            check_every=check_every,
             seed=seed,
             backend=backend,
         )
@@ -126,4 +128,4 @@ class CRDLoss(EmbeddingLoss):
         return self.keys == "live" or (self.keys == "bank" and self.direction == "both")
 
     def _has_pair(self, size: int) -> bool:
-        return True
+        return size > 0

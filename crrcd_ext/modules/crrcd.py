@@ -80,6 +80,8 @@ class CRRCDLoss(ContrastiveLoss):
         nonfinite: "error" raises on features that are not finite; "skip" returns a zero loss, with
             zero gradients, leaves banks, samplers and statistics alone and counts
             ``skipped_steps``.
+        check_every: how many training steps after one another the loss looks by itself at whether
+            it has collapsed, as :meth:`diagnostics` does, and warns once; None: never.
         seed: of banks and samplers; parameters come from PyTorch's global generator.
         backend: as for :func:`crrcd_ext.functional.relation_nce`.
 
@@ -123,6 +125,7 @@ class CRRCDLoss(ContrastiveLoss):
         learnable_offset: bool = False,
         bank_dtype: torch.dtype = torch.float32,
         nonfinite: str = "error",
+        check_every: int | None = 100,
         seed: int = 0,
         backend: str | None = None,
     ) -> None:
@@ -155,6 +158,7 @@ class CRRCDLoss(ContrastiveLoss):
             learnable_offset=learnable_offset,
             bank_dtype=bank_dtype,
             nonfinite=nonfinite,
+            check_every=check_every,
             seed=seed,
             backend=backend,
         )

@@ -1,9 +1,10 @@
-"""What tells a working relation from a collapsed one."""
+"""What tells a working relation from a collapsed one, for diagnostics and on the way."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import sys
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +39,11 @@ NOTHING_LEFT = (
     "{masked_steps:.0f} of {step:.0f} steps: the teacher's embeddings are more alike than that. "
     "Such a step only pulls positives together (a loss of 0 for objective='infonce'). Raise the "
     "threshold."
+)
+NOT_FINITE = (
+    "crrcd_ext.{name}: the loss is {loss} at step {step:.0f}, though features are checked: "
+    "parameters of the criterion or rows of its banks are not finite, or have grown out of range. "
+    "Likely causes: too large a learning rate, or a learned temperature that runs away."
 )
 
 
@@ -94,6 +100,76 @@ def measure(criterion, step) -> tuple[dict[str, float], int]:
     return values, of_student.shape[-1]
 
 
+LOOKED_AT = (
+    "step",
+    "loss",
+    "relation_variance",
+    "teacher_relation_variance",
+    "masked_steps",
+    "finite",
+)
+
+
+class Look(NamedTuple):
+    """Numbers of a step on their way to the host: float64, in the order of ``LOOKED_AT``."""
+
+    numbers: Tensor
+    width: int
+    warn: bool
+    copied: Any
+
+    def is_here(self, wait: bool = False) -> bool:
+        """Whether the numbers have come."""
+        if self.copied is not None and wait:
+            self.copied.synchronize()
+        return self.copied is None or self.copied.query()
+
+    def values(self, criterion) -> dict[str, float] | None:
+        """What :func:`measure` gives of them; None for a step that was skipped."""
+        values = dict(zip(LOOKED_AT, self.numbers.tolist(), strict=True))
+        sides = sum(bank is not None for bank in criterion._banks)
+        level = no_information_loss(criterion.num_negatives, criterion.objective)
+        values["no_information_loss"] = level * sides
+        return values if values.pop("finite") else None
+
+
+def look(criterion, step, finite: Tensor | None, warn: bool) -> Look:
+    """What there is to warn of in a step, without waiting for the device.
+
+    ``finite``, bool [], is False for a step that was skipped. ``warn``: whether to warn of it, or
+    only to compare later looks with it.
+    """
+    device = step.loss.device
+    with torch.autocast(device.type, enabled=False):
+        relations = criterion._relations(step)
+    none, yes = step.loss.new_zeros(()), step.loss.new_ones(())
+    masked = none if criterion.masked_steps is None else criterion.masked_steps
+    numbers = [criterion.step, step.loss, *map(_variance, relations), masked]
+    numbers.append(yes if finite is None else finite)
+    on_device = torch.stack([x.to(torch.float64) for x in numbers])
+    width = relations[0].shape[-1]
+    if device.type != "cuda":
+        return Look(on_device, width, warn, None)
+    on_host = torch.empty(on_device.shape, dtype=torch.float64, pin_memory=True)
+    on_host.copy_(on_device, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(device))
+    return Look(on_host, width, warn, copied)
+
+
+def callers_level() -> int:
+    """The stacklevel, for a warning in the calling function, of the line that called the library,
+    past modules of PyTorch on the way."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _is_ours(module: str) -> bool:
+    return module.split(".")[0] in ("crrcd_ext", "torch")
+
+
 def _similar(criterion, sides) -> dict[str, float]:
     """What exclude_similar does, if it is set."""
     if criterion.exclude_similar is None:
@@ -118,7 +194,11 @@ def no_information_loss(negatives: int, objective: str) -> float:
 
 def relation_variance(relation: Tensor) -> float:
     """Variance of [A, B, R] over b, mean over anchors and dimensions; 1/R is its bound."""
-    return float(relation.var(dim=1, correction=0).mean())
+    return float(_variance(relation))
+
+
+def _variance(relation: Tensor) -> Tensor:
+    return relation.var(dim=1, correction=0).mean()
 
 
 def effective_rank(relation: Tensor) -> float:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import update_wrapper
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from crrcd_ext import functional
-from crrcd_ext.modules import _checks, _counter
+from crrcd_ext.modules import _checks, _counter, _once
 from crrcd_ext.modules.bank import Change, MemoryBank
 from crrcd_ext.modules.cosines import Cosines
 from crrcd_ext.modules.critic import Critic
@@ -49,6 +51,16 @@ class Side(NamedTuple):
     arguments: dict[str, Any]
 
 
+def _own_copy(function: FunctionType, name: str) -> FunctionType:
+    """``function`` with a code object of its own, which tracebacks call ``name``."""
+    code = function.__code__.replace(co_name=name)
+    copied = FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return update_wrapper(copied, function)
+
+
 class ContrastiveStep(Critic):
     """The step of :class:`crrcd_ext.modules.base.ContrastiveLoss`, which has what it works with."""
 
@@ -56,6 +68,13 @@ class ContrastiveStep(Critic):
     COSINES: Callable[..., Cosines]
     PER_QUERY = False
     """Whether the operator takes negatives of each query's own, int64 [B, K]."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "forward" not in cls.__dict__:
+            # torch.compile counts by code object how often it compiled anew, and stops at a limit:
+            # losses of several kinds in one process shall not use up each other's.
+            cls.forward = _own_copy(cls.forward, f"{cls.__name__}.forward")
 
     @property
     def num_negatives(self) -> int:
@@ -92,9 +111,13 @@ class ContrastiveStep(Critic):
         """Whether the teacher's side gets a gradient."""
         return self.keys != "stop_gradient"
 
+    def _watch(self, finite: Tensor | None) -> None:
+        """Now and then, look at what an updating step has left in ``_last``."""
+        raise NotImplementedError
+
     def _has_pair(self, size: int) -> bool:
         """Whether a batch of ``size`` may have a pair."""
-        return size > 1 or self.self_pairs
+        return size > 1 or (size == 1 and self.self_pairs)
 
     # ------------------------------------------------------------------ the step
 
@@ -123,13 +146,19 @@ class ContrastiveStep(Critic):
                 training mode. Without it every buffer stays as it is.
 
         Returns:
-            0-dim loss: float32, or float64 for a float64 module. 0, with zero gradients, when no
-            pair is left, as for a batch of one with self pairs off, or for an empty batch.
+            0-dim loss: float32, or float64 for a float64 module. 0, with zero gradients for every
+            parameter that has one otherwise, when no pair is left, as for a batch of one with self
+            pairs off, or for an empty batch, which changes nothing either.
 
         Raises:
             ValueError: widths, shapes, devices, features that are not finite, labels that are
                 missing.
             TypeError: dtypes. IndexError: an id outside of [0, N).
+            RuntimeError: an update within a backward pass, where torch.utils.checkpoint runs what
+                it holds again (without an update the second run repeats the first, as long as no
+                step has come between them); in a process of several, within a
+                DistributedDataParallel that broadcasts buffers, which would overwrite the banks;
+                within DataParallel, which would lose them.
             Nothing has changed then. On a GPU and under torch.compile values are asserted on the
             device instead.
         """
@@ -138,9 +167,10 @@ class ContrastiveStep(Critic):
         size = len(index)
         if negative_index is not None:
             negative_index = self._check_negative_index(negative_index, size)
-        if size == 0:
-            dtype = torch.promote_types(self._dtype(student_features), torch.float32)
-            return student_features.sum().to(dtype)
+        # An empty batch goes the same way, so that the same parameters get a gradient, of zero.
+        update = update and size > 0
+        if update:
+            index = _once.check(self.NAME, self, self.step, index)
         student, teacher, finite = self._screen(student_features, teacher_features.detach())
 
         teacher_statistics = self._teacher_statistics(teacher, update)
@@ -192,9 +222,12 @@ class ContrastiveStep(Critic):
                     bank.index_copy_(0, written, torch.where(finite, bank[written], rows))
             for side in sides:
                 side.bank.record_(index, finite)
-        # The statistics are the running ones by now. torch 2.6 traces no _replace.
-        embeddings = e_t.detach(), e_s.detach()
-        self._last = Step(*embeddings, **chosen, statistics=None, loss=loss.detach())
+        if size > 0:
+            # The statistics are the running ones by now. torch 2.6 traces no _replace.
+            embeddings = e_t.detach(), e_s.detach()
+            self._last = Step(*embeddings, **chosen, statistics=None, loss=loss.detach())
+        if update and not torch.compiler.is_compiling():
+            self._watch(finite)
         return loss
 
     def _check_batch(
