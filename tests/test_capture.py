@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 import crrcd_ext
 from crrcd_ext import _check, functional
 from crrcd_ext.compat import repdistiller
-from crrcd_ext.modules import _checks, queue
+from crrcd_ext.modules import _buffers, _checks, queue
 
 OPERATORS = {
     "relation_nce": make,
@@ -86,8 +86,8 @@ def modules_captured(monkeypatch):
     """Begins the capture: for modules on the CPU, as if they were on a GPU."""
 
     def begin():
-        monkeypatch.setattr(_checks, "capturing", lambda _: True)
-        monkeypatch.setattr(queue, "capturing", lambda _: True)
+        for module in (_buffers, _checks, queue):
+            monkeypatch.setattr(module, "capturing", lambda _: True)
 
     return begin
 

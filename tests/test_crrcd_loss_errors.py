@@ -175,7 +175,7 @@ def test_bad_calls_change_nothing(case, started, kind):
     with pytest.raises(error, match=f"crrcd_ext.{criterion.NAME}: {text}"):
         criterion(**{**batch(), **change})
     assert all(torch.equal(v, before[k]) for k, v in criterion.state_dict().items())
-    assert criterion._normalized == started
+    assert criterion.zbar_weight.all() == started
     # And the next good step is that of a module which never saw the bad one.
     twin = make(kind=kind, direction="both", keys="bank")
     if started:
@@ -293,7 +293,7 @@ CONSTRUCTORS = {
     "normalizer text": (
         {"normalizer": "second_batch"},
         ValueError,
-        "normalizer: expected one of 'first_batch', 'none', got 'second_batch'",
+        "normalizer: expected one of 'first_batch', 'moving_average', 'none', got 'second_batch'",
     ),
     "normalizer": (
         {"normalizer": -1.0},

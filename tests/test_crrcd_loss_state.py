@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def test_a_used_module_can_go_back():
     assert torch.equal(run.steps(1, 4), expected)
     fresh = make().state_dict()
     run.criterion.load_state_dict(fresh)
-    assert not run.criterion._normalized
+    assert not run.criterion.zbar_weight.any()
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -108,7 +109,8 @@ def test_state_dict_holds_only_tensors_of_known_names():
     state = make(direction="both", learnable_temperature=True, learnable_offset=True).state_dict()
     assert all(isinstance(v, torch.Tensor) for v in state.values())
     own = {name for name in state if "." not in name}
-    assert own == {"log_scale", "offset", "log_zbar", "seed", "step", "skipped_steps"}
+    critic = {"log_scale", "offset", "log_zbar", "zbar_weight"}
+    assert own == critic | {"seed", "step", "skipped_steps"}
     for bank in ("teacher_bank", "student_bank"):
         assert {f"{bank}.{name}" for name in ("rows", "seed", "step")} <= set(state)
     for head in ("teacher_head", "student_head"):
@@ -130,7 +132,7 @@ def test_a_bank_of_another_size_is_refused_before_anything_is_loaded(change):
     with pytest.raises(RuntimeError, match=text):
         outer.load_state_dict(state)
     assert all(torch.equal(v, before[k]) for k, v in outer.state_dict().items())
-    assert not outer["loss"]._normalized
+    assert not outer["loss"].zbar_weight.any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -243,7 +245,7 @@ def compare_with_eager(criterion, steps, compiler, tolerance):
         torch.testing.assert_close(p.grad, q.grad, **tolerance, msg=name)
     for (name, b), c in zip(criterion.named_buffers(), eager.buffers(), strict=True):
         torch.testing.assert_close(b, c, **tolerance, msg=name)
-    assert criterion._normalized == eager._normalized
+    assert criterion._known_zbar.value == eager._known_zbar.value
     assert criterion.diagnostics()["loss"] == pytest.approx(float(loss.detach()))
 
 
@@ -350,12 +352,14 @@ def test_compiled_skip():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("keys", KEYS)
 @pytest.mark.parametrize("nonfinite", ["error", "skip"])
-def test_a_step_never_reads_the_device(keys, nonfinite, kind):
+@pytest.mark.parametrize("normalizer", [2.0, "moving_average"])
+def test_a_step_never_reads_the_device(normalizer, keys, nonfinite, kind, monkeypatch):
     """Meta tensors have no values: whatever asks for one raises."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for them
+    options = {"keys": keys, "nonfinite": nonfinite, "normalizer": normalizer}
     with torch.device("meta"):
-        criterion = make(
-            kind=kind, keys=keys, direction="both", nonfinite=nonfinite, normalizer=2.0
-        )
+        criterion = make(kind=kind, direction="both", **options)
+        criterion._known_zbar.value = (True, True)
         student = torch.randn(B, DS, requires_grad=True)
         index = torch.zeros(B, dtype=torch.int64)
         criterion(student, torch.randn(B, DT), index).backward()

@@ -95,7 +95,7 @@ def offsets(**options):
     assert last.loss.isfinite()
     (side,) = run.criterion._sides(last._replace(student=last.teacher[:, : last.student.shape[1]]))
     side.arguments["query"] = side.arguments["positive"]
-    there = log_mean_exp_logit(run.criterion._cosines(side), run.criterion.scale())
+    there = log_mean_exp_logit(run.criterion._cosines(side), run.criterion.scale(), N)
     return float(run.criterion.log_zbar[0]), float(there)
 
 

@@ -34,10 +34,13 @@ from torch.nn.functional import normalize
 from crrcd_ext import functional
 from crrcd_ext._pages import advise_huge_pages
 from crrcd_ext.modules import _checks, _counter, _once
+from crrcd_ext.modules._buffers import HostCopy
 
 __all__ = ["CRCDLoss", "CRDLoss"]
 
 NAME = "compat.repdistiller"
+UNKNOWN = -1.0
+"""In place of Z before the first batch has given it."""
 LOG_EPS = 1e-7
 """Added inside of the logarithms by both originals."""
 DIFFERENCE_EPS = 1e-6
@@ -82,18 +85,24 @@ class ContrastMemory(nn.Module):
     (negative: not known yet), momentum; ``memory_v1`` and ``memory_v2`` [N, D], rows of the student
     and of the teacher. ``.to(dtype)`` casts the memories; params stay float32 or wider.
 
-    The sampler's counter, the buffers ``seed`` and ``step``, is no entry of the state_dict, whose
-    names are the originals'. It travels in the state_dict's metadata, beside the version numbers
-    that torch.save keeps for every module. Metadata that went missing, or the checkpoint of an
-    original, leaves the counter as it is: other negatives are drawn then, nothing else changes.
+    An average of several states, as torch.optim.swa_utils.AveragedModel makes it, mixes Z with the
+    mark for "not known". The buffer ``z_weight`` [2], 0 or 1 and averaged along, tells them apart
+    (:meth:`constant`). It follows from ``params`` and is no entry of the state_dict, in which
+    ``params`` holds Z itself.
+
+    The sampler's counter, the buffers ``seed`` and ``step``, is no entry of the state_dict either,
+    whose names are the originals'. It travels in the state_dict's metadata, beside the version
+    numbers that torch.save keeps for every module. Metadata that went missing, or the checkpoint of
+    an original, leaves the counter as it is: other negatives are drawn then, nothing else changes.
     """
 
     def __init__(
         self, feat_dim: int, n_data: int, nce_k: int, nce_t: float, nce_m: float, unit_rows: bool
     ) -> None:
         super().__init__()
-        params = [float(nce_k), float(nce_t), -1.0, -1.0, float(nce_m)]
+        params = [float(nce_k), float(nce_t), UNKNOWN, UNKNOWN, float(nce_m)]
         self.register_buffer("params", torch.tensor(params))
+        self.register_buffer("z_weight", torch.zeros(2), persistent=False)
         bound = 1 / math.sqrt(feat_dim / 3)
         for name in ("memory_v1", "memory_v2"):
             rows = advise_huge_pages(torch.empty(n_data, feat_dim))
@@ -109,13 +118,28 @@ class ContrastMemory(nn.Module):
         # As rounded by the buffer, whose values the originals use.
         rounded = torch.tensor(params, dtype=torch.float32, device="cpu").tolist()
         _, self.nce_t, _, _, self.nce_m = rounded
-        # Host-side copy of "Z is there", so that no step has to ask the device.
-        self.normalized = (False, False)
+        self._normalized = HostCopy((False, False))
 
     @property
     def n_data(self) -> int:
         """N."""
         return self.memory_v1.shape[0]
+
+    @property
+    def normalized(self) -> tuple[bool, ...]:
+        """Of which side, as far as the host knows, Z is there."""
+        return self._normalized.of(self.z_weight, _known)
+
+    def constant(self, slot: int) -> Tensor:
+        """Z of a side where it is known: ``params`` has w Z + (1 - w) (-1), w = ``z_weight``."""
+        weight = self.z_weight[slot]
+        return (self.params[2 + slot] - (1 - weight) * UNKNOWN) / weight
+
+    def keep(self, constants: tuple[Tensor, ...]) -> None:
+        """Store Z of both sides."""
+        self.params[2:4] = torch.stack(constants)
+        self.z_weight.fill_(1)
+        self._normalized.set(self.z_weight, (True, True))
 
     def draw(self, idx: Tensor) -> Tensor:
         """int64 [B, K + 1]: ``idx``, then rows drawn uniformly with replacement from all N."""
@@ -138,26 +162,38 @@ class ContrastMemory(nn.Module):
             _checks.fail(RuntimeError, NAME, f"{prefix}params", expected, params.tolist())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        params = self.params
+        wide = self.params, self.z_weight
         super()._apply(fn, recurse)
         if torch.finfo(self.params.dtype).bits < 32:
-            self.params = params.to(self.params.device)
+            self.params, self.z_weight = (x.to(self.params.device) for x in wide)
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.params.device.type != "meta":
+            mixed = [slot for slot, w in enumerate(self.z_weight.tolist()) if 0 < w < 1]
+            if mixed:
+                params = destination[prefix + "params"] = self.params.detach().clone()
+                for slot in mixed:
+                    params[2 + slot] = self.constant(slot)
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is not None and self.step.device.type != "meta":
             metadata["counter"] = [int(self.seed), int(self.step)]
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
         self.check_state(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         params = state_dict.get(prefix + "params")
+        if params is not None:
+            params = params.clone()
+            params[2:4].masked_fill_(params[2:4] < 0, UNKNOWN)
+            state_dict[prefix + "params"] = params
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if params is not None and params.device.type != "meta":
-            negatives, self.nce_t, z_student, z_teacher, self.nce_m = params.tolist()
+            negatives, self.nce_t, *constants, self.nce_m = params.tolist()
             self.nce_k = int(negatives)
-            self.normalized = (z_student > 0, z_teacher > 0)
+            with torch.no_grad():
+                self.z_weight.copy_(torch.tensor([z > 0 for z in constants]))
+            _ = self.normalized  # for torch.compile, which cannot ask
         if "counter" in local_metadata:
             seed, step = local_metadata["counter"]
             self.seed.fill_(seed)
@@ -171,9 +207,8 @@ class ContrastMemory(nn.Module):
         )
 
 
-def _flat(x: Any) -> Any:
-    """A feature map as rows; what is no feature map is left to the checks."""
-    return x.flatten(1) if isinstance(x, Tensor) and x.dim() > 2 else x
+def _known(weight: Tensor) -> tuple[bool, ...]:
+    return tuple(w > 0 for w in weight.tolist())
 
 
 class _Side(NamedTuple):
@@ -249,7 +284,7 @@ class _Loss(nn.Module):
             _Side(e_t, contrast.memory_v1, e_s.detach()),
         )
         constants = tuple(
-            contrast.params[2 + slot] if known else self._first_constant(side, idx, candidates)
+            contrast.constant(slot) if known else self._first_constant(slot, side, idx, candidates)
             for slot, (side, known) in enumerate(zip(sides, contrast.normalized, strict=True))
         )
         # A side reads the memory that it updates and no other, so each update can end its pass.
@@ -259,8 +294,7 @@ class _Loss(nn.Module):
         )
         with torch.no_grad():
             if contrast.normalized != (True, True):
-                contrast.params[2:4] = torch.stack(constants)
-                contrast.normalized = (True, True)
+                contrast.keep(constants)
             if contrast_idx is None:
                 contrast.step.add_(1)
         negatives = contrast.nce_k
@@ -297,8 +331,10 @@ class _Loss(nn.Module):
         }
 
     @torch.no_grad()
-    def _first_constant(self, side: _Side, idx: Tensor, candidates: Tensor) -> Tensor:
+    def _first_constant(self, slot: int, side: _Side, idx: Tensor, candidates: Tensor) -> Tensor:
         """Z = N mean exp(s/T) over all candidates, the positive among them, as params stores it.
+
+        What is there already, where the host could not know, stays.
 
         In float64 and in pieces, once in a run.
         """
@@ -323,7 +359,7 @@ class _Loss(nn.Module):
         elif constant.device.type != "meta":
             sound = (constant > 0) & constant.isfinite()
             torch._assert_async(sound, f"crrcd_ext.{self._where}: f_s, f_t: expected {expected}")
-        return constant
+        return torch.where(contrast.z_weight[slot] > 0, contrast.constant(slot), constant)
 
     # ------------------------------------------------------------------ checks
 
@@ -401,6 +437,7 @@ class _Loss(nn.Module):
                 got = f"{list(loaded.shape)} in the checkpoint"
                 _checks.fail(RuntimeError, self._where, prefix + name, expected, got)
         self.contrast.check_state(state_dict, f"{prefix}contrast.")
+        _checks.loaded(self._where, self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

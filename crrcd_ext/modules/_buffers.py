@@ -1,8 +1,18 @@
-"""Buffers that keep their dtype when the surrounding module is cast."""
+"""Buffers that keep their dtype when the surrounding module is cast, and what the host knows of
+buffers."""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
 from torch import Tensor, nn
+
+from crrcd_ext._check import capturing
+
+Known = TypeVar("Known")
 
 
 class KeepsBufferDtype(nn.Module):
@@ -23,3 +33,49 @@ class KeepsBufferDtype(nn.Module):
             return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
 
         return super()._apply(guarded, recurse)
+
+
+class HostCopy(Generic[Known]):
+    """What the host knows of a buffer's values, so that no step has to ask the device for them.
+
+    It holds while the buffer is the same tensor and nobody has written to it, which its version
+    counter tells. Averages over models, broadcasts and :func:`torch.func.functional_call` do write
+    or exchange it: then it is read anew, and a scalar on the CPU, which costs nothing, always is.
+    The owner's own writes are announced by :meth:`set`. Where nothing can be read, under
+    torch.compile, while a CUDA graph is captured or on the meta device, what was known last stands,
+    so decisions that rest on it must be right for any values of the buffer, or loud.
+    """
+
+    def __init__(self, value: Known) -> None:
+        self.value = value
+        self._tensor: weakref.ref[Tensor] | None = None
+        self._version = 0
+
+    def of(self, buffer: Tensor, read: Callable[[Tensor], Known]) -> Known:
+        """What ``read`` makes of ``buffer``."""
+        if torch.compiler.is_compiling() or self._holds(buffer):
+            return self.value
+        if buffer.device.type == "meta" or capturing(buffer.device):
+            return self.value
+        value = read(buffer)
+        self.set(buffer, value)
+        return value
+
+    def set(self, buffer: Tensor, value: Known) -> None:
+        """Take ``value`` for what there is in ``buffer`` now."""
+        self.value = value
+        if torch.compiler.is_compiling():
+            return
+        # A tensor made in inference mode counts no versions: it is read each time.
+        self._tensor = None if buffer.is_inference() else weakref.ref(buffer)
+        self._version = 0 if buffer.is_inference() else buffer._version
+
+    def _holds(self, buffer: Tensor) -> bool:
+        if buffer.device.type == "cpu" and buffer.numel() <= 2:
+            return False  # writes through .data count as no version
+        known = self._tensor is not None and self._tensor() is buffer
+        return known and self._version == buffer._version
+
+    def __reduce__(self):
+        # The buffer of a copy or of a pickle is another one.
+        return type(self), (self.value,)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crrcd_ext._check import capturing
 
@@ -47,6 +47,12 @@ def negatives(where: str, value: object, source: str, rows: int) -> None:
 def momentum(where: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
         fail(ValueError, where, "momentum", "a number in [0, 1]", repr(value))
+
+
+def fraction(where: str, argument: str, value: object) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value < 1:
+        fail(ValueError, where, argument, "a number in [0, 1)", repr(value))
 
 
 def cosine(where: str, argument: str, value: object) -> None:
@@ -120,19 +126,59 @@ def at_least(where: str, argument: str, what: str, count: Tensor, least: int) ->
         torch._assert_async((count >= least).all(), message)
 
 
-def finite(where: str, argument: str, x: Tensor, hint: str) -> None:
-    """All of `x` finite; asserted on the device where the host must not wait."""
+def _largest(dtype: torch.dtype, squared: bool) -> float:
+    most = torch.finfo(dtype).max
+    if not squared:
+        return most
+    # Leaves room for the sum of millions of squares.
+    return min(most, torch.finfo(torch.promote_types(dtype, torch.float32)).max ** 0.4)
+
+
+def all_finite(x: Tensor, squared: bool = False) -> Tensor:
+    """Whether all of `x` are finite and, where `squared`, sums of their squares too; bool []."""
+    return (x.abs() <= _largest(x.dtype, squared)).all()
+
+
+def finite(where: str, argument: str, x: Tensor, hint: str, squared: bool = False) -> None:
+    """All of `x` finite and, where `squared`, sums of their squares too; asserted on the device
+    where the host must not wait."""
     x = x.detach()
+    largest = _largest(x.dtype, squared)
+    expected = "finite values"
+    bound = f" of up to {largest:.1e}, whose squares can be summed"
     if may_read(x):
-        # A sum over a NaN or an infinity is not finite, so a finite sum settles it in one pass.
-        if torch.isfinite(x.sum()).item():
+        if x.numel() == 0:
             return
-        bad = ~torch.isfinite(x)
-        count = int(bad.sum())
-        if count:
-            row = int(bad.any(dim=1).nonzero()[0])
-            got = f"{count} of {x.numel()} values not finite, the first in row {row}{hint}"
-            fail(ValueError, where, argument, "finite values", got)
+        low, high = (v.item() for v in x.aminmax())  # NaN where there is one
+        if -largest <= low and high <= largest:
+            return
+        bad = ~(x.abs() <= largest)
+        row = int(bad.any(dim=1).nonzero()[0])
+        what = "not finite"
+        if all_finite(x):
+            expected, what = expected + bound, "larger"
+        got = f"{int(bad.sum())} of {x.numel()} values {what}, the first in row {row}{hint}"
+        fail(ValueError, where, argument, expected, got)
     elif x.device.type != "meta":
-        message = f"crrcd_ext.{where}: {argument}: expected finite values{hint}"
-        torch._assert_async(torch.isfinite(x).all(), message)
+        expected = expected + bound if squared else expected
+        message = f"crrcd_ext.{where}: {argument}: expected {expected}{hint}"
+        torch._assert_async(all_finite(x, squared), message)
+
+
+def loaded(where: str, module: nn.Module, state_dict: dict, prefix: str) -> None:
+    """RuntimeError when an entry of ``state_dict`` for ``module`` holds NaN or an infinity."""
+    for name, _ in (*module.named_parameters(), *module.named_buffers()):
+        entry = state_dict.get(prefix + name)
+        if not isinstance(entry, Tensor) or not entry.is_floating_point():
+            continue
+        if entry.device.type == "meta":
+            continue
+        # In pieces: a bank may be as large as the memory that is left.
+        for piece in entry.detach().reshape(-1).split(1 << 24):
+            if not all_finite(piece):
+                count = int((~torch.isfinite(entry)).sum())
+                raise RuntimeError(
+                    f"crrcd_ext.{where}: {prefix}{name}: expected finite values, got {count} of "
+                    f"{entry.numel()} not finite in the checkpoint; take one of an earlier step, "
+                    "or leave the entry out of the state_dict and load with strict=False"
+                )

@@ -217,6 +217,7 @@ class MemoryBank(KeepsBufferDtype):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         self.check_size(state_dict, prefix)
+        _checks.loaded("MemoryBank", self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

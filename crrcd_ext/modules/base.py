@@ -13,8 +13,9 @@ from torch import Tensor
 
 from crrcd_ext._check import capturing
 from crrcd_ext.modules import _checks, diagnostics, filling
+from crrcd_ext.modules._buffers import HostCopy
 from crrcd_ext.modules.bank import MemoryBank
-from crrcd_ext.modules.heads import EmbeddingHead
+from crrcd_ext.modules.heads import EmbeddingHead, Standardizer
 from crrcd_ext.modules.queue import MemoryQueue
 from crrcd_ext.modules.sampling import ClassTable, smallest_rest
 from crrcd_ext.modules.step import ContrastiveStep, Step
@@ -45,6 +46,7 @@ class ContrastiveLoss(ContrastiveStep):
         direction: str,
         keys: str,
         normalizer: str | float,
+        normalizer_momentum: float,
         objective: str,
         head: str,
         standardize: bool,
@@ -52,6 +54,7 @@ class ContrastiveLoss(ContrastiveStep):
         exclude_similar: float | None,
         labels: Tensor | None,
         learnable_temperature: bool,
+        max_scale: float | None,
         learnable_offset: bool,
         bank_dtype: torch.dtype,
         nonfinite: str,
@@ -90,7 +93,13 @@ class ContrastiveLoss(ContrastiveStep):
         source, rows = ("num_samples", num_samples) if capacity is None else ("capacity", capacity)
         _checks.negatives(self.NAME, negatives, source, rows)
         super().__init__(
-            temperature, normalizer, objective, learnable_temperature, learnable_offset
+            temperature,
+            normalizer,
+            normalizer_momentum,
+            objective,
+            learnable_temperature,
+            max_scale,
+            learnable_offset,
         )
         self.num_samples = num_samples
         self.capacity = capacity
@@ -134,12 +143,13 @@ class ContrastiveLoss(ContrastiveStep):
         similar = None if exclude_similar is None else torch.zeros((), dtype=torch.int64)
         self.register_buffer("masked_steps", similar)
         self.register_buffer("labels", None)
-        self.labelled = False
+        self._labelled = HostCopy(False)
         self.class_table = None
         if self.exclude_same_label:
             self.labels = torch.full((num_samples,), -1, dtype=torch.int64)
             if exclusion == "draw":
-                self.class_table = ClassTable()
+                # From the start, so that copies have the same buffers at any time.
+                self.class_table = ClassTable(self.labels)
         if labels is not None:
             device = labels.device if isinstance(labels, Tensor) else torch.device("cpu")
             labels = _checks.integers(self.NAME, "labels", labels, num_samples, device)
@@ -206,9 +216,19 @@ class ContrastiveLoss(ContrastiveStep):
     def _set_labels(self, labels: Tensor) -> None:
         """Take over the data set's labels, checked."""
         self.labels.copy_(labels)
-        self.labelled = True
+        self._read_labels(self.labels)
+        self._labelled.set(self.labels, True)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether, as far as the host knows, the data set's labels are there."""
+        return self.labels is not None and self._labelled.of(self.labels, self._read_labels)
+
+    def _read_labels(self, labels: Tensor) -> bool:
+        """Whether some are known; the table follows them."""
         if self.class_table is not None:
-            self.class_table.set_(self.labels)
+            self.class_table.set_(labels)
+        return bool((labels >= 0).any())
 
     # ------------------------------------------------------------------ before training
 
@@ -312,10 +332,11 @@ class ContrastiveLoss(ContrastiveStep):
         return values
 
     def current_offset(self) -> float:
-        """beta, for "both" the mean of the two; NaN before the first batch has given Zbar."""
-        pairs = zip(self.log_zbar.tolist(), self._banks, strict=True)
-        used = [z for z, bank in pairs if bank is not None]
-        return float(self._beta(sum(used) / len(used)))
+        """beta, for "both" the mean of the two or, while one awaits its Zbar, the other; NaN before
+        a batch has given any."""
+        slots = zip(self.log_zbar.tolist(), self.zbar_weight.tolist(), self._banks, strict=True)
+        known = [log / weight for log, weight, bank in slots if bank is not None and weight > 0]
+        return float(self._beta(sum(known) / len(known) if known else math.nan))
 
     @torch.no_grad()
     def _watch(self, finite: Tensor | None) -> None:
@@ -380,10 +401,12 @@ class ContrastiveLoss(ContrastiveStep):
             "distinct": self.distinct,
             "capacity": self.capacity,
             "normalizer": self.normalizer,
+            "normalizer_momentum": self.normalizer_momentum,
             "objective": self.objective,
             "exclude_same_label": self.exclude_same_label,
             "exclude_similar": self.exclude_similar,
             "learnable_temperature": self.log_scale is not None,
+            "max_scale": self.max_scale,
             "learnable_offset": self.offset is not None,
             "nonfinite": self.nonfinite,
             "check_every": self.check_every,
@@ -408,6 +431,11 @@ class ContrastiveLoss(ContrastiveStep):
             bank = getattr(self, name)
             if bank is not None:
                 bank.check_size(state_dict, f"{prefix}{name}.")
+        self._renew(state_dict, prefix)
+        for name, part in self.named_modules(prefix=prefix[:-1]):
+            if isinstance(part, Standardizer):
+                part.renew(state_dict, f"{name}.")
+        _checks.loaded(self.NAME, self, state_dict, prefix)
         labels = state_dict.get(prefix + "labels")
         if labels is not None and self.labels is not None:
             self._check_labels(self.NAME, labels)
@@ -420,10 +448,7 @@ class ContrastiveLoss(ContrastiveStep):
         self._looked, *flat = local_metadata.get("looks", [0.0])
         self._flat = diagnostics.Flat(*flat) if flat else None
         self._look, self._since_look = None, None
-        if labels is not None and self.labels is not None:
-            self.labelled = bool((labels >= 0).any())
-            if self.class_table is not None:
-                self.class_table.set_(self.labels)
+        _ = self.labelled  # for torch.compile, which cannot ask
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles carry the state of the run, not the tensors of its last batch. What has

@@ -53,9 +53,15 @@ class CRRCDLoss(ContrastiveLoss):
             and the teacher's head learn. In the "teacher" direction positives and bank are the
             student's embeddings whatever ``keys``, or nothing would reach the student.
         anchors: A, chosen anew in each batch; None takes all B.
-        normalizer: "first_batch" (Zbar = mean exp(<u, v>/tau) over the first training batch, CRD's
-            constant, kept in the state_dict), "none" (beta = 0), or a number, Zbar. "infonce" does
-            not depend on it.
+        normalizer: "first_batch" (Zbar = mean exp(<u, v>/tau) over the first training batch that
+            has a pair, CRD's constant, kept in the state_dict), "moving_average" (Zbar follows the
+            training batches), "none" (beta = 0), or a number, Zbar. "infonce" does not depend on
+            it.
+        normalizer_momentum: in [0, 1), the part of it that a moving average keeps in each step. The
+            average is one of log Zbar, which is what beta is made of: of Zbar itself one batch with
+            a few large cosines would rule for long. It is corrected for its start as Adam's are,
+            so that the first batch gives all of the first value. A batch takes part in the value
+            that it is judged by, with at most 1,024 of its negatives.
         distinct: draw negatives without replacement (see :meth:`MemoryBank.sample`).
         capacity: C, for a queue of the newest C embeddings instead of one row for each sample
             (:class:`MemoryQueue`); ``momentum`` does not apply, ``negatives`` counts up to C, and
@@ -75,6 +81,9 @@ class CRRCDLoss(ContrastiveLoss):
             students ("both").
         labels: int64 [N], the data set's labels; :meth:`fill` may set them later.
         learnable_temperature: 1/tau = exp(``log_scale``), a parameter.
+        max_scale: the bound of a learned 1/tau (100 is CLIP's), or None. ``log_scale`` may lie a
+            step of the optimizer above its logarithm; the scale does not, and the gradient there is
+            the one that leads back, or zero.
         learnable_offset: beta + ``offset``, a parameter that starts at 0 ("nce" only).
         bank_dtype: storage type of the banks.
         nonfinite: "error" raises on features that are not finite; "skip" returns a zero loss, with
@@ -114,6 +123,7 @@ class CRRCDLoss(ContrastiveLoss):
         distinct: bool = False,
         capacity: int | None = None,
         normalizer: str | float = "first_batch",
+        normalizer_momentum: float = 0.99,
         objective: str = "nce",
         head: str = "linear",
         standardize: bool = True,
@@ -122,6 +132,7 @@ class CRRCDLoss(ContrastiveLoss):
         exclude_similar: float | None = None,
         labels: Tensor | None = None,
         learnable_temperature: bool = False,
+        max_scale: float | None = 100.0,
         learnable_offset: bool = False,
         bank_dtype: torch.dtype = torch.float32,
         nonfinite: str = "error",
@@ -147,6 +158,7 @@ class CRRCDLoss(ContrastiveLoss):
             distinct=distinct,
             capacity=capacity,
             normalizer=normalizer,
+            normalizer_momentum=normalizer_momentum,
             objective=objective,
             head=head,
             standardize=standardize,
@@ -155,6 +167,7 @@ class CRRCDLoss(ContrastiveLoss):
             exclude_similar=exclude_similar,
             labels=labels,
             learnable_temperature=learnable_temperature,
+            max_scale=max_scale,
             learnable_offset=learnable_offset,
             bank_dtype=bank_dtype,
             nonfinite=nonfinite,

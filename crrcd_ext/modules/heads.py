@@ -8,10 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm, normalize
 
-from crrcd_ext.modules._buffers import KeepsBufferDtype
+from crrcd_ext.modules._buffers import HostCopy, KeepsBufferDtype
 
 EPSILON = 1e-5
 """Added to a variance before its square root, as in batch normalisation."""
+FIXED = 1e300
+"""The number of samples that stands for fixed statistics: finite, so that averages over states are
+too. An average of fixed statistics with others, which counts some of it, is fixed as well."""
+_FIXED_FROM = 1e150
 
 
 class Statistics(NamedTuple):
@@ -29,17 +33,22 @@ class Standardizer(KeepsBufferDtype):
     they are those of all samples, but never less than ``floor``, which makes them forget: for
     features that change while they are trained. :meth:`set_` fixes them.
 
-    Buffers: ``mean`` and ``variance``, float64 [D], and ``count``, the samples seen, infinite once
-        they are fixed.
+    Buffers: ``mean`` and ``variance``, float64 [D], and ``count``, the samples seen, 1e300 once
+        they are fixed (infinite in states up to version 0.1, which are taken too).
     """
 
     def __init__(self, dim: int, floor: float = 0.0) -> None:
         super().__init__()
         self.floor = floor
-        self.fixed = False
         self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
         self.register_buffer("variance", torch.ones(dim, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self._fixed = HostCopy(False)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether, as far as the host knows, the statistics are fixed."""
+        return self._fixed.of(self.count, _is_fixed)
 
     @property
     def statistics(self) -> Statistics:
@@ -48,12 +57,16 @@ class Standardizer(KeepsBufferDtype):
 
     @torch.no_grad()
     def merged(self, x: Tensor) -> Statistics:
-        """The running statistics with the batch ``x`` [B, D] taken in; nothing is stored."""
+        """The running statistics with the batch ``x`` [B, D] taken in; nothing is stored.
+
+        Fixed ones stay exactly as they are.
+        """
         variance, mean = torch.var_mean(_wide(x), dim=0, correction=0)
         total = self.count + len(x)
         weight = len(x) / total
         if self.floor:
             weight = weight.clamp_(min=self.floor)
+        weight = weight * (self.count < _FIXED_FROM)
         delta = mean - self.mean
         rest = 1 - weight
         return Statistics(
@@ -67,8 +80,12 @@ class Standardizer(KeepsBufferDtype):
         """Fix the statistics."""
         self.mean.copy_(mean)
         self.variance.copy_(variance)
-        self.count.fill_(torch.inf)
-        self.fixed = True
+        self.count.fill_(FIXED)
+        self._fixed.set(self.count, True)
+
+    def note_merged(self) -> None:
+        """Let the host know that what was stored is :meth:`merged`, which fixes nothing."""
+        self._fixed.set(self.count, self._fixed.value)
 
     def forward(self, x: Tensor, statistics: Statistics | None = None) -> Tensor:
         """[B, D] -> [B, D], by ``statistics`` or, without them, the running ones."""
@@ -76,11 +93,17 @@ class Standardizer(KeepsBufferDtype):
         inverse = (variance + EPSILON).rsqrt_()
         return (x - mean.to(x.dtype)).mul_(inverse.to(x.dtype))
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+    def renew(self, state_dict: dict, prefix: str) -> None:
+        """Give ``state_dict`` the mark of today for fixed statistics."""
         count = state_dict.get(prefix + "count")
         if count is not None:
-            self.fixed = bool(torch.isinf(count))
+            count = count.to(self.count.dtype)
+            state_dict[prefix + "count"] = count.masked_fill(count == torch.inf, FIXED)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        self.renew(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._fixed.of(self.count, _is_fixed)  # for torch.compile, which cannot ask
 
     def extra_repr(self) -> str:
         return f"{self.mean.shape[0]}, floor={self.floor:g}"
@@ -130,6 +153,10 @@ class EmbeddingHead(nn.Module):
         if self.linear is not None:
             x = _wide(self.linear(x.to(self.linear.weight.dtype)))
         return normalize(x, dim=1)
+
+
+def _is_fixed(count: Tensor) -> bool:
+    return bool(count >= _FIXED_FROM)
 
 
 def _wide(x: Tensor) -> Tensor:

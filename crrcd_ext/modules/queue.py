@@ -7,6 +7,7 @@ from torch import Tensor
 
 from crrcd_ext._check import capturing
 from crrcd_ext.modules import _checks
+from crrcd_ext.modules._buffers import HostCopy
 from crrcd_ext.modules.bank import MemoryBank
 
 _NOBODY = torch.iinfo(torch.int64).max
@@ -49,11 +50,10 @@ class MemoryQueue(MemoryBank):
         )
         self.register_buffer("ids", torch.full((capacity,), -1, dtype=torch.int64))
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
-        # What the host knows without asking: whether a row may have been written, how many have
-        # been at least, and whether these are all.
-        self._started = False
-        self._written = 0
-        self._full = False
+        # How many rows can be drawn, at least; and whether something has been pushed where the host
+        # could not count it.
+        self._written = HostCopy(0)
+        self._uncounted = False
 
     def update_(self, index: Tensor, value: Tensor) -> None:
         """Push ``value`` [B, D], the embeddings of the samples ``index`` (int64 [B]).
@@ -77,7 +77,8 @@ class MemoryQueue(MemoryBank):
         """Forget every row: none is drawn until the next update."""
         self.ids.fill_(-1)
         self.pushed.zero_()
-        self._started, self._written, self._full = False, 0, False
+        self._written.set(self.pushed, 0)
+        self._uncounted = False
 
     def draw(self, k: int | None, *, queries: int | None = None) -> Tensor:
         """What the next :meth:`sample` returns: int64 [k] or [queries, k], uniform with replacement
@@ -101,11 +102,14 @@ class MemoryQueue(MemoryBank):
 
     @property
     def started(self) -> bool:
-        return self._started
+        return self._uncounted or self._known_rows() > 0
 
     @property
     def full(self) -> bool:
-        return self._full
+        return self._known_rows() == self.num_rows
+
+    def _known_rows(self) -> int:
+        return self._written.of(self.pushed, lambda pushed: min(int(pushed), self.num_rows))
 
     def is_empty(self) -> Tensor | None:
         """Whether there is no row to draw, bool []; None where that cannot be."""
@@ -119,7 +123,8 @@ class MemoryQueue(MemoryBank):
             # Two classes, of the queries and of the rows: nothing is masked by them yet.
             query_label, key_label = torch.zeros_like(index), torch.ones_like(self.ids)
         else:
-            key_label = labels[self.ids.clamp(min=0)]
+            # Within, whatever an average over states has made of ids.
+            key_label = labels[self.ids.clamp(0, len(labels) - 1)]
         if empty is None:
             return self.ids, query_label, key_label
         return (
@@ -139,17 +144,15 @@ class MemoryQueue(MemoryBank):
         if happened is not None:
             ids = torch.where(happened, ids, self.ids[places])
             count = count * happened
+        known = self._known_rows()
         self.ids.index_copy_(0, places, ids)
         self.pushed.add_(count)
-        self._started = self._started or len(index) > 0
         # torch.compile would start anew for every other number; what is captured has not happened.
-        silent = torch.compiler.is_compiling() or happened is not None or self._full
-        if not silent and not capturing(ids.device):
-            self._count(count)
-
-    def _count(self, written: int) -> None:
-        self._written = min(self._written + written, self.num_rows)
-        self._full = self._written == self.num_rows
+        if torch.compiler.is_compiling() or happened is not None or capturing(ids.device):
+            self._uncounted = self._uncounted or len(index) > 0
+        else:
+            known = min(known + len(index), self.num_rows)
+        self._written.set(self.pushed, known)
 
     def _places(self, count: int) -> Tensor:
         """The rows that the next ``count`` embeddings go to, those of the last C of them."""
@@ -159,8 +162,5 @@ class MemoryQueue(MemoryBank):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        pushed = state_dict.get(prefix + "pushed")
-        if pushed is not None:
-            self._written = 0
-            self._count(int(pushed))
-            self._started = self._written > 0
+        self._uncounted = False
+        self._known_rows()  # for torch.compile, which cannot ask

@@ -14,9 +14,9 @@ from crrcd_ext import functional
 from crrcd_ext.modules import _checks, _counter, _once
 from crrcd_ext.modules.bank import Change, MemoryBank
 from crrcd_ext.modules.cosines import Cosines
-from crrcd_ext.modules.critic import Critic
+from crrcd_ext.modules.critic import Critic, Zbar
 from crrcd_ext.modules.heads import Statistics
-from crrcd_ext.modules.normalizer import log_mean_exp_logit
+from crrcd_ext.modules.normalizer import FOLLOWED_NEGATIVES, MAX_NEGATIVES, log_mean_exp_logit
 
 SKIP_HINT = "; nonfinite='skip' skips such a step"
 _UNLABELLED = torch.iinfo(torch.int64).min
@@ -171,7 +171,7 @@ class ContrastiveStep(Critic):
         update = update and size > 0
         if update:
             index = _once.check(self.NAME, self, self.step, index)
-        student, teacher, finite = self._screen(student_features, teacher_features.detach())
+        student, teacher, finite = self._screen(student_features, teacher_features.detach(), update)
 
         teacher_statistics = self._teacher_statistics(teacher, update)
         student_statistics = None
@@ -203,16 +203,17 @@ class ContrastiveStep(Critic):
             before = [
                 side.bank.rows[change[0]] for side, change in zip(sides, changes, strict=True)
             ]
-        log_zbar: dict[int, Tensor] = {}
+        scale = self.scale()
+        zbar: dict[int, Zbar] = {}
         parts = [
-            self._contrast(side, size, change, log_zbar)
+            self._contrast(side, size, change, scale, zbar)
             for side, change in zip(sides, changes, strict=True)
         ]
         loss = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         if finite is not None:
             loss = torch.where(finite, loss, torch.zeros_like(loss))
         if update:
-            self._commit(finite, (teacher_statistics, student_statistics), log_zbar)
+            self._commit(finite, (teacher_statistics, student_statistics), zbar)
             if self.masked_steps is not None:
                 nothing_left = self._nothing_left(sides)
                 self.masked_steps.add_(nothing_left if finite is None else nothing_left & finite)
@@ -281,13 +282,18 @@ class ContrastiveStep(Critic):
         _checks.in_range(name, argument, flat, self.num_samples)
         return flat.view(given.shape)
 
-    def _screen(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The features, zeroed in a step to skip; for "skip" whether all are finite (bool [])."""
+    def _screen(
+        self, student: Tensor, teacher: Tensor, update: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The features, zeroed in a step to skip; for "skip" whether all are good (bool [])."""
+        # Running statistics would keep a variance that has overflowed.
+        squared = update and self.student_head.standardize is not None
         if self.nonfinite == "error":
-            _checks.finite(self.NAME, "student_features", student, SKIP_HINT)
-            _checks.finite(self.NAME, "teacher_features", teacher, SKIP_HINT)
+            _checks.finite(self.NAME, "student_features", student, SKIP_HINT, squared)
+            _checks.finite(self.NAME, "teacher_features", teacher, SKIP_HINT, squared)
             return student, teacher, None
-        finite = torch.isfinite(student.detach()).all() & torch.isfinite(teacher).all()
+        finite = _checks.all_finite(student.detach(), squared)
+        finite = finite & _checks.all_finite(teacher, squared)
         zero = student.new_zeros(())
         return torch.where(finite, student, zero), torch.where(finite, teacher, zero), finite
 
@@ -391,15 +397,22 @@ class ContrastiveStep(Critic):
             masked += [(mask[:, :words] == -1).all(), (mask[:, words:] == (1 << rest) - 1).all()]
         return torch.stack(masked).all()
 
-    def _contrast(self, side: Side, size: int, change: Change | None, log_zbar: dict) -> Tensor:
-        """One direction's loss and its bank's update; a new log Zbar goes into ``log_zbar``."""
+    def _contrast(
+        self,
+        side: Side,
+        size: int,
+        change: Change | None,
+        scale: Tensor | float,
+        zbar: dict[int, Zbar],
+    ) -> Tensor:
+        """One direction's loss and its bank's update; what becomes of Zbar goes into ``zbar``."""
         bank = side.bank
         # Live keys are embedded copies of rows: their bank has to be updated on its own.
         fused = change is not None and side.arguments["bank"] is bank.rows
         loss = type(self).OPERATOR(
             **side.arguments,
-            scale=self.scale(),
-            offset=self._offset(side, size, log_zbar),
+            scale=scale,
+            offset=self._offset(side, size, change is not None, zbar),
             objective=self.objective,
             update=change if fused else None,
             backend=self.backend,
@@ -408,26 +421,35 @@ class ContrastiveStep(Critic):
             bank.apply_(change)
         return loss
 
-    def _offset(self, side: Side, size: int, log_zbar: dict) -> Tensor | float:
-        """beta; where this batch has to give Zbar, its logarithm goes into ``log_zbar``."""
-        if not self._awaits_zbar():
-            return self._beta(self.log_zbar[side.slot])
-        expected = "a training step, whose batch gives Zbar,"
-        _checks.before_capture(self.NAME, "normalizer", expected, self.step.device)
-        if not self._has_pair(size) or not side.bank.started:
+    def _offset(self, side: Side, size: int, update: bool, zbar: dict) -> Tensor | float:
+        """beta; where this batch has a part in Zbar, what becomes of that goes into ``zbar``.
+
+        Each direction waits for its own first batch that has a pair and rows to compare it with.
+        """
+        if not self._measures_zbar():
             return self._beta(0.0)
+        slot = side.slot
+        old, known = self._zbar(slot), self._knows_zbar(slot)
+        follows = update and self.normalizer == "moving_average"
+        if known and not (follows and self._has_pair(size)):
+            return self._beta(old.log / old.weight)
+        if not known:
+            expected = "a training step, whose batch gives Zbar,"
+            _checks.before_capture(self.NAME, "normalizer", expected, self.step.device)
+            if not self._has_pair(size):
+                return self._beta(0.0)  # of a loss that does not depend on it
+        limit = MAX_NEGATIVES if self.normalizer == "first_batch" else FOLLOWED_NEGATIVES
         query = side.arguments["query"]
         with torch.autocast(query.device.type, enabled=False), torch.no_grad():
-            fresh = log_mean_exp_logit(self._cosines(side), self.scale()).to(torch.float64)
-        log_zbar[side.slot] = fresh
-        # Without a pair there is no mean, and a loss that does not depend on it.
-        return self._beta(torch.where(fresh.isfinite(), fresh, 0.0))
+            fresh = log_mean_exp_logit(self._cosines(side), self.scale(), limit)
+            zbar[slot] = self._blended(slot, fresh)
+        return self._beta(zbar[slot].value())
 
     def _cosines(self, side: Side) -> Cosines:
         return type(self).COSINES(**side.arguments, backend=self.backend)
 
     @torch.no_grad()
-    def _commit(self, finite: Tensor | None, statistics, log_zbar: dict) -> None:
+    def _commit(self, finite: Tensor | None, statistics, zbar: dict[int, Zbar]) -> None:
         """Store what a step changes beside the banks' rows; nothing, in a step to skip."""
         changes = []
         for head, merged in zip((self.teacher_head, self.student_head), statistics, strict=True):
@@ -436,9 +458,33 @@ class ContrastiveStep(Critic):
         for counter in (self, *self._banks):
             if counter is not None:
                 changes.append((counter.step, counter.step + 1))
+        for slot, new in zbar.items():
+            changes += zip(self._zbar(slot), new, strict=True)
         for buffer, value in changes:
             buffer.copy_(value if finite is None else torch.where(finite, value, buffer))
         if finite is not None:
             self.skipped_steps.add_(~finite)
-        if log_zbar:
-            self._commit_normalizer(finite, log_zbar)
+        for head, merged in zip((self.teacher_head, self.student_head), statistics, strict=True):
+            if merged is not None:
+                head.standardize.note_merged()
+        if zbar:
+            self._note_zbar(finite, zbar)
+
+    def _note_zbar(self, finite: Tensor | None, zbar: dict[int, Zbar]) -> None:
+        """Let the host know which directions have Zbar; it waits until all have."""
+        known = self._known_zbar.value
+        if torch.compiler.is_compiling():
+            # A graph cannot leave this to the next batch: what is known is a constant of it.
+            for slot, new in zbar.items():
+                if not known[slot] and self._banks[slot].started:
+                    there = new.weight > 0
+                    torch._assert_async(
+                        there if finite is None else there & finite,
+                        f"crrcd_ext.{self.NAME}: normalizer: expected a first batch of finite "
+                        "features that has a pair",
+                    )
+                    known = tuple(k or i == slot for i, k in enumerate(known))
+        if torch.compiler.is_compiling() or all(known[slot] for slot in zbar):
+            self._known_zbar.set(self.zbar_weight, known)
+        else:
+            self._knows_zbar(0)

@@ -54,7 +54,7 @@ class Step:
         size = len(index)
         self.student_moments = moments(student)
         running = c.teacher_head.standardize
-        if running is not None and bool(torch.isinf(running.count)):
+        if running is not None and bool(running.count >= 1e300):
             self.teacher_moments = (running.mean.double(), running.variance.double())
         else:
             # Nothing seen before: the first batch's own.
