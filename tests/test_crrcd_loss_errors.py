@@ -187,7 +187,6 @@ def test_bad_calls_change_nothing(case, started, kind):
     "kind, options, text",
     [
         ("crd", {"negatives": "all"}, r"None with negatives='all', got a value"),
-        ("crcd", {"capacity": 20}, r"None with capacity=20, got a value"),
         ("crd", {"keys": "live"}, r"shape \[17\], got \[8, 17\]"),
         ("crrcd", {}, r"shape \[17\], got \[8, 17\]"),
     ],

@@ -327,3 +327,79 @@ def test_a_queue_of_another_capacity_is_refused():
 def test_bad_constructor_arguments(options, text):
     with pytest.raises(ValueError, match="crrcd_ext.CRDLoss: " + text):
         CRDLoss(DS, DT, **{"num_samples": N, "negatives": K, "capacity": C, **options})
+
+
+MINED = {
+    "default": {},
+    "live": {"keys": "live", "direction": "both"},
+    "labels": {"exclude_same_label": True, "direction": "both"},
+    "similar": {"exclude_similar": 0.3, "exclude_same_label": True, "direction": "student"},
+}
+
+
+@pytest.mark.parametrize(
+    "kind, name, own",
+    [
+        *((kind, name, False) for kind in KINDS for name in MINED),
+        *((kind, name, True) for kind in ("crcd", "crd") for name in MINED if name != "live"),
+    ],
+)
+def test_mined_rows_of_a_queue(kind, name, own):
+    options = MINED[name]
+    labels = torch.arange(N) % 3 if "exclude_same_label" in options else None
+    criterion = make(
+        kind=kind, capacity=C, normalizer=2.0, bank_dtype=torch.float64, labels=labels, **options
+    ).double()
+    criterion.fill(torch.arange(N), torch.randn(N, DT))  # the statistics
+    for bank in criterion._banks:
+        if bank is not None:
+            bank.clear()
+    g = torch.Generator().manual_seed(0)
+    for step in range(5):
+        values = batch(step, torch.float64)
+        written = min(step * B, C)
+        if written == 0:
+            criterion(*values)
+            continue
+        given = torch.randint(written, (B, K) if own else (K,), generator=g)
+        check(criterion, *values, labels, formula=FORMULA[kind], given=given)
+        assert torch.equal(criterion._last.drawn[0], given)
+
+
+@pytest.mark.parametrize("direction", ["student", "both"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_mined_rows_have_to_be_written(kind, direction):
+    criterion = make(kind=kind, capacity=C, direction=direction)
+
+    def refused(row, count):
+        before = copy.deepcopy(criterion.state_dict())
+        text = rf"negative_index: expected rows in \[0, {count}\), which the queue .*, got {row}"
+        with pytest.raises(IndexError, match=text):
+            criterion(*batch(9), negative_index=torch.full((K,), row))
+        assert all(torch.equal(v, before[k]) for k, v in criterion.state_dict().items())
+
+    refused(0, 0)
+    criterion(*batch(0))
+    for row in (-1, B, C):
+        refused(row, B)
+    criterion(*batch(1), negative_index=torch.full((K,), B - 1))
+    criterion(*batch(2)), criterion(*batch(3))
+    refused(C, C)
+    assert criterion(*batch(4), negative_index=torch.full((K,), C - 1)).isfinite()
+    # fill gives rows to the teacher's queue alone.
+    criterion = make(kind=kind, capacity=C, direction=direction)
+    criterion.fill(torch.arange(N), torch.randn(N, DT))
+    if direction == "both":
+        refused(0, 0)
+    else:
+        criterion(*batch(0), negative_index=torch.full((K,), C - 1))
+
+
+def test_mined_rows_of_a_compiled_step_are_asserted():
+    torch._dynamo.reset()
+    criterion = make(kind="crd", capacity=C, normalizer=2.0)
+    criterion(*batch(0))
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    compiled(*batch(1), negative_index=torch.arange(K) % B)
+    with pytest.raises(RuntimeError, match="negative_index: expected rows of the queue that are"):
+        compiled(*batch(2), negative_index=torch.full((K,), 2 * B))

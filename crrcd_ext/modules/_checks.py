@@ -115,6 +115,22 @@ def in_range(where: str, argument: str, index: Tensor, bound: int | None) -> Non
         torch._assert_async(inside.all(), message)
 
 
+def written(where: str, argument: str, row: Tensor, pushed: Tensor, capacity: int) -> None:
+    """All of `row` rows that a queue has something in, `pushed` (int64 []) so far; asserted on the
+    device where the host must not wait."""
+    if row.numel() == 0:
+        return
+    if may_read(row):
+        count = min(int(pushed), capacity)
+        low, high = (int(v) for v in row.aminmax())
+        if low < 0 or high >= count:
+            expected = f"rows in [0, {count}), which the queue has written by now"
+            fail(IndexError, where, argument, expected, low if low < 0 else high)
+    elif row.device.type != "meta":
+        message = f"crrcd_ext.{where}: {argument}: expected rows of the queue that are written"
+        torch._assert_async(((row >= 0) & (row < pushed.clamp(max=capacity))).all(), message)
+
+
 def at_least(where: str, argument: str, what: str, count: Tensor, least: int) -> None:
     """All of `count` 1 and `least` or more; asserted on the device where the host must not wait."""
     least = max(1, least)

@@ -140,8 +140,10 @@ class ContrastiveStep(Critic):
             labels: int64 [B], the queries' classes for ``exclude_same_label`` (default: those of
                 the data set).
             negative_index: int64 [K], or [B, K] for CRD and CRCD unless keys="live": the ids of
-                the samples to take as negatives instead of drawn ones, K = ``negatives``; not with
-                negatives="all" or ``capacity``. Masks apply to them too.
+                the samples to take as negatives instead of drawn ones, K = ``negatives``; with
+                ``capacity`` the rows of the queue that hold them (whose ids are the queue's
+                ``ids``; for direction "both" of either queue), which have to be written by now.
+                Not with negatives="all". Masks apply to them too.
             update: whether the step changes banks, samplers, statistics and Zbar; default: in
                 training mode. Without it every buffer stays as it is.
 
@@ -153,7 +155,8 @@ class ContrastiveStep(Critic):
         Raises:
             ValueError: widths, shapes, devices, features that are not finite, labels that are
                 missing.
-            TypeError: dtypes. IndexError: an id outside of [0, N).
+            TypeError: dtypes. IndexError: an id outside of [0, N), a row of the queue that is not
+                written.
             RuntimeError: an update within a backward pass, where torch.utils.checkpoint runs what
                 it holds again (without an update the second run repeats the first, as long as no
                 step has come between them); in a process of several, within a
@@ -261,13 +264,8 @@ class ContrastiveStep(Critic):
     def _check_negative_index(self, given: object, size: int) -> Tensor:
         """``given`` as int64 [K] or [B, K], checked."""
         name, argument, count = self.NAME, "negative_index", self.num_negatives
-        refused = ""
         if self.negatives == "all":
-            refused = "negatives='all'"
-        elif self.capacity is not None:
-            refused = f"capacity={self.capacity}"
-        if refused:
-            _checks.fail(ValueError, name, argument, f"None with {refused}", "a value")
+            _checks.fail(ValueError, name, argument, "None with negatives='all'", "a value")
         shapes = [(count,)]
         if self.PER_QUERY and self.keys != "live":
             shapes.append((size, count))
@@ -279,7 +277,12 @@ class ContrastiveStep(Critic):
             _checks.fail(ValueError, name, argument, f"shape {expected}", list(given.shape))
         flat = given.reshape(-1)
         flat = _checks.integers(name, argument, flat, flat.numel(), self.step.device)
-        _checks.in_range(name, argument, flat, self.num_samples)
+        if self.capacity is None:
+            _checks.in_range(name, argument, flat, self.num_samples)
+        else:
+            for queue in self._banks:
+                if queue is not None:
+                    _checks.written(name, argument, flat, queue.pushed, self.capacity)
         return flat.view(given.shape)
 
     def _screen(
