@@ -57,6 +57,20 @@ def test_a_step_that_a_checkpoint_repeats_is_refused(kind, use_reentrant, part):
     assert same_state(criterion, expected)
 
 
+def test_a_micro_batch_that_a_checkpoint_repeats_is_refused():
+    criterion, expected = make(kind="crd"), make(kind="crd")
+
+    def run(criterion, *values):
+        options = {"use_reentrant": False}
+        return checkpoint(lambda *x: whole(criterion, *x, update="later"), *values, **options)
+
+    with pytest.raises(RuntimeError, match=REFUSED.format("CRDLoss")):
+        backward(criterion, run)
+    expected(*batch(1))
+    criterion.commit()
+    assert same_state(criterion, expected)
+
+
 @pytest.mark.parametrize("part", [whole, within])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("kind", KINDS)

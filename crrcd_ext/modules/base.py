@@ -14,6 +14,7 @@ from torch import Tensor
 from crrcd_ext._check import capturing
 from crrcd_ext.modules import _checks, diagnostics, filling
 from crrcd_ext.modules._buffers import HostCopy
+from crrcd_ext.modules.accumulation import Waiting
 from crrcd_ext.modules.bank import MemoryBank
 from crrcd_ext.modules.heads import EmbeddingHead, Standardizer
 from crrcd_ext.modules.queue import MemoryQueue
@@ -157,6 +158,7 @@ class ContrastiveLoss(ContrastiveStep):
                 self._check_labels(self.NAME, labels)
                 self._set_labels(labels)
         self._last: Step | None = None
+        self._waiting: Waiting | None = None
         self._warned: set[str] = set()
         # What earlier looks saw: that of diagnostics, all of them.
         self._looked = 0.0
@@ -349,14 +351,14 @@ class ContrastiveLoss(ContrastiveStep):
             return
         first = self._since_look is None
         since = 1 if first else self._since_look + 1
-        device = self.step.device
+        device, last = self.step.device, self._last
         # A single sample does not vary, and what is captured has not happened.
-        able = device.type in ("cpu", "cuda") and len(self._last.index) > 1
+        able = device.type in ("cpu", "cuda") and last is not None and len(last.index) > 1
         if not (first or since >= self.check_every) or not able or capturing(device):
             self._since_look = None if first else since
             return
         self._since_look = since if first else 0
-        self._look = diagnostics.look(self, self._last, finite, warn=not first)
+        self._look = diagnostics.look(self, last, finite, warn=not first)
         if device.type == "cpu":
             self._read_look()
 
@@ -448,6 +450,7 @@ class ContrastiveLoss(ContrastiveStep):
         self._looked, *flat = local_metadata.get("looks", [0.0])
         self._flat = diagnostics.Flat(*flat) if flat else None
         self._look, self._since_look = None, None
+        self._waiting = None
         _ = self.labelled  # for torch.compile, which cannot ask
 
     def __getstate__(self) -> dict[str, Any]:

@@ -23,7 +23,30 @@ class Statistics(NamedTuple):
 
     mean: Tensor
     variance: Tensor
-    count: Tensor
+    count: Tensor | int
+
+
+def moments(x: Tensor) -> Statistics:
+    """Those of a batch [B, D], at least in float32; the number of samples is a number."""
+    variance, mean = torch.var_mean(_wide(x), dim=0, correction=0)
+    return Statistics(mean, variance, len(x))
+
+
+def pooled(first: Statistics, second: Statistics, floor: float = 0.0) -> Statistics:
+    """The moments of all samples of both, but that ``second`` weighs at least ``floor``, or nothing
+    where the first are fixed."""
+    total = first.count + second.count
+    weight = second.count / total
+    if floor:
+        weight = weight.clamp_(min=floor)
+    weight = weight * (first.count < _FIXED_FROM)
+    delta = second.mean - first.mean
+    rest = 1 - weight
+    return Statistics(
+        first.mean + weight * delta,
+        rest * (first.variance + weight * delta * delta) + weight * second.variance,
+        total,
+    )
 
 
 class Standardizer(KeepsBufferDtype):
@@ -57,23 +80,15 @@ class Standardizer(KeepsBufferDtype):
 
     @torch.no_grad()
     def merged(self, x: Tensor) -> Statistics:
-        """The running statistics with the batch ``x`` [B, D] taken in; nothing is stored.
+        """The running statistics with the batch ``x`` [B, D] taken in; nothing is stored."""
+        return self.taken_in(moments(x))
+
+    def taken_in(self, batch: Statistics) -> Statistics:
+        """The running statistics with a batch of these :func:`moments`; nothing is stored.
 
         Fixed ones stay exactly as they are.
         """
-        variance, mean = torch.var_mean(_wide(x), dim=0, correction=0)
-        total = self.count + len(x)
-        weight = len(x) / total
-        if self.floor:
-            weight = weight.clamp_(min=self.floor)
-        weight = weight * (self.count < _FIXED_FROM)
-        delta = mean - self.mean
-        rest = 1 - weight
-        return Statistics(
-            self.mean + weight * delta,
-            rest * (self.variance + weight * delta * delta) + weight * variance,
-            total,
-        )
+        return pooled(self.statistics, batch, self.floor)
 
     @torch.no_grad()
     def set_(self, mean: Tensor, variance: Tensor) -> None:

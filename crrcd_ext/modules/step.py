@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from crrcd_ext import functional
 from crrcd_ext.modules import _checks, _counter, _once
+from crrcd_ext.modules.accumulation import Waiting, joined, with_moments
 from crrcd_ext.modules.bank import Change, MemoryBank
 from crrcd_ext.modules.cosines import Cosines
 from crrcd_ext.modules.critic import Critic, Zbar
@@ -49,6 +51,14 @@ class Side(NamedTuple):
     slot: int
     bank: MemoryBank
     arguments: dict[str, Any]
+
+
+class Stored(NamedTuple):
+    """A bank, its update in a step and, where the step may be skipped, the rows before it."""
+
+    bank: MemoryBank
+    change: Change
+    rows: Tensor | None
 
 
 def _own_copy(function: FunctionType, name: str) -> FunctionType:
@@ -129,7 +139,7 @@ class ContrastiveStep(Critic):
         *,
         labels: Tensor | None = None,
         negative_index: Tensor | None = None,
-        update: bool | None = None,
+        update: bool | str | None = None,
     ) -> Tensor:
         """The loss of one batch, and the update of the banks.
 
@@ -145,7 +155,8 @@ class ContrastiveStep(Critic):
                 ``ids``; for direction "both" of either queue), which have to be written by now.
                 Not with negatives="all". Masks apply to them too.
             update: whether the step changes banks, samplers, statistics and Zbar; default: in
-                training mode. Without it every buffer stays as it is.
+                training mode. Without it every buffer stays as it is. "later": as one of several
+                micro-batches of a step, of whose changes :meth:`commit` makes one.
 
         Returns:
             0-dim loss: float32, or float64 for a float64 module. 0, with zero gradients for every
@@ -165,21 +176,30 @@ class ContrastiveStep(Critic):
             Nothing has changed then. On a GPU and under torch.compile values are asserted on the
             device instead.
         """
-        update = self.training if update is None else bool(update)
+        later = isinstance(update, str)
+        if later:
+            _checks.choice(self.NAME, "update", update, ("later",))
+        update = (self.training if update is None else bool(update)) and not later
         index, query_label = self._check_batch(student_features, teacher_features, index, labels)
         size = len(index)
         if negative_index is not None:
             negative_index = self._check_negative_index(negative_index, size)
         # An empty batch goes the same way, so that the same parameters get a gradient, of zero.
-        update = update and size > 0
-        if update:
+        update, later = update and size > 0, later and size > 0
+        if update or later:
             index = _once.check(self.NAME, self, self.step, index)
-        student, teacher, finite = self._screen(student_features, teacher_features.detach(), update)
+        if update:
+            self._check_nothing_waits()
+        student, teacher, finite = self._screen(
+            student_features, teacher_features.detach(), update or later
+        )
 
-        teacher_statistics = self._teacher_statistics(teacher, update)
-        student_statistics = None
-        if self.student_head.standardize is not None and update and size > 1:
-            student_statistics = self.student_head.standardize.merged(student.detach())
+        waiting = self._waiting if later else None
+        teacher_moments = student_moments = teacher_statistics = None
+        if update or later:
+            teacher_moments, student_moments = self._moments(waiting, teacher, student.detach())
+        if teacher_moments is not None:
+            teacher_statistics = self.teacher_head.standardize.taken_in(teacher_moments)
         e_s = self.student_head(student, batch=self.training and size > 1)
         dtype = self._dtype(e_s)
         e_s = e_s.to(dtype)
@@ -192,40 +212,39 @@ class ContrastiveStep(Critic):
             "selected": self._select_anchors(size),
             "own_rows": tuple(self._own_rows(bank, index, dtype) for bank in self._banks),
             "drawn": tuple(
-                self._draw(bank, index, query_label, negative_index) for bank in self._banks
+                self._draw(bank, index, query_label, negative_index, waiting)
+                for bank in self._banks
             ),
         }
         step = Step(e_t, e_s, **chosen, statistics=teacher_statistics)
         values = (teacher if self.keys == "live" else e_t.detach(), e_s.detach())
         sides = self._sides(step)
-        changes: list[Change | None] = [None] * len(sides)
-        before = []
+        stored: list[Stored] = []
         if update:
-            changes = [side.bank.change(index, values[side.slot]) for side in sides]
-        if update and finite is not None:
-            before = [
-                side.bank.rows[change[0]] for side, change in zip(sides, changes, strict=True)
-            ]
+            stored = [self._stored(side.bank, index, values[side.slot], finite) for side in sides]
+        changes = [x.change for x in stored] if update else [None] * len(sides)
         scale = self.scale()
         zbar: dict[int, Zbar] = {}
         parts = [
-            self._contrast(side, size, change, scale, zbar)
+            self._contrast(side, size, change, scale, zbar, update or later)
             for side, change in zip(sides, changes, strict=True)
         ]
         loss = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         if finite is not None:
             loss = torch.where(finite, loss, torch.zeros_like(loss))
-        if update:
-            self._commit(finite, (teacher_statistics, student_statistics), zbar)
-            if self.masked_steps is not None:
-                nothing_left = self._nothing_left(sides)
-                self.masked_steps.add_(nothing_left if finite is None else nothing_left & finite)
-            if finite is not None:
-                for side, change, rows in zip(sides, changes, before, strict=True):
-                    bank, written = side.bank.rows, change[0]
-                    bank.index_copy_(0, written, torch.where(finite, bank[written], rows))
-            for side in sides:
-                side.bank.record_(index, finite)
+        if update or later:
+            kept = tuple(
+                None if bank is None else value
+                for bank, value in zip(self._banks, values, strict=True)
+            )
+            nothing_left = None if self.masked_steps is None else self._nothing_left(sides)
+            done = Waiting(
+                index, kept, teacher_moments, student_moments, zbar, finite, nothing_left
+            )
+            if later:
+                self._waiting = joined(waiting, done)
+            else:
+                self._conclude(done, stored, teacher_statistics)
         if size > 0:
             # The statistics are the running ones by now. torch 2.6 traces no _replace.
             embeddings = e_t.detach(), e_s.detach()
@@ -233,6 +252,94 @@ class ContrastiveStep(Critic):
         if update and not torch.compiler.is_compiling():
             self._watch(finite)
         return loss
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Make one step of the micro-batches called with ``update="later"`` since the last one.
+
+        Banks, samplers, statistics and counters are then as after one batch of all their samples,
+        in their order. Until then only ids, embeddings (for keys="live" the teacher's features) and
+        moments are kept, in no state_dict. What the losses of the micro-batches are to that of one
+        batch:
+
+        - All meet the same negatives, and the rows as they were before the step. CRD's mean over
+          micro-batches, weighted by their sizes, is the loss of the one batch, and so are the
+          gradients: without ``standardize``, or in eval mode, as the student's features are
+          standardised by the micro-batch itself while training. (The teacher's by all before it,
+          until :meth:`fill` fixes that.)
+        - Relations (CRCD, CRRCD) are those between the samples of a micro-batch, which has its own
+          anchors: the gradient is that of as many smaller batches.
+        - Where Zbar is still to come, or follows the batches, each takes its own, and that of the
+          first stays.
+        - nonfinite="skip": one micro-batch to skip makes a step to skip.
+
+        Raises:
+            RuntimeError: no micro-batch waits; within a backward pass or a wrapper, as
+                :meth:`forward`. Nothing has changed then.
+        """
+        waiting = self._waiting
+        if waiting is None:
+            raise RuntimeError(
+                f"crrcd_ext.{self.NAME}.commit: expected micro-batches with update='later' before, "
+                "got none"
+            )
+        index = _once.check(self.NAME, self, self.step, waiting.index)
+        stored = [
+            self._stored(bank, index, value, waiting.finite)
+            for bank, value in zip(self._banks, waiting.values, strict=True)
+            if bank is not None
+        ]
+        for bank, change, _ in stored:
+            bank.apply_(change)
+        self._waiting = None
+        teacher, standardize = None, self.teacher_head.standardize
+        if waiting.teacher is not None and not standardize.fixed:
+            teacher = standardize.taken_in(waiting.teacher)
+        self._conclude(waiting, stored, teacher)
+        if not torch.compiler.is_compiling():
+            self._watch(waiting.finite)
+
+    def _check_nothing_waits(self) -> None:
+        if self._waiting is not None:
+            raise RuntimeError(
+                f"crrcd_ext.{self.NAME}: update: expected commit() before the next step, got "
+                f"{len(self._waiting.index)} samples of micro-batches that wait for it"
+            )
+
+    def _moments(
+        self, waiting: Waiting | None, teacher: Tensor, student: Tensor
+    ) -> tuple[Statistics | None, Statistics | None]:
+        """What standardisers are to follow, with what waits."""
+        before = (None, None) if waiting is None else (waiting.teacher, waiting.student)
+        found: list[Statistics | None] = [None, None]
+        standardize = self.teacher_head.standardize
+        if standardize is not None and not standardize.fixed:
+            found[0] = with_moments(before[0], teacher)
+        if self.student_head.standardize is not None:
+            found[1] = with_moments(before[1], student)
+        return found[0], found[1]
+
+    def _stored(self, bank: MemoryBank, index: Tensor, value: Tensor, finite) -> Stored:
+        """The update of a bank, and in a step that may be skipped the rows as they are."""
+        change = bank.change(index, value)
+        return Stored(bank, change, None if finite is None else bank.rows[change[0]])
+
+    @torch.no_grad()
+    def _conclude(self, done: Waiting, stored: list[Stored], teacher: Statistics | None) -> None:
+        """Keep what a step leaves behind, of which the banks have taken their ``stored`` updates
+        and ``teacher`` are the teacher's statistics; or, in a step to skip, take these back."""
+        finite, student = done.finite, None
+        if done.student is not None and done.student.count > 1:
+            student = self.student_head.standardize.taken_in(done.student)
+        self._commit(finite, (teacher, student), done.zbar)
+        if done.nothing_left is not None:
+            masked = done.nothing_left
+            self.masked_steps.add_(masked if finite is None else masked & finite)
+        for bank, change, rows in stored:
+            if finite is not None:
+                now = bank.rows[change[0]]
+                bank.rows.index_copy_(0, change[0], torch.where(finite, now, rows))
+            bank.record_(done.index, finite)
 
     def _check_batch(
         self, student: Tensor, teacher: Tensor, index: Tensor, labels: Tensor | None
@@ -304,12 +411,6 @@ class ContrastiveStep(Critic):
         """Context of what is computed on the teacher's side."""
         return torch.set_grad_enabled(self._teacher_learns() and torch.is_grad_enabled())
 
-    def _teacher_statistics(self, teacher: Tensor, update: bool) -> Statistics | None:
-        standardize = self.teacher_head.standardize
-        if standardize is None or standardize.fixed:
-            return None
-        return standardize.merged(teacher) if update else None
-
     def _select_anchors(self, size: int) -> Tensor | None:
         """int64 [A], this step's anchors among the batch's rows; None for all."""
         if self.anchors is None or self.anchors >= size:
@@ -327,8 +428,12 @@ class ContrastiveStep(Critic):
         index: Tensor,
         label: Tensor | None,
         given: Tensor | None = None,
+        waiting: Waiting | None = None,
     ) -> Tensor | None:
-        """int64 [K] or [B, K], the rows of this step's negatives; None for the whole bank."""
+        """int64 [K] or [B, K], the rows of this step's negatives; None for the whole bank.
+
+        Negatives of each query's own are those that it has behind the queries that wait.
+        """
         if bank is None:
             return None
         if given is not None:
@@ -338,13 +443,14 @@ class ContrastiveStep(Critic):
         if self.negative_sampling == "shared" and not self.distinct:
             return bank.draw(self.negatives)
         options: dict[str, Any] = {"distinct": True} if self.distinct else {}
+        ahead = 0 if waiting is None or self.negative_sampling == "shared" else len(waiting.index)
         if self.exclusion == "draw":
-            options["exclude"] = index
+            options["exclude"] = pad(index, (ahead, 0))
             if self.class_table is not None:
-                options.update(labels=label, classes=self.class_table)
+                options.update(labels=pad(label, (ahead, 0), value=-1), classes=self.class_table)
         elif self.negative_sampling == "per_sample":
-            options["queries"] = len(index)
-        return bank.draw(self.negatives, **options)
+            options["queries"] = ahead + len(index)
+        return bank.draw(self.negatives, **options)[ahead:]
 
     def _anchors(self, step: Step) -> dict[str, Any]:
         """The anchors' embeddings, and what tells self pairs from others."""
@@ -407,15 +513,17 @@ class ContrastiveStep(Critic):
         change: Change | None,
         scale: Tensor | float,
         zbar: dict[int, Zbar],
+        follow: bool,
     ) -> Tensor:
-        """One direction's loss and its bank's update; what becomes of Zbar goes into ``zbar``."""
+        """One direction's loss and its bank's update; what becomes of Zbar goes into ``zbar``,
+        which a moving average has to ``follow`` in a step."""
         bank = side.bank
         # Live keys are embedded copies of rows: their bank has to be updated on its own.
         fused = change is not None and side.arguments["bank"] is bank.rows
         loss = type(self).OPERATOR(
             **side.arguments,
             scale=scale,
-            offset=self._offset(side, size, change is not None, zbar),
+            offset=self._offset(side, size, follow, zbar),
             objective=self.objective,
             update=change if fused else None,
             backend=self.backend,
@@ -424,7 +532,7 @@ class ContrastiveStep(Critic):
             bank.apply_(change)
         return loss
 
-    def _offset(self, side: Side, size: int, update: bool, zbar: dict) -> Tensor | float:
+    def _offset(self, side: Side, size: int, follow: bool, zbar: dict) -> Tensor | float:
         """beta; where this batch has a part in Zbar, what becomes of that goes into ``zbar``.
 
         Each direction waits for its own first batch that has a pair and rows to compare it with.
@@ -433,7 +541,7 @@ class ContrastiveStep(Critic):
             return self._beta(0.0)
         slot = side.slot
         old, known = self._zbar(slot), self._knows_zbar(slot)
-        follows = update and self.normalizer == "moving_average"
+        follows = follow and self.normalizer == "moving_average"
         if known and not (follows and self._has_pair(size)):
             return self._beta(old.log / old.weight)
         if not known:
