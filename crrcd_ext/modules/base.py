@@ -218,7 +218,8 @@ class ContrastiveLoss(ContrastiveStep):
     def _set_labels(self, labels: Tensor) -> None:
         """Take over the data set's labels, checked."""
         self.labels.copy_(labels)
-        self._read_labels(self.labels)
+        if self.class_table is not None:
+            self.class_table.set_(self.labels)
         self._labelled.set(self.labels, True)
 
     @property
@@ -227,7 +228,7 @@ class ContrastiveLoss(ContrastiveStep):
         return self.labels is not None and self._labelled.of(self.labels, self._read_labels)
 
     def _read_labels(self, labels: Tensor) -> bool:
-        """Whether some are known; the table follows them."""
+        """Whether some are known; the table of classes follows them."""
         if self.class_table is not None:
             self.class_table.set_(labels)
         return bool((labels >= 0).any())
