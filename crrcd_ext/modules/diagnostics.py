@@ -79,7 +79,7 @@ def measure(criterion, step) -> tuple[dict[str, float], int]:
     level = no_information_loss(criterion.num_negatives, criterion.objective)
     values = {
         "step": float(criterion.step),
-        "loss": float(step.loss),
+        "loss": mean_loss(step, cosines[0].pairs),
         "no_information_loss": level * len(cosines),
         "relation_variance": relation_variance(of_student),
         "teacher_relation_variance": relation_variance(of_teacher),
@@ -92,6 +92,18 @@ def measure(criterion, step) -> tuple[dict[str, float], int]:
         "skipped_steps": float(criterion.skipped_steps),
     }
     return values, of_student.shape[-1]
+
+
+def mean_loss(step, pairs: Tensor) -> float:
+    """The mean of the losses of ``pairs``, [A, B] or [B], by their weights, however the step's were
+    reduced: what can be compared with the loss of a critic that tells nothing apart."""
+    if step.reduction == "mean" and step.weights is None:
+        return float(step.loss)
+    total = float(step.loss.sum())
+    if step.reduction == "mean":
+        total *= int(pairs.sum())
+    weight = float((pairs if step.weights is None else pairs * step.weights).sum())
+    return total / weight if weight != 0 else 0.0
 
 
 def _similar(criterion, sides) -> dict[str, float]:

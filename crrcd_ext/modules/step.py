@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from crrcd_ext import functional
+from crrcd_ext._check import check_weights
 from crrcd_ext.modules import _checks, _counter
 from crrcd_ext.modules.bank import Change, MemoryBank
 from crrcd_ext.modules.cosines import Cosines
@@ -26,7 +27,8 @@ class Step(NamedTuple):
     ``teacher`` and ``student`` [B, D] are the embeddings, ``selected`` the anchors' positions (None
     for all), ``own_rows`` the samples' rows of the banks for keys="bank", ``drawn`` the rows of the
     negatives (None for the whole bank), ``statistics`` the teacher's in this step (None for the
-    running ones). What a step leaves behind for :meth:`ContrastiveLoss.diagnostics` has its loss.
+    running ones). What a step leaves behind for :meth:`ContrastiveLoss.diagnostics` has its loss,
+    with the weights and the reduction that made it.
     """
 
     teacher: Tensor
@@ -38,6 +40,8 @@ class Step(NamedTuple):
     drawn: tuple[Tensor | None, Tensor | None]
     statistics: Statistics | None
     loss: Tensor | None = None
+    weights: Tensor | None = None
+    reduction: str = "mean"
 
 
 class Side(NamedTuple):
@@ -107,6 +111,8 @@ class ContrastiveStep(Critic):
         labels: Tensor | None = None,
         negative_index: Tensor | None = None,
         update: bool | None = None,
+        weights: Tensor | None = None,
+        reduction: str = "mean",
     ) -> Tensor:
         """The loss of one batch, and the update of the banks.
 
@@ -121,14 +127,24 @@ class ContrastiveStep(Critic):
                 negatives="all" or ``capacity``. Masks apply to them too.
             update: whether the step changes banks, samplers, statistics and Zbar; default: in
                 training mode. Without it every buffer stays as it is.
+            weights: [B], floating: what each sample's losses are multiplied with, as query of its
+                pairs; finite, without a gradient. The number of pairs that a mean divides by, the
+                banks and Zbar do not know them.
+            reduction: "mean" over the pairs, their "sum", or "none": [B], for each sample the sum
+                over its pairs, one for each anchor that is not itself (CRD: its one pair). Where a
+                gradient is wanted, "none" needs keys="stop_gradient" (CRD takes "bank" too), of
+                CRRCD direction="student", as what makes the student's negatives learns, and no
+                learned temperature or offset: "sum" and "mean" with weights do without these.
 
         Returns:
-            0-dim loss: float32, or float64 for a float64 module. 0, with zero gradients, when no
-            pair is left, as for a batch of one with self pairs off, or for an empty batch.
+            0-dim loss, or [B] for "none": float32, or float64 for a float64 module. 0, with zero
+            gradients, when no pair is left, as for a batch of one with self pairs off, or for an
+            empty batch.
 
         Raises:
             ValueError: widths, shapes, devices, features that are not finite, labels that are
                 missing.
+            ValueError: weights or reduction as described above.
             TypeError: dtypes. IndexError: an id outside of [0, N).
             Nothing has changed then. On a GPU and under torch.compile values are asserted on the
             device instead.
@@ -136,11 +152,13 @@ class ContrastiveStep(Critic):
         update = self.training if update is None else bool(update)
         index, query_label = self._check_batch(student_features, teacher_features, index, labels)
         size = len(index)
+        _checks.choice(self.NAME, "reduction", reduction, ("mean", "sum", "none"))
+        check_weights(self.NAME, weights, ("B",), {"B": size}, student_features)
         if negative_index is not None:
             negative_index = self._check_negative_index(negative_index, size)
         if size == 0:
             dtype = torch.promote_types(self._dtype(student_features), torch.float32)
-            return student_features.sum().to(dtype)
+            return student_features.sum(-1 if reduction == "none" else None).to(dtype)
         student, teacher, finite = self._screen(student_features, teacher_features.detach())
 
         teacher_statistics = self._teacher_statistics(teacher, update)
@@ -165,6 +183,8 @@ class ContrastiveStep(Critic):
         step = Step(e_t, e_s, **chosen, statistics=teacher_statistics)
         values = (teacher if self.keys == "live" else e_t.detach(), e_s.detach())
         sides = self._sides(step)
+        if reduction == "none":
+            self._check_unreduced(sides)
         changes: list[Change | None] = [None] * len(sides)
         before = []
         if update:
@@ -175,7 +195,7 @@ class ContrastiveStep(Critic):
             ]
         log_zbar: dict[int, Tensor] = {}
         parts = [
-            self._contrast(side, size, change, log_zbar)
+            self._contrast(side, size, change, log_zbar, weights, reduction)
             for side, change in zip(sides, changes, strict=True)
         ]
         loss = parts[0] if len(parts) == 1 else parts[0] + parts[1]
@@ -194,7 +214,9 @@ class ContrastiveStep(Critic):
                 side.bank.record_(index, finite)
         # The statistics are the running ones by now. torch 2.6 traces no _replace.
         embeddings = e_t.detach(), e_s.detach()
-        self._last = Step(*embeddings, **chosen, statistics=None, loss=loss.detach())
+        kept = None if weights is None else weights.clone()
+        result = {"loss": loss.detach(), "weights": kept, "reduction": reduction}
+        self._last = Step(*embeddings, **chosen, statistics=None, **result)
         return loss
 
     def _check_batch(
@@ -358,7 +380,30 @@ class ContrastiveStep(Critic):
             masked += [(mask[:, :words] == -1).all(), (mask[:, words:] == (1 << rest) - 1).all()]
         return torch.stack(masked).all()
 
-    def _contrast(self, side: Side, size: int, change: Change | None, log_zbar: dict) -> Tensor:
+    def _check_unreduced(self, sides: list[Side]) -> None:
+        """Refuses reduction="none" where something that all losses share gets a gradient."""
+        if not torch.is_grad_enabled():
+            return
+        shared = [("learnable_temperature", self.log_scale), ("learnable_offset", self.offset)]
+        for side in sides:
+            shared += [(f"keys={self.keys!r}", side.arguments["bank"])]
+            anchor = side.arguments.get("anchor")
+            shared += [(f"keys={self.keys!r}, direction={self.direction!r}", anchor)]
+            shared += [(f"direction={self.direction!r}", side.arguments.get("weight"))]
+        for option, x in shared:
+            if x is not None and x.requires_grad:
+                expected = f"'mean' or 'sum', which take weights, with {option}"
+                _checks.fail(ValueError, self.NAME, "reduction", expected, "'none'")
+
+    def _contrast(
+        self,
+        side: Side,
+        size: int,
+        change: Change | None,
+        log_zbar: dict,
+        weights: Tensor | None,
+        reduction: str,
+    ) -> Tensor:
         """One direction's loss and its bank's update; a new log Zbar goes into ``log_zbar``."""
         bank = side.bank
         # Live keys are embedded copies of rows: their bank has to be updated on its own.
@@ -368,12 +413,14 @@ class ContrastiveStep(Critic):
             scale=self.scale(),
             offset=self._offset(side, size, log_zbar),
             objective=self.objective,
+            weights=weights,
+            reduction=reduction,
             update=change if fused else None,
             backend=self.backend,
         )
         if change is not None and not fused:
             bank.apply_(change)
-        return loss
+        return loss if loss.dim() < 2 else loss.sum(0)  # a sample's pairs, over the anchors
 
     def _offset(self, side: Side, size: int, log_zbar: dict) -> Tensor | float:
         """beta; where this batch has to give Zbar, its logarithm goes into ``log_zbar``."""
