@@ -74,19 +74,19 @@ def _of(types: str) -> Iterator[Call]:
             yield call(
                 "relation_nce", gradients, objective, pairs, pairs, vectors, bank, weight,
                 bias if gradients == "all" else None, *critic, shared, weight, *masks,
-                False, objective, need,
+                False, objective, None, "mean", need,
             )  # fmt: skip
         for gradients, need in (("query", 1), ("all", 0b111111)):
             for negatives, index in (("", shared), (" own", own)):
                 yield call(
                     "difference_nce", gradients + negatives, objective, vectors, vectors, vectors,
-                    bank, *critic, index, *masks, False, 0.0, objective, need,
+                    bank, *critic, index, *masks, False, 0.0, objective, None, "mean", need,
                 )  # fmt: skip
         for gradients, need in (("query", 1), ("all", 0b11111)):
             for negatives, index in (("", shared), (" own", own)):
                 yield call(
                     "instance_nce", gradients + negatives, objective, vectors, vectors, bank,
-                    *critic, index, *masks[1:], objective, need,
+                    *critic, index, *masks[1:], objective, None, "mean", need,
                 )  # fmt: skip
     # kernels that read bits of what is excluded
     yield call(

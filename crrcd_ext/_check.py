@@ -117,6 +117,34 @@ def check_scalar(operator: str, argument: str, x: float | Tensor, first: Tensor)
         fail(TypeError, operator, argument, SCALAR, type(x).__name__)
 
 
+def check_weights(
+    operator: str,
+    x: Tensor | None,
+    shapes: tuple[str, ...],
+    sizes: dict[str, int],
+    first: Tensor,
+) -> None:
+    """Finite numbers of one of these shapes in letters, without a gradient."""
+    if x is None:
+        return
+    check_floats(operator, first, {"weights": x})
+    letters = next((s for s in shapes if len(s) == x.dim()), shapes[0])
+    check_shape(operator, "weights", x, letters, sizes)
+    if x.requires_grad:
+        expected = (
+            "a tensor that requires no gradient (losses of reduction='none', times weights, give "
+            "one to them)"
+        )
+        fail(ValueError, operator, "weights", expected, "requires_grad=True")
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    finite = x.isfinite()
+    if not finite.all():
+        place = (~finite).nonzero()[0].tolist()
+        got = f"{x[tuple(place)].item()} at position {place[0] if len(place) == 1 else place}"
+        fail(ValueError, operator, "weights", "finite numbers", got)
+
+
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being made of what is done on ``device`` now."""
     if device.type != "cuda" or torch.compiler.is_compiling():

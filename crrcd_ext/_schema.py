@@ -12,10 +12,11 @@ from torch import Tensor
 _MASKS = (
     "Tensor? query_id, Tensor? key_id, Tensor? query_label, Tensor? key_label, Tensor? excluded"
 )
+_OBJECTIVE = "str objective, Tensor? weights, str reduction, int need"
 _NCE_BEFORE = "Tensor query, Tensor positive, Tensor anchor"
 _NCE_AFTER = (
     "Tensor weight, Tensor? bias, Tensor scale, Tensor offset, Tensor? index, Tensor? key_weight, "
-    f"Tensor? anchor_id, {_MASKS}, bool self_pairs, str objective, int need"
+    f"Tensor? anchor_id, {_MASKS}, bool self_pairs, {_OBJECTIVE}"
 )
 _NCE_RESULT = (
     "(Tensor loss, Tensor d_query, Tensor d_positive, Tensor d_anchor, Tensor d_bank, "
@@ -24,14 +25,14 @@ _NCE_RESULT = (
 _DIFFERENCE_BEFORE = "Tensor query, Tensor positive, Tensor anchor"
 _DIFFERENCE_AFTER = (
     f"Tensor scale, Tensor offset, Tensor? index, Tensor? anchor_id, {_MASKS}, "
-    "bool self_pairs, float eps, str objective, int need"
+    f"bool self_pairs, float eps, {_OBJECTIVE}"
 )
 _DIFFERENCE_RESULT = (
     "(Tensor loss, Tensor d_query, Tensor d_positive, Tensor d_anchor, Tensor d_bank, "
     "Tensor d_scale, Tensor d_offset)"
 )
 _INSTANCE_BEFORE = "Tensor query, Tensor positive"
-_INSTANCE_AFTER = f"Tensor scale, Tensor offset, Tensor? index, {_MASKS}, str objective, int need"
+_INSTANCE_AFTER = f"Tensor scale, Tensor offset, Tensor? index, {_MASKS}, {_OBJECTIVE}"
 _INSTANCE_RESULT = (
     "(Tensor loss, Tensor d_query, Tensor d_positive, Tensor d_bank, Tensor d_scale, "
     "Tensor d_offset)"
@@ -93,10 +94,13 @@ def _relation_backward(grad, relation, inverse_norm, anchor, sample, weight, nee
     )
 
 
-def _loss_and_gradients(need: int, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+def _loss_and_gradients(
+    losses: tuple[int, ...], reduction: str, need: int, *inputs: Tensor | None
+) -> tuple[Tensor, ...]:
+    """``losses``: the shape of what is not reduced."""
     query = inputs[0]
     return (
-        query.new_empty((), dtype=wide_dtype(query.dtype)),
+        query.new_empty(losses if reduction == "none" else (), dtype=wide_dtype(query.dtype)),
         *(_gradient(need & 1 << bit, query if x is None else x) for bit, x in enumerate(inputs)),
     )
 
@@ -105,15 +109,17 @@ def _relation_nce(
     query, positive, anchor, bank, weight, bias, scale, offset, index, key_weight, *rest
 ):
     inputs = (query, positive, anchor, bank, key_weight, weight, bias, scale, offset)
-    return _loss_and_gradients(rest[8], *inputs)
+    return _loss_and_gradients(query.shape[:2], *rest[9:11], *inputs)
 
 
 def _difference_nce(query, positive, anchor, bank, scale, offset, *rest):
-    return _loss_and_gradients(rest[10], query, positive, anchor, bank, scale, offset)
+    inputs = (query, positive, anchor, bank, scale, offset)
+    return _loss_and_gradients(query.shape[:1], *rest[11:13], *inputs)
 
 
 def _instance_nce(query, positive, bank, scale, offset, *rest):
-    return _loss_and_gradients(rest[7], query, positive, bank, scale, offset)
+    inputs = (query, positive, bank, scale, offset)
+    return _loss_and_gradients(query.shape[:1], *rest[8:10], *inputs)
 
 
 def _similar_mask(query, bank, index, threshold):

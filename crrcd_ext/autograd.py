@@ -1,7 +1,8 @@
 """Derivatives of the operators with kernels, in each library of them.
 
 The losses compute their gradients in the forward pass: a scalar loss needs nothing from backward
-but one factor. relation keeps what its own backward operator reads.
+but one factor, and losses that are not reduced a factor each, where a gradient's rows belong to one
+of them. relation keeps what its own backward operator reads.
 
 Each formula serves twice. Registered with its operator it is what the compiler sees: one node, that
 may have the same tensor as two of its arguments. In a Function it serves eager calls, which cost a
@@ -33,11 +34,11 @@ class Formula(NamedTuple):
 
 
 # query, positive, anchor, bank, key_weight, weight, bias, scale, offset
-RELATION_NCE = Formula("relation_nce", (0, 1, 2, 3, 9, 4, 5, 6, 7), 19)
+RELATION_NCE = Formula("relation_nce", (0, 1, 2, 3, 9, 4, 5, 6, 7), 21)
 # query, positive, anchor, bank, scale, offset
-DIFFERENCE_NCE = Formula("difference_nce", (0, 1, 2, 3, 4, 5), 17)
+DIFFERENCE_NCE = Formula("difference_nce", (0, 1, 2, 3, 4, 5), 19)
 # query, positive, bank, scale, offset
-INSTANCE_NCE = Formula("instance_nce", (0, 1, 2, 3, 4), 13)
+INSTANCE_NCE = Formula("instance_nce", (0, 1, 2, 3, 4), 15)
 
 
 def need_bits(*inputs: Tensor | None) -> int:
@@ -104,6 +105,8 @@ def _loss_function(
     def backward(ctx, grad, *_):
         _refuse_double_backward(formula.name)
         saved = iter(ctx.saved_tensors)
+        if grad.dim() > 0:  # a factor of each loss, whose row of the gradient is the last dimension
+            grad = grad.unsqueeze(-1)
         gradients = [None] * ctx.arguments
         for bit, position in enumerate(formula.positions):
             if ctx.need & 1 << bit:

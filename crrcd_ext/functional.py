@@ -23,6 +23,7 @@ from crrcd_ext._check import (
     check_scalar,
     check_shape,
     check_update,
+    check_weights,
     fail,
     text,
 )
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 OBJECTIVES = ("nce", "infonce")
+REDUCTIONS = ("mean", "sum", "none")
 
 
 def relation(
@@ -119,6 +121,8 @@ def relation_nce(
     excluded: Tensor | None = None,
     self_pairs: bool = False,
     objective: str = "nce",
+    weights: Tensor | None = None,
+    reduction: str = "mean",
     update: tuple | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -128,7 +132,7 @@ def relation_nce(
         s+_ab = scale <query_ab, positive_ab> - offset
         "nce":      l_ab = softplus(-s+_ab) + sum_n softplus(s_abn)
         "infonce":  l_ab = log(exp s+_ab + sum_n exp s_abn) - s+_ab
-        loss = mean of l_ab over the kept pairs (a, b); 0 when no pair is kept
+        loss = sum of w_b l_ab over the kept pairs (a, b) / their number; 0 when no pair is kept
 
     with v of :func:`relation`, X_n = key_weight bank_n (or bank_n itself), scale = 1 / temperature
     and offset = beta of CRD's critic. Sums over n leave masked negatives out.
@@ -158,6 +162,12 @@ def relation_nce(
             them; bits beyond M do not count.
         self_pairs: keep self pairs, which carry no relation.
         objective: "nce" or "infonce".
+        weights: w, [B], a finite number for each query, or [A, B] for each pair; None: 1. They get
+            no gradient, and the number of pairs stays what it is.
+        reduction: "mean", the loss above; "sum", which is not divided by the number of pairs;
+            "none", the pairs' w_b l_ab themselves, [A, B], 0 for a pair that is not kept. Backends
+            other than "reference" hand on a gradient of "none" to query and positive alone, of
+            which each pair has a row of its own: nothing else may require one then.
         update: (index int64 [U], value [U, D], momentum[, normalize=True]), committed to ``bank``
             after all reads as by :func:`bank_update_`; ``bank`` must not require a gradient.
         backend: as for :func:`relation`.
@@ -167,14 +177,17 @@ def relation_nce(
     type (float64 stays as it is). float16 is not for backend "cpu".
 
     Returns:
-        The loss, 0-dim, float32, or float64 when the computation is; differentiable once (backend
-        "reference": any number of times) in query, positive, anchor, bank (dense gradient),
-        key_weight, weight, bias, scale and offset. Each gradient has its input's dtype.
+        The loss, 0-dim, or [A, B] for reduction="none", float32, or float64 when the computation
+        is; differentiable once (backend "reference": any number of times) in query, positive,
+        anchor, bank (dense gradient), key_weight, weight, bias, scale and offset. Each gradient has
+        its input's dtype.
 
     Raises:
         TypeError: an argument that is no tensor, or of a dtype that is not supported.
-        ValueError: a wrong shape, device, objective or momentum, an id or label whose counterpart
-            is missing, an update of a bank that requires a gradient, an unknown backend.
+        ValueError: a wrong shape, device, objective, reduction or momentum, weights that are not
+            finite (on the CPU) or require a gradient, an id or label whose counterpart is missing,
+            an update of a bank that requires a gradient, reduction="none" where something else
+            than query and positive requires one, an unknown backend.
         IndexError: a row outside of the bank (on the CPU; elsewhere the device asserts, which
             costs the process its tensors there).
         RuntimeError: a backend that this installation lacks; a second derivative on "cpu".
@@ -197,18 +210,22 @@ def relation_nce(
     _check_masks(name, query, sizes, anchor_id, *masks)
     check_excluded(name, excluded, index, sizes, query)
     update = _check_critic(name, query, bank, scale, offset, objective, update, sizes)
+    _check_reduction(name, reduction, weights, ("B", "AB"), sizes, query)
+    together = {"anchor": anchor, "bank": bank, "weight": weight, "bias": bias}
+    together.update(key_weight=key_weight, scale=scale, offset=offset)
 
     operands = (query, positive, anchor, weight, bias, key_weight)
     dtype = _compute_dtype(query.device, *operands, bank if bank.requires_grad else None)
     query, positive, anchor, weight, bias, key_weight = _cast(dtype, *operands)
     masks = (anchor_id, *masks, excluded)
-    options = (bool(self_pairs), objective)
+    options = (bool(self_pairs), objective, _wide(weights, dtype), reduction)
 
     def run(chosen: str) -> Tensor:
         if chosen == "reference":
             inputs = (weight, bias, scale, offset, index, key_weight, *masks, *options)
             before = (query, positive, anchor)
             return _run_reference(name, reference.relation_nce, before, bank, inputs, index, update)
+        _check_unreduced(name, reduction, chosen, together)
         scalars = (_as_scalar(scale, query), _as_scalar(offset, query))
         inputs = (query, positive, anchor, bank, weight, bias, *scalars, index, key_weight)
         inputs = (*inputs, *masks, *options)
@@ -236,6 +253,8 @@ def difference_nce(
     self_pairs: bool = False,
     eps: float = 0.0,
     objective: str = "nce",
+    weights: Tensor | None = None,
+    reduction: str = "mean",
     update: tuple | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -245,7 +264,7 @@ def difference_nce(
         s_abn  = scale <v_a(query_b), v_a(bank_n)> - offset
         s+_ab  = scale <v_a(query_b), v_a(positive_b)> - offset
 
-    with the two objectives and the mean of :func:`relation_nce` (Zhu et al., "Complementary
+    with the two objectives and the reductions of :func:`relation_nce` (Zhu et al., "Complementary
     Relation Contrastive Distillation", CVPR 2021). With anchors, queries and keys of one batch the
     cosines are those of RKD's angles (Park et al., CVPR 2019).
 
@@ -264,6 +283,10 @@ def difference_nce(
         query_id, key_id, query_label, key_label, excluded, self_pairs: as for
             :func:`relation_nce`.
         eps: added to every component of a difference (1e-6 in the public CRCD code).
+        weights: w, [B], a finite number for each query; None: 1. As for :func:`relation_nce`.
+        reduction: "mean" or "sum" as for :func:`relation_nce`; "none": [B], of each query the sum
+            of w_b l_ab over the anchors a whose pair is kept, as a query's gradient is one for all
+            anchors.
         objective, update, backend: as for :func:`relation_nce`.
 
     A difference of squared norm up to 1e-24 has no direction: a negative with one is left out, a
@@ -271,9 +294,9 @@ def difference_nce(
     :func:`relation_nce`; differences and norms are float32 or better.
 
     Returns:
-        The loss, 0-dim, float32, or float64 when the computation is; differentiable once (backend
-        "reference": any number of times) in query, positive, anchor, bank (dense gradient), scale
-        and offset.
+        The loss, 0-dim, or [B] for reduction="none", float32, or float64 when the computation is;
+        differentiable once (backend "reference": any number of times) in query, positive, anchor,
+        bank (dense gradient), scale and offset.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as :func:`relation_nce`; the bank is as it
@@ -293,12 +316,15 @@ def difference_nce(
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < float("inf"):
         fail(ValueError, name, "eps", "a number of 0 or more", repr(eps))
     update = _check_critic(name, query, bank, scale, offset, objective, update, sizes)
+    _check_reduction(name, reduction, weights, ("B",), sizes, query)
+    together = {"anchor": anchor, "bank": bank, "scale": scale, "offset": offset}
     positive = _positive_rows(name, positive, query, bank, query_id, key_id, sizes)
 
     operands = (query, positive, anchor)
     dtype = _compute_dtype(query.device, *operands, bank if bank.requires_grad else None)
     operands = _cast(dtype, *operands)
-    rest = (index, anchor_id, *masks, excluded, bool(self_pairs), float(eps), objective)
+    reduced = (objective, _wide(weights, dtype), reduction)
+    rest = (index, anchor_id, *masks, excluded, bool(self_pairs), float(eps), *reduced)
 
     def run(chosen: str) -> Tensor:
         if chosen == "reference":
@@ -306,6 +332,7 @@ def difference_nce(
             return _run_reference(
                 name, reference.difference_nce, operands, bank, inputs, index, update
             )
+        _check_unreduced(name, reduction, chosen, together)
         inputs = (*operands, bank, _as_scalar(scale, query), _as_scalar(offset, query), *rest)
         with _without_autocast(query.device):
             return autograd.loss(autograd.DIFFERENCE_NCE, inputs, bank, update, _library(chosen))
@@ -327,6 +354,8 @@ def instance_nce(
     key_label: Tensor | None = None,
     excluded: Tensor | None = None,
     objective: str = "nce",
+    weights: Tensor | None = None,
+    reduction: str = "mean",
     update: tuple | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -336,7 +365,7 @@ def instance_nce(
         s+_b = scale <query_b, positive_b> - offset
         "nce":      l_b = softplus(-s+_b) + sum_n softplus(s_bn)
         "infonce":  l_b = log(exp s+_b + sum_n exp s_bn) - s+_b
-        loss = mean of l_b
+        loss = sum of w_b l_b / B
 
     (Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020: with scale =
     1 / temperature and offset = log(K Z / N) this is its critic.)
@@ -351,14 +380,16 @@ def instance_nce(
             nothing of size B x K x D is made.
         scale, offset: as for :func:`relation_nce`.
         query_id, key_id, query_label, key_label, excluded: as for :func:`relation_nce`.
+        weights: w, [B], a finite number for each query; None: 1. As for :func:`relation_nce`.
+        reduction: "mean", "sum" or "none", [B], as for :func:`relation_nce`.
         objective, update, backend: as for :func:`relation_nce`.
 
     The computation's dtype is settled as for :func:`relation_nce`.
 
     Returns:
-        The loss, 0-dim, float32, or float64 when the computation is; differentiable once (backend
-        "reference": any number of times) in query, positive, bank (dense gradient), scale and
-        offset. 0 for an empty batch.
+        The loss, 0-dim, or [B] for reduction="none", float32, or float64 when the computation is;
+        differentiable once (backend "reference": any number of times) in query, positive, bank
+        (dense gradient), scale and offset. 0 for an empty batch.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as :func:`relation_nce`; the bank is as it
@@ -374,12 +405,14 @@ def instance_nce(
     _check_masks(name, query, sizes, None, *masks)
     check_excluded(name, excluded, index, sizes, query)
     update = _check_critic(name, query, bank, scale, offset, objective, update, sizes)
+    _check_reduction(name, reduction, weights, ("B",), sizes, query)
+    together = {"bank": bank, "scale": scale, "offset": offset}
     positive = _positive_rows(name, positive, query, bank, query_id, key_id, sizes)
 
     operands = (query, positive)
     dtype = _compute_dtype(query.device, *operands, bank if bank.requires_grad else None)
     operands = _cast(dtype, *operands)
-    rest = (index, *masks, excluded, objective)
+    rest = (index, *masks, excluded, objective, _wide(weights, dtype), reduction)
 
     def run(chosen: str) -> Tensor:
         if chosen == "reference":
@@ -387,6 +420,7 @@ def instance_nce(
             return _run_reference(
                 name, reference.instance_nce, operands, bank, inputs, index, update
             )
+        _check_unreduced(name, reduction, chosen, together)
         inputs = (*operands, bank, _as_scalar(scale, query), _as_scalar(offset, query), *rest)
         with _without_autocast(query.device):
             return autograd.loss(autograd.INSTANCE_NCE, inputs, bank, update, _library(chosen))
@@ -600,6 +634,35 @@ def _check_critic(
     return update
 
 
+def _check_reduction(
+    name: str,
+    reduction: str,
+    weights: Tensor | None,
+    shapes: tuple[str, ...],
+    sizes: dict[str, int],
+    query: Tensor,
+) -> None:
+    if reduction not in REDUCTIONS:
+        fail(ValueError, name, "reduction", f"one of {', '.join(REDUCTIONS)}", repr(reduction))
+    check_weights(name, weights, shapes, sizes, query)
+
+
+def _check_unreduced(
+    name: str, reduction: str, backend: str, together: dict[str, float | Tensor | None]
+) -> None:
+    """Refuses gradients that losses of "none" could not have: ``together`` are the arguments whose
+    gradient is a sum over several of them, which the pass has to weigh before it is known how."""
+    if reduction != "none" or not torch.is_grad_enabled():
+        return
+    for argument, x in together.items():
+        if isinstance(x, Tensor) and x.requires_grad:
+            expected = (
+                f"'mean' or 'sum', with weights, where {argument} requires a gradient and the "
+                f"backend is {backend} ('reference' takes any)"
+            )
+            fail(ValueError, name, "reduction", expected, repr(reduction))
+
+
 def _positive_rows(
     name: str,
     positive: Tensor | None,
@@ -655,6 +718,11 @@ def _compute_dtype(device: torch.device, *operands: Tensor | None) -> torch.dtyp
 
 def _cast(dtype: torch.dtype, *operands: Tensor | None) -> tuple:
     return tuple(x if x is None else x.to(dtype) for x in operands)
+
+
+def _wide(weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Weights in the losses' dtype."""
+    return weights if weights is None else weights.to(wide_dtype(dtype))
 
 
 def _autocasting(device: torch.device) -> bool:

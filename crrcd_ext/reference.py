@@ -5,7 +5,7 @@
     s+_ab    = scale <query_ab, positive_ab> - offset
     nce      : l_ab = softplus(-s+_ab) + sum_n keep_bn softplus(s_abn)
     infonce  : l_ab = log(exp s+_ab + sum_n keep_bn exp s_abn) - s+_ab
-    loss     = mean of l_ab over the kept pairs
+    loss     = sum of w_b l_ab over the kept pairs / their number            w_b = 1 by default
 
 difference_nce: v(a, x) = unit(x - a + eps) of embeddings a, x, for query, positive and negatives.
 instance_nce: the embeddings themselves, and no anchors.
@@ -98,14 +98,30 @@ def products(query: Tensor, rows: Tensor, shared: bool) -> Tensor:
     return query @ rows.mT if shared else torch.einsum("...bd,...bkd->...bk", query, rows)
 
 
-def contrast(s: Tensor, s_positive: Tensor, keep: Tensor, pairs: Tensor, objective: str) -> Tensor:
-    """The loss from logits [..., K] and [...], what is a negative and which pairs count."""
+def contrast(
+    s: Tensor,
+    s_positive: Tensor,
+    keep: Tensor,
+    pairs: Tensor,
+    objective: str,
+    weights: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """The loss from logits [..., K] and [...], what is a negative and which pairs count.
+
+    ``weights`` [B] or as ``pairs``; "none" has the pairs' losses, 0 for those that do not count.
+    """
     if objective == "nce":
         loss = (-logsigmoid(-s)).masked_fill(~keep, 0).sum(-1) - logsigmoid(s_positive)
     else:
         logits = torch.cat([s_positive[..., None], s.masked_fill(~keep, -torch.inf)], -1)
         loss = logits.logsumexp(-1) - s_positive
-    return loss.masked_fill(~pairs, 0).sum() / pairs.sum().clamp(min=1)
+    loss = loss.masked_fill(~pairs, 0)
+    if weights is not None:
+        loss = loss * weights
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / pairs.sum().clamp(min=1)
 
 
 def relation_nce(
@@ -127,6 +143,8 @@ def relation_nce(
     excluded: Tensor | None = None,
     self_pairs: bool = False,
     objective: str = "nce",
+    weights: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """The loss of crrcd_ext.functional.relation_nce, differentiable by autograd in every tensor."""
     wide = wide_dtype(query.dtype)
@@ -141,7 +159,7 @@ def relation_nce(
         query.shape[1], position, query_id, key_id, query_label, key_label, excluded
     )
     pairs = kept_pairs(anchor, query, anchor_id, query_id, self_pairs)
-    return contrast(s, s_positive, keep, pairs, objective)
+    return contrast(s, s_positive, keep, pairs, objective, weights, reduction)
 
 
 def difference_nce(
@@ -161,6 +179,8 @@ def difference_nce(
     self_pairs: bool = False,
     eps: float = 0.0,
     objective: str = "nce",
+    weights: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """The loss of crrcd_ext.functional.difference_nce, differentiable in every tensor."""
     wide = wide_dtype(query.dtype)
@@ -179,7 +199,8 @@ def difference_nce(
         keep = keep & (anchor_id[:, None, None] != key_ids(position, key_id))
     # kept_pairs looks at the first two sizes of a query seen from anchors.
     pairs = kept_pairs(anchor, u, anchor_id, query_id, self_pairs) & alive_u & alive_v
-    return contrast(s, s_positive, keep, pairs, objective)
+    loss = contrast(s, s_positive, keep, pairs, objective, weights, reduction)
+    return loss.sum(0) if reduction == "none" else loss
 
 
 def instance_nce(
@@ -195,6 +216,8 @@ def instance_nce(
     key_label: Tensor | None = None,
     excluded: Tensor | None = None,
     objective: str = "nce",
+    weights: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """The loss of crrcd_ext.functional.instance_nce, differentiable in every tensor."""
     wide = wide_dtype(query.dtype)
@@ -204,7 +227,7 @@ def instance_nce(
     s_positive = scale * (query * positive).sum(-1).to(wide) - offset
     keep = kept_negatives(len(query), position, query_id, key_id, query_label, key_label, excluded)
     pairs = torch.ones(len(query), dtype=torch.bool, device=query.device)
-    return contrast(s, s_positive, keep, pairs, objective)
+    return contrast(s, s_positive, keep, pairs, objective, weights, reduction)
 
 
 def pack_bits(mask: Tensor) -> Tensor:

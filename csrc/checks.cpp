@@ -94,6 +94,30 @@ Excluded excluded_bits(const at::Tensor& bits) {
   return {reinterpret_cast<const uint32_t*>(bits.const_data_ptr<int32_t>()), bits.size(1)};
 }
 
+Reduced check_reduction(const char* op, const std::optional<at::Tensor>& weights,
+                        const std::string& reduction, at::IntArrayRef shape, int64_t need,
+                        int64_t own) {
+  TORCH_CHECK_VALUE(reduction == "mean" || reduction == "sum" || reduction == "none", "crrcd_ext.",
+                    op, ": reduction: expected \"mean\", \"sum\" or \"none\", got \"", reduction,
+                    "\"");
+  TORCH_CHECK_VALUE(reduction != "none" || (need & ~own) == 0, "crrcd_ext.", op,
+                    ": reduction: expected \"mean\" or \"sum\" where more than query and positive "
+                    "get a gradient, got \"none\"");
+  Reduced reduced;
+  reduced.reduction = reduction == "mean"  ? Reduction::kMean
+                      : reduction == "sum" ? Reduction::kSum
+                                           : Reduction::kNone;
+  if (!weights) return reduced;
+  const bool whole = weights->sizes().equals(shape);
+  TORCH_CHECK_VALUE(whole || weights->sizes().equals(shape.slice(shape.size() - 1)), "crrcd_ext.",
+                    op, ": weights: expected shape ", shape, " or its last size alone, got ",
+                    weights->sizes());
+  TORCH_CHECK_TYPE(at::isFloatingType(weights->scalar_type()), "crrcd_ext.", op,
+                   ": weights: expected a floating dtype, got ", weights->scalar_type());
+  reduced.weights = weights->expand(shape);
+  return reduced;
+}
+
 at::ScalarType check_operands(const char* op, std::initializer_list<at::Tensor> operands,
                               bool with_half) {
   const at::ScalarType dtype = operands.begin()->scalar_type();

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 
 #include <ATen/core/Tensor.h>
 #include "bank.h"
@@ -37,6 +38,28 @@ at::Tensor check_excluded(const char* op, const std::optional<at::Tensor>& exclu
 
 // The same as kernels see them; `bits` may be undefined.
 Excluded excluded_bits(const at::Tensor& bits);
+
+// How the losses of pairs, or queries, become one.
+enum class Reduction { kMean, kSum, kNone };
+
+// What a loss operator returns: losses l times weights w, reduced.
+struct Reduced {
+  at::Tensor weights;  // undefined: 1
+  Reduction reduction = Reduction::kMean;
+
+  // Whether the losses are wanted one by one; their sum alone takes less.
+  bool each() const { return weights.defined() || reduction == Reduction::kNone; }
+  // What a sum over `count` of them is multiplied with.
+  double factor(double count) const {
+    return reduction != Reduction::kMean ? 1 : count > 0 ? 1 / count : 0;
+  }
+};
+
+// `shape`: that of the losses, to which the weights are expanded; without a reduction no gradient
+// may be wanted beyond those in `own`, whose rows belong to one loss each.
+Reduced check_reduction(const char* op, const std::optional<at::Tensor>& weights,
+                        const std::string& reduction, at::IntArrayRef shape, int64_t need,
+                        int64_t own);
 
 // The operands' common dtype: float64, float32, bfloat16 or, except on the CPU, float16; TypeError
 // otherwise.

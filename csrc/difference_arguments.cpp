@@ -13,7 +13,8 @@ DifferenceArguments difference_arguments(
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
     const std::optional<at::Tensor>& excluded, bool self_pairs, double eps,
-    const std::string& objective, int64_t need, bool with_half) {
+    const std::string& objective, const std::optional<at::Tensor>& weights,
+    const std::string& reduction, int64_t need, bool with_half) {
   constexpr const char* kOp = "difference_nce";
   DifferenceArguments x;
   TORCH_CHECK_VALUE(query.dim() == 2, "crrcd_ext.", kOp, ": query: expected shape [B, D], got ",
@@ -47,6 +48,8 @@ DifferenceArguments difference_arguments(
   x.excluded = check_excluded(kOp, excluded, x.B, x.K);
   x.self_pairs = self_pairs;
   x.infonce = objective == "infonce";
+  static_cast<Reduced&>(x) =
+      check_reduction(kOp, weights, reduction, {x.B}, need, kDifferenceQuery | kDifferencePositive);
   x.need = need;
   return x;
 }

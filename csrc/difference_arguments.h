@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include <ATen/core/Tensor.h>
+#include "checks.h"
 
 namespace crrcd {
 
@@ -23,7 +24,7 @@ enum DifferenceNeed : int64_t {
   kDifferenceOffset = 32,
 };
 
-struct DifferenceArguments {
+struct DifferenceArguments : Reduced {
   at::Tensor query, positive, anchor, bank, scale, offset;
   at::Tensor index;  // undefined, [K] contiguous, or [B, K] of any strides
   at::Tensor anchor_id, query_id, key_id, query_label, key_label;
@@ -47,6 +48,7 @@ DifferenceArguments difference_arguments(
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
     const std::optional<at::Tensor>& excluded, bool self_pairs, double eps,
-    const std::string& objective, int64_t need, bool with_half);
+    const std::string& objective, const std::optional<at::Tensor>& weights,
+    const std::string& reduction, int64_t need, bool with_half);
 
 }  // namespace crrcd

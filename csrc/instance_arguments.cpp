@@ -9,7 +9,8 @@ InstanceArguments instance_arguments(
     const at::Tensor& scale, const at::Tensor& offset, const std::optional<at::Tensor>& index,
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
-    const std::optional<at::Tensor>& excluded, const std::string& objective, int64_t need,
+    const std::optional<at::Tensor>& excluded, const std::string& objective,
+    const std::optional<at::Tensor>& weights, const std::string& reduction, int64_t need,
     bool with_half) {
   constexpr const char* kOp = "instance_nce";
   InstanceArguments x;
@@ -36,6 +37,8 @@ InstanceArguments instance_arguments(
   x.key_label = check_ids(kOp, "key_label", key_label, x.N);
   x.excluded = check_excluded(kOp, excluded, x.B, x.K);
   x.infonce = objective == "infonce";
+  static_cast<Reduced&>(x) =
+      check_reduction(kOp, weights, reduction, {x.B}, need, kInstanceQuery | kInstancePositive);
   x.need = need;
   return x;
 }

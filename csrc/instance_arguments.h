@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include <ATen/core/Tensor.h>
+#include "checks.h"
 
 namespace crrcd {
 
@@ -22,7 +23,7 @@ enum InstanceNeed : int64_t {
   kInstanceOffset = 16,
 };
 
-struct InstanceArguments {
+struct InstanceArguments : Reduced {
   at::Tensor query, positive, bank, scale, offset;
   at::Tensor index;  // undefined, [K] contiguous, or [B, K] of any strides
   at::Tensor query_id, key_id, query_label, key_label;
@@ -43,7 +44,8 @@ InstanceArguments instance_arguments(
     const at::Tensor& scale, const at::Tensor& offset, const std::optional<at::Tensor>& index,
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
-    const std::optional<at::Tensor>& excluded, const std::string& objective, int64_t need,
+    const std::optional<at::Tensor>& excluded, const std::string& objective,
+    const std::optional<at::Tensor>& weights, const std::string& reduction, int64_t need,
     bool with_half);
 
 }  // namespace crrcd

@@ -12,7 +12,8 @@ RelationArguments relation_arguments(
     const OptionalTensor& key_weight, const OptionalTensor& anchor_id,
     const OptionalTensor& query_id, const OptionalTensor& key_id, const OptionalTensor& query_label,
     const OptionalTensor& key_label, const OptionalTensor& excluded, bool self_pairs,
-    const std::string& objective, int64_t need, bool with_half) {
+    const std::string& objective, const OptionalTensor& weights, const std::string& reduction,
+    int64_t need, bool with_half) {
   constexpr const char* kOp = "relation_nce";
   const auto given = [](const OptionalTensor& t) { return t ? *t : at::Tensor(); };
   RelationArguments x;
@@ -57,6 +58,8 @@ RelationArguments relation_arguments(
   x.excluded = check_excluded(kOp, excluded, x.B, x.K);
   x.self_pairs = self_pairs;
   x.infonce = objective == "infonce";
+  static_cast<Reduced&>(x) =
+      check_reduction(kOp, weights, reduction, {x.A, x.B}, need, kNeedQuery | kNeedPositive);
   x.need = need;
   return x;
 }

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include <ATen/core/Tensor.h>
+#include "checks.h"
 
 namespace crrcd {
 
@@ -28,7 +29,7 @@ enum Need : int64_t {
   kNeedOffset = 256,
 };
 
-struct RelationArguments {
+struct RelationArguments : Reduced {
   at::Tensor query, positive, anchor, bank, weight, scale, offset;
   at::Tensor bias, key_weight;  // undefined where there is none
   at::Tensor index;             // undefined or [K] contiguous
@@ -56,7 +57,8 @@ RelationArguments relation_arguments(
     const OptionalTensor& key_weight, const OptionalTensor& anchor_id,
     const OptionalTensor& query_id, const OptionalTensor& key_id, const OptionalTensor& query_label,
     const OptionalTensor& key_label, const OptionalTensor& excluded, bool self_pairs,
-    const std::string& objective, int64_t need, bool with_half);
+    const std::string& objective, const OptionalTensor& weights, const std::string& reduction,
+    int64_t need, bool with_half);
 
 // Shapes and dtypes of the relation operator; the dtype of its operands.
 at::ScalarType check_relation(const at::Tensor& anchor, const at::Tensor& sample,

@@ -962,6 +962,7 @@ def arguments(need: int, dtype: torch.dtype, case: dict | None = None, **options
     names = ("query", "positive", "anchor", "bank", "scale", "offset", "index")
     masks = ("anchor_id", "query_id", "key_id", "query_label", "key_label", "excluded")
     settings = (case["self_pairs"], case["eps"], case["objective"])
+    settings += (case.get("weights"), case.get("reduction", "mean"))
     leaves = [case[k].requires_grad_() for k in names[:6] if need & 1 << names.index(k)]
     assert len(leaves) == need.bit_count()
     return (*(case[k] for k in names), *(case.get(k) for k in masks), *settings, need)

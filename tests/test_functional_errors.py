@@ -642,6 +642,8 @@ def test_operators_check_too(backend, change):
             *[None] * 6,
             False,
             "nce",
+            None,
+            "mean",
             511,
         )
 
@@ -664,6 +666,10 @@ def test_operators_check_too(backend, change):
         {"excluded": torch.zeros(6, 1, dtype=torch.int64)},
         {"excluded": torch.zeros(6, 2, dtype=torch.int32)},
         {"objective": "softmax"},
+        {"weights": torch.ones(5)},
+        {"weights": torch.ones(6, dtype=torch.int64)},
+        {"reduction": "median"},
+        {"reduction": "none"},
     ],
 )
 def test_the_operator_instance_nce_checks_too(backend, change):
@@ -674,5 +680,10 @@ def test_the_operator_instance_nce_checks_too(backend, change):
         (ValueError, TypeError, RuntimeError), match=r"crrcd_ext\.instance_nce: \w+"
     ):
         torch.ops.crrcd.instance_nce(
-            *(case[k] for k in names), *(case.get(k) for k in masks), case["objective"], 31
+            *(case[k] for k in names),
+            *(case.get(k) for k in masks),
+            case["objective"],
+            case.get("weights"),
+            case.get("reduction", "mean"),
+            31,
         )

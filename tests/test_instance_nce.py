@@ -919,7 +919,8 @@ def arguments(need: int, dtype: torch.dtype = torch.float32, **options) -> tuple
     case = make_instance(5, 20, 7, 30, **options)
     case |= {k: case[k].to(dtype) for k in ("query", "positive", "bank")}
     masks = (case.get(k) for k in MASKS)
-    return (*(case[k] for k in NAMES), case["index"], *masks, case["objective"], need)
+    settings = (case["objective"], case.get("weights"), case.get("reduction", "mean"))
+    return (*(case[k] for k in NAMES), case["index"], *masks, *settings, need)
 
 
 @pytest.mark.skipif(not cases.COMPILED, reason="kernels come with the compiled module")

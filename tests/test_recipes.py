@@ -55,3 +55,8 @@ def test_your_images_your_teacher(tmp_path):
 def test_a_timm_model(tmp_path):
     pytest.importorskip("timm")
     run(tmp_path, "-c", script("import timm"))
+
+
+def test_samples_that_count_more_or_less(tmp_path):
+    text = "import torch\nfrom crrcd_ext import CRCDLoss\n\ncriterion = CRCDLoss(64,"
+    run(tmp_path, "-c", script(text))

@@ -24,6 +24,8 @@ def nce_arguments(need: int, **options) -> tuple:
         *(case.get(k) for k in MASKS),
         case["self_pairs"],
         case["objective"],
+        case.get("weights"),
+        case.get("reduction", "mean"),
         need,
     )
 

@@ -293,7 +293,8 @@ class ContrastiveLoss(ContrastiveStep):
         """What the last step looked like; waits for the device, which no step does on its own.
 
         Returns:
-            ``step``; ``loss``; ``no_information_loss``, the least loss of a critic that tells
+            ``step``; ``loss``, the mean by weights whatever the step's reduction;
+            ``no_information_loss``, the least loss of a critic that tells
             nothing apart (doubled for "both"); ``relation_variance`` of the student's relation
             vectors over b and ``teacher_relation_variance`` of the teacher's, means over
             dimensions; ``effective_rank`` of the student's; ``positive_cosine`` and

@@ -85,7 +85,7 @@ def measure(criterion, step) -> tuple[dict[str, float], int]:
     level = no_information_loss(criterion.num_negatives, criterion.objective)
     values = {
         "step": float(criterion.step),
-        "loss": float(step.loss),
+        "loss": float(mean_loss(step, cosines[0].pairs)),
         "no_information_loss": level * len(cosines),
         "relation_variance": relation_variance(of_student),
         "teacher_relation_variance": relation_variance(of_teacher),
@@ -142,9 +142,12 @@ def look(criterion, step, finite: Tensor | None, warn: bool) -> Look:
     device = step.loss.device
     with torch.autocast(device.type, enabled=False):
         relations = criterion._relations(step)
-    none, yes = step.loss.new_zeros(()), step.loss.new_ones(())
+    loss = step.loss
+    if step.weights is not None or step.reduction != "mean":
+        loss = mean_loss(step, criterion._cosines(criterion._sides(step)[0]).pairs)
+    none, yes = loss.new_zeros(()), loss.new_ones(())
     masked = none if criterion.masked_steps is None else criterion.masked_steps
-    numbers = [criterion.step, step.loss, *map(_variance, relations), masked]
+    numbers = [criterion.step, loss, *map(_variance, relations), masked]
     numbers.append(yes if finite is None else finite)
     on_device = torch.stack([x.to(torch.float64) for x in numbers])
     width = relations[0].shape[-1]
@@ -168,6 +171,18 @@ def callers_level() -> int:
 
 def _is_ours(module: str) -> bool:
     return module.split(".")[0] in ("crrcd_ext", "torch")
+
+
+def mean_loss(step, pairs: Tensor) -> Tensor:
+    """The mean of the losses of ``pairs``, [A, B] or [B], by their weights, however the step's were
+    reduced: what can be compared with the loss of a critic that tells nothing apart."""
+    if step.reduction == "mean" and step.weights is None:
+        return step.loss
+    total = step.loss.sum()
+    if step.reduction == "mean":
+        total = total * pairs.sum()
+    weight = (pairs if step.weights is None else pairs * step.weights).sum()
+    return torch.where(weight == 0, 0.0, total / weight)
 
 
 def _similar(criterion, sides) -> dict[str, float]:

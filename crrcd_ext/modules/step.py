@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from crrcd_ext import functional
+from crrcd_ext._check import check_weights
 from crrcd_ext.modules import _checks, _counter, _once
 from crrcd_ext.modules.accumulation import Waiting, joined, with_moments
 from crrcd_ext.modules.bank import Change, MemoryBank
@@ -30,7 +31,8 @@ class Step(NamedTuple):
     ``teacher`` and ``student`` [B, D] are the embeddings, ``selected`` the anchors' positions (None
     for all), ``own_rows`` the samples' rows of the banks for keys="bank", ``drawn`` the rows of the
     negatives (None for the whole bank), ``statistics`` the teacher's in this step (None for the
-    running ones). What a step leaves behind for :meth:`ContrastiveLoss.diagnostics` has its loss.
+    running ones). What a step leaves behind for :meth:`ContrastiveLoss.diagnostics` has its loss,
+    with the weights and the reduction that made it.
     """
 
     teacher: Tensor
@@ -42,6 +44,8 @@ class Step(NamedTuple):
     drawn: tuple[Tensor | None, Tensor | None]
     statistics: Statistics | None
     loss: Tensor | None = None
+    weights: Tensor | None = None
+    reduction: str = "mean"
 
 
 class Side(NamedTuple):
@@ -140,6 +144,8 @@ class ContrastiveStep(Critic):
         labels: Tensor | None = None,
         negative_index: Tensor | None = None,
         update: bool | str | None = None,
+        weights: Tensor | None = None,
+        reduction: str = "mean",
     ) -> Tensor:
         """The loss of one batch, and the update of the banks.
 
@@ -157,15 +163,23 @@ class ContrastiveStep(Critic):
             update: whether the step changes banks, samplers, statistics and Zbar; default: in
                 training mode. Without it every buffer stays as it is. "later": as one of several
                 micro-batches of a step, of whose changes :meth:`commit` makes one.
+            weights: [B], floating: what each sample's losses are multiplied with, as query of its
+                pairs; finite, without a gradient. The number of pairs that a mean divides by, the
+                banks and Zbar do not know them.
+            reduction: "mean" over the pairs, their "sum", or "none": [B], for each sample the sum
+                over its pairs, one for each anchor that is not itself (CRD: its one pair). Where a
+                gradient is wanted, "none" needs keys="stop_gradient" (CRD takes "bank" too), of
+                CRRCD direction="student", as what makes the student's negatives learns, and no
+                learned temperature or offset: "sum" and "mean" with weights do without these.
 
         Returns:
-            0-dim loss: float32, or float64 for a float64 module. 0, with zero gradients for every
-            parameter that has one otherwise, when no pair is left, as for a batch of one with self
-            pairs off, or for an empty batch, which changes nothing either.
+            0-dim loss, or [B] for "none": float32, or float64 for a float64 module. 0, with zero
+            gradients for every parameter that has one otherwise, when no pair is left, as for a
+            batch of one with self pairs off, or for an empty batch, which changes nothing either.
 
         Raises:
             ValueError: widths, shapes, devices, features that are not finite, labels that are
-                missing.
+                missing, weights or a reduction other than described above.
             TypeError: dtypes. IndexError: an id outside of [0, N), a row of the queue that is not
                 written.
             RuntimeError: an update within a backward pass, where torch.utils.checkpoint runs what
@@ -182,6 +196,8 @@ class ContrastiveStep(Critic):
         update = (self.training if update is None else bool(update)) and not later
         index, query_label = self._check_batch(student_features, teacher_features, index, labels)
         size = len(index)
+        _checks.choice(self.NAME, "reduction", reduction, ("mean", "sum", "none"))
+        check_weights(self.NAME, weights, ("B",), {"B": size}, student_features)
         if negative_index is not None:
             negative_index = self._check_negative_index(negative_index, size)
         # An empty batch goes the same way, so that the same parameters get a gradient, of zero.
@@ -219,6 +235,8 @@ class ContrastiveStep(Critic):
         step = Step(e_t, e_s, **chosen, statistics=teacher_statistics)
         values = (teacher if self.keys == "live" else e_t.detach(), e_s.detach())
         sides = self._sides(step)
+        if reduction == "none":
+            self._check_unreduced(sides)
         stored: list[Stored] = []
         if update:
             stored = [self._stored(side.bank, index, values[side.slot], finite) for side in sides]
@@ -226,20 +244,20 @@ class ContrastiveStep(Critic):
         scale = self.scale()
         zbar: dict[int, Zbar] = {}
         parts = [
-            self._contrast(side, size, change, scale, zbar, update or later)
+            self._contrast(side, size, change, scale, zbar, update or later, weights, reduction)
             for side, change in zip(sides, changes, strict=True)
         ]
         loss = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         if finite is not None:
             loss = torch.where(finite, loss, torch.zeros_like(loss))
         if update or later:
-            kept = tuple(
+            to_keep = tuple(
                 None if bank is None else value
                 for bank, value in zip(self._banks, values, strict=True)
             )
             nothing_left = None if self.masked_steps is None else self._nothing_left(sides)
             done = Waiting(
-                index, kept, teacher_moments, student_moments, zbar, finite, nothing_left
+                index, to_keep, teacher_moments, student_moments, zbar, finite, nothing_left
             )
             if later:
                 self._waiting = joined(waiting, done)
@@ -248,7 +266,9 @@ class ContrastiveStep(Critic):
         if size > 0:
             # The statistics are the running ones by now. torch 2.6 traces no _replace.
             embeddings = e_t.detach(), e_s.detach()
-            self._last = Step(*embeddings, **chosen, statistics=None, loss=loss.detach())
+            kept = None if weights is None else weights.clone()
+            result = {"loss": loss.detach(), "weights": kept, "reduction": reduction}
+            self._last = Step(*embeddings, **chosen, statistics=None, **result)
         if update and not torch.compiler.is_compiling():
             self._watch(finite)
         return loss
@@ -506,6 +526,21 @@ class ContrastiveStep(Critic):
             masked += [(mask[:, :words] == -1).all(), (mask[:, words:] == (1 << rest) - 1).all()]
         return torch.stack(masked).all()
 
+    def _check_unreduced(self, sides: list[Side]) -> None:
+        """Refuses reduction="none" where something that all losses share gets a gradient."""
+        if not torch.is_grad_enabled():
+            return
+        shared = [("learnable_temperature", self.log_scale), ("learnable_offset", self.offset)]
+        for side in sides:
+            shared += [(f"keys={self.keys!r}", side.arguments["bank"])]
+            anchor = side.arguments.get("anchor")
+            shared += [(f"keys={self.keys!r}, direction={self.direction!r}", anchor)]
+            shared += [(f"direction={self.direction!r}", side.arguments.get("weight"))]
+        for option, x in shared:
+            if x is not None and x.requires_grad:
+                expected = f"'mean' or 'sum', which take weights, with {option}"
+                _checks.fail(ValueError, self.NAME, "reduction", expected, "'none'")
+
     def _contrast(
         self,
         side: Side,
@@ -514,6 +549,8 @@ class ContrastiveStep(Critic):
         scale: Tensor | float,
         zbar: dict[int, Zbar],
         follow: bool,
+        weights: Tensor | None,
+        reduction: str,
     ) -> Tensor:
         """One direction's loss and its bank's update; what becomes of Zbar goes into ``zbar``,
         which a moving average has to ``follow`` in a step."""
@@ -525,12 +562,14 @@ class ContrastiveStep(Critic):
             scale=scale,
             offset=self._offset(side, size, follow, zbar),
             objective=self.objective,
+            weights=weights,
+            reduction=reduction,
             update=change if fused else None,
             backend=self.backend,
         )
         if change is not None and not fused:
             bank.apply_(change)
-        return loss
+        return loss if loss.dim() < 2 else loss.sum(0)  # a sample's pairs, over the anchors
 
     def _offset(self, side: Side, size: int, follow: bool, zbar: dict) -> Tensor | float:
         """beta; where this batch has a part in Zbar, what becomes of that goes into ``zbar``.

@@ -19,11 +19,21 @@ def number(x: Tensor, device: torch.device) -> Tensor:
     return torch.full((), x.item(), dtype=x.dtype, device=device)
 
 
+def weights_of(weights: Tensor | None, reduction: str, query: Tensor, *shape: int) -> Tensor | None:
+    """Weights of that shape in the wide dtype, or None where the losses' sum is enough."""
+    wide = wide_dtype(query.dtype)
+    if weights is None:
+        return query.new_ones(shape, dtype=wide) if reduction == "none" else None
+    return weights.to(wide).expand(shape).contiguous()
+
+
 class Negatives(Protocol):
-    """Passes over the negatives, which leave the gradients of a sum over the pairs that count."""
+    """Passes over the negatives, which leave the gradients of a sum over the pairs that count, by
+    their weights if they have any."""
 
     loss: Tensor
-    """After a run for NCE: the sum over negatives and pairs."""
+    """After a run for NCE: the sum over negatives and pairs; with weights that of each pair, or
+    query, without its weight."""
 
     def normaliser(self) -> Tensor:
         """Of each pair, the logarithm of the sum of exp of its negatives' logits, in float64; -inf
@@ -41,10 +51,13 @@ def contrast(
     offset: Tensor,
     pairs: Tensor,
     gradients: bool,
+    weights: Tensor | None,
+    reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean loss, its sum's slopes by the positive logits, and what makes sums to means.
+    """The loss, its sum's slopes by the positive logits, and what makes sums to what is wanted.
 
-    ``cosine``: of the positives; ``gradients``: whether any but the positives' own is wanted.
+    ``cosine``: of the positives; ``gradients``: whether any but the positives' own is wanted;
+    ``weights``: of the pairs, or queries, where the losses are wanted one by one.
     """
     wide = cosine.dtype
     positive = scale.to(wide) * cosine - offset.to(wide)
@@ -52,15 +65,29 @@ def contrast(
         negatives.run(NCE)
         loss = torch.nn.functional.softplus(-positive, threshold=200.0)
         slope = -torch.sigmoid(-positive)
-        total = loss.masked_fill(~pairs, 0).sum() + negatives.loss
+        loss = loss.masked_fill(~pairs, 0)
+        if weights is None:
+            loss = loss.sum()
+        elif negatives.loss.dim() < loss.dim():  # of a query, whose pairs have one weight
+            loss = loss.sum(0)
+        loss = loss + negatives.loss
     else:
         whole = torch.logaddexp(negatives.normaliser(), positive.double())
         if gradients:
             negatives.run(INFONCE, whole)
         slope = torch.expm1(positive - whole).to(wide)
-        total = (whole - positive).masked_fill(~pairs, 0).sum()
-    mean = 1 / pairs.sum().clamp(min=1).to(wide)
-    return total * mean, slope.masked_fill(~pairs, 0), mean
+        loss = (whole - positive).masked_fill(~pairs, 0)
+        if weights is None:
+            loss = loss.sum()
+    slope = slope.masked_fill(~pairs, 0)
+    if weights is not None:
+        loss, slope = loss * weights, slope * weights
+    if reduction != "none":
+        loss = loss.sum()
+    if reduction == "mean":
+        mean = 1 / pairs.sum().clamp(min=1).to(wide)
+        return loss * mean, slope, mean
+    return loss, slope, torch.ones_like(scale, dtype=wide)
 
 
 def results(

@@ -61,6 +61,8 @@ def difference_nce_(
     self_pairs: bool,
     eps: float,
     objective: str,
+    weights: Tensor | None,
+    reduction: str,
     need: int,
     *update,
 ) -> tuple[Tensor, ...]:
@@ -75,6 +77,7 @@ def difference_nce_(
     u, v = directions(query, anchor, eps), directions(positive, anchor, eps)
     pairs = kept_pairs(anchor, u.unit, anchor_id, query_id, self_pairs)
     pairs = pairs & u.alive & v.alive
+    weights = critic.weights_of(weights, reduction, query, len(query))
     options = {
         "types": launch.precision(query.dtype),
         "anchor": anchor.contiguous(),
@@ -89,14 +92,19 @@ def difference_nce_(
         "wants_anchor": bool(need & ANCHOR),
     }
     if index is not None and index.dim() == 2:
-        passes = OwnKeys(query=u.unit, index=index, **options)
+        passes = OwnKeys(query=u.unit, index=index, weights=weights, **options)
     else:
         index = index if index is None else index.contiguous()
         directed = u.unit.to(query.dtype).contiguous()
-        passes = Passes(DIFFERENCE, query=directed, index=index, **options)
+        of_pairs = weights if weights is None else weights.expand(pairs.shape).contiguous()
+        passes = Passes(DIFFERENCE, query=directed, index=index, weights=of_pairs, **options)
     cosine = (u.unit * v.unit).sum(-1)
     gradients = bool(need & ~POSITIVE)
-    loss, slope, mean = critic.contrast(objective, passes, cosine, scale, offset, pairs, gradients)
+    loss, slope, mean = critic.contrast(
+        objective, passes, cosine, scale, offset, pairs, gradients, weights, reduction
+    )
+    if loss.dim() == 2:  # of a query, as its gradient is one for all anchors
+        loss = loss.sum(0)
     by_cosine = (slope * scale.to(wide))[..., None]
     d_query = d_positive = d_anchor = None
     if need & (QUERY | ANCHOR):

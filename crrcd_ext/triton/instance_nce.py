@@ -38,6 +38,8 @@ def instance_nce_(
     key_label: Tensor | None,
     excluded: Tensor | None,
     objective: str,
+    weights: Tensor | None,
+    reduction: str,
     need: int,
     *update,
 ) -> tuple[Tensor, ...]:
@@ -51,12 +53,14 @@ def instance_nce_(
     own = index is not None and index.dim() == 2
     pairs = torch.ones(len(query), dtype=torch.bool, device=query.device)
     masks = Masks(pairs, None, query_id, key_id, query_label, key_label, excluded)
-    negatives = (Own if own else Shared)(query, bank, index, scale, offset, masks, need)
+    weights = critic.weights_of(weights, reduction, query, len(query))
+    chosen = Own if own else Shared
+    negatives = chosen(query, bank, index, scale, offset, masks, weights, need)
     q, p = query.to(wide), positive.to(wide)
     cosine = (q * p).sum(-1)
     gradients = bool(need & ~POSITIVE)
     loss, slope, mean = critic.contrast(
-        objective, negatives, cosine, scale, offset, pairs, gradients
+        objective, negatives, cosine, scale, offset, pairs, gradients, weights, reduction
     )
     by_cosine = (slope * scale.to(wide))[:, None]
     found = (
@@ -74,7 +78,7 @@ def instance_nce_(
 class Negatives:
     """The passes over the keys; the gradients are those of a sum over the queries."""
 
-    loss: Tensor
+    loss: Tensor  # see critic.Negatives
     d_query: Tensor  # [B, D]
     d_bank: Tensor  # [N, D]
     d_scale: Tensor
@@ -88,10 +92,11 @@ class Negatives:
         scale: Tensor,
         offset: Tensor,
         masks: Masks,
+        weights: Tensor | None,
         need: int,
     ) -> None:
         self.query, self.bank, self.index = query.contiguous(), bank_rows.with_units(bank), index
-        self.scale, self.offset, self.masks = scale, offset, masks
+        self.scale, self.offset, self.masks, self.weights = scale, offset, masks, weights
         self.wants_query, self.wants_bank = bool(need & QUERY), bool(need & BANK)
         self.wants_critic = bool(need & (SCALE | OFFSET))
         self.B, self.D = query.shape
@@ -100,6 +105,7 @@ class Negatives:
         self.wide, self.device = wide_dtype(query.dtype), query.device
         self.constants = {
             **masks.constants,
+            "EACH": weights is not None,
             "WIDE": launch.TYPES[self.wide],
             "FAST": self.types.fast,
         }
@@ -113,7 +119,7 @@ class Negatives:
         """See critic.Negatives."""
         parts = self._sweep(mode, normaliser)
         if mode == NCE:
-            self.loss = parts["sum"].sum()
+            self.loss = parts["sum"].sum() if self.weights is None else parts["sum"].sum(0)
         if self.wants_query:
             self.d_query = parts["query"].sum(0)
         if self.wants_critic:
@@ -153,7 +159,7 @@ class Negatives:
         the order of the kernels' arguments."""
         normaliser = mode == NORMALISER
         critic = self.wants_critic and not normaliser
-        each = self.B if normaliser else blocks
+        each = self.B if normaliser or self.weights is not None else blocks
         return {
             "sum": self._empty(slices, each) if mode != INFONCE else None,
             "top": self._empty(slices, each) if normaliser else None,
@@ -202,6 +208,7 @@ class Shared(Negatives):
             self._index(),
             self.scale,
             self._beta(normaliser),
+            self.weights,
             *self.masks.arguments,
             *parts.values(),
             self.B,
@@ -239,6 +246,7 @@ class Shared(Negatives):
                 index,
                 self.scale,
                 beta,
+                self.weights,
                 *self.masks.arguments,
                 d_rows,
                 self.B,
@@ -286,6 +294,7 @@ class Own(Negatives):
             *self._addresses,
             self.scale,
             self._beta(normaliser),
+            self.weights,
             *self.masks.arguments,
             *parts.values(),
             slopes,

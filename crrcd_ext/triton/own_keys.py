@@ -30,13 +30,14 @@ class OwnKeys:
     scale: Tensor
     offset: Tensor
     masks: Masks
+    weights: Tensor | None  # [B] of the queries' losses, where they are wanted one by one
     eps: float
     wants_query: bool
     wants_critic: bool
     wants_keys: bool
     wants_anchor: bool
 
-    loss: Tensor = field(init=False)  # NCE: sum over negatives and pairs
+    loss: Tensor = field(init=False)  # see critic.Negatives
     d_query: Tensor | None = field(init=False, default=None)
     d_scale: Tensor | None = field(init=False, default=None)
     d_offset: Tensor | None = field(init=False, default=None)
@@ -121,7 +122,7 @@ class OwnKeys:
                 at = self.index[:, first : first + here].reshape(-1)
                 bank_rows.add(self.d_bank, at, parts.pop("rows").flatten(0, 1))
         if "sum" in parts:
-            self.loss = parts["sum"].sum()
+            self.loss = parts["sum"].sum() if self.weights is None else parts["sum"].sum(0)
         if self.wants_query:
             self.d_query = parts["direction"].sum(0)
         if self.wants_anchor:
@@ -153,6 +154,7 @@ class OwnKeys:
             *self.index.stride(),
             self.scale,
             shifts(self.offset, self.masks.pairs, normaliser, self.wide),
+            self.weights,
             self.masks.anchor_id,
             *self.masks.arguments,
             *(parts.get(name) for name in names),
@@ -161,6 +163,7 @@ class OwnKeys:
             keys,
             tiles,
             MODE=mode,
+            EACH=self.weights is not None,
             DIRECTION="direction" in parts,
             ANCHOR="anchor" in parts,
             ROWS="rows" in parts,

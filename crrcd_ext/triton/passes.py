@@ -91,6 +91,7 @@ class Passes:
     scale: Tensor
     offset: Tensor
     masks: Masks
+    weights: Tensor | None  # [A, B] of the pairs' losses, where they are wanted one by one
     weight: Tensor | None = None
     bias: Tensor | None = None
     key_weight: Tensor | None = None
@@ -101,7 +102,7 @@ class Passes:
     wants_anchor: bool = False
     wants_weight: bool = False
 
-    loss: Tensor = field(init=False)  # NCE: sum over negatives and pairs
+    loss: Tensor = field(init=False)  # see critic.Negatives
     d_query: Tensor | None = field(init=False, default=None)
     d_query_bias: Tensor | None = field(init=False, default=None)
     d_scale: Tensor | None = field(init=False, default=None)
@@ -173,6 +174,8 @@ class Passes:
                 "NR": launch.blocks(R, BR),
                 "BR": BR,
             }
+        if kernel not in ("gram", "norms"):
+            constants["EACH"] = self.weights is not None
         if kernel not in ("gram", "weight"):
             constants["NH"] = launch.blocks(H, BH)
         if kernel not in ("gram", "norms"):
@@ -278,6 +281,7 @@ class Passes:
             self.bias,
             self.scale,
             self.beta,
+            self.weights,
             *self._mask(first, keys, tile_keys),
             self.masks.anchor_id,
             self.masks.key_id,
@@ -323,7 +327,10 @@ class Passes:
                 if self.wants_weight:
                     sums = self._weight(first, keys, rows, norms, sums)
         total = {name: part.sum(0) for name, part in parts.items()}
-        self.loss = total["sum"].sum() if "sum" in total else self._zeros()
+        if self.weights is not None:
+            self.loss = total.get("sum", self._zeros(A, B))
+        else:
+            self.loss = total["sum"].sum() if "sum" in total else self._zeros()
         if self.wants_critic:
             self.d_scale = total["scale"].sum() if parts else self._zeros()
             self.d_offset = total["offset"].sum() if parts else self._zeros()
@@ -344,10 +351,11 @@ class Passes:
         critic = self.wants_critic and mode != NORMALISER
         if not add:
             parts = {}
-            if mode == NCE:
+            if mode == NCE and self.weights is None:
                 parts["sum"] = self._empty(slices, query_blocks, A)
-            if mode == NORMALISER:
+            elif mode != INFONCE:
                 parts["sum"] = self._empty(slices, A, B)
+            if mode == NORMALISER:
                 parts["top"] = self._empty(slices, A, B)
             if needs_query:
                 parts["query"] = self._empty(slices, A, B, F)

@@ -38,6 +38,8 @@ def relation_nce_(
     excluded: Tensor | None,
     self_pairs: bool,
     objective: str,
+    weights: Tensor | None,
+    reduction: str,
     need: int,
     *update,
 ) -> tuple[Tensor, ...]:
@@ -59,6 +61,7 @@ def relation_nce_(
         )
         types = launch.Precision(wide, "ieee")
     pairs = kept_pairs(anchor, query, anchor_id, query_id, self_pairs)
+    weights = critic.weights_of(weights, reduction, query, *pairs.shape)
     form = GRAM if need & LIVE and types.tensor_cores else DIRECT
     # Relations do not know how long W is; in float16 its products must not leave the range.
     unit = 1.0
@@ -76,6 +79,7 @@ def relation_nce_(
         scale,
         offset,
         Masks(pairs, anchor_id, query_id, key_id, query_label, key_label, excluded),
+        weights,
         weight=weight.contiguous(),
         bias=_contiguous(bias),
         key_weight=_contiguous(key_weight),
@@ -88,7 +92,9 @@ def relation_nce_(
     q, p = query.to(wide), positive.to(wide)
     cosine = (q * p).sum(-1)
     gradients = bool(need & ~POSITIVE)
-    loss, slope, mean = critic.contrast(objective, passes, cosine, scale, offset, pairs, gradients)
+    loss, slope, mean = critic.contrast(
+        objective, passes, cosine, scale, offset, pairs, gradients, weights, reduction
+    )
     by_cosine = slope * scale.to(wide)
 
     def averaged(gradient: Tensor | None, positives: Tensor | float = 0.0):

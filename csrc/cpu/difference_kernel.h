@@ -33,6 +33,33 @@ struct Bucket {
   int64_t first = 0, rows = 0;
 };
 
+// Sums over entries.
+template <typename T>
+struct DifferenceSums {
+  using V = typename Simd<T>::V;
+
+  LogProduct<T> products;
+  double loss = 0;
+  double sum_g = 0;
+
+  // q: a vector of products minus 1, of which 1 + q <= 2^count; above: what was left out of them,
+  // in units of log 2.
+  CRRCD_INLINE void add(V q, int count, V above, V g) {
+    products.add(q, count);
+    loss += kLog2 * static_cast<double>(horizontal_sum<T>(above));
+    sum_g += static_cast<double>(horizontal_sum<T>(g));
+  }
+};
+
+// Those of a part: of all queries together, or of each.
+template <typename T>
+struct PartSums {
+  DifferenceSums<T>* first;
+  bool each;
+
+  CRRCD_INLINE DifferenceSums<T>& of(int64_t b) const { return first[each ? b : 0]; }
+};
+
 template <typename T>
 struct DifferenceScratch {
   T* rows;           // [tile, ldD] keys of the tile seen from the origin
@@ -55,13 +82,14 @@ struct DifferenceScratch {
   Bucket bucket[2];  // the one that is worked off and the next, own
   // Sums of the call and, where entries add to them one by one, of a block of entries: two short
   // sums round less than one long one.
-  T* sum_inverse;  // [B, ldA]
-  T* sum_along;    // [B, ldA]
-  T* d_query;      // [B, ldD]
-  T* running_max;  // [B, ldA]
-  T* running_sum;  // [B, ldA]
-  T* d_anchor;     // [A, ldD]
-  T* sum_f;        // [ldA]
+  T* sum_inverse;           // [B, ldA]
+  T* sum_along;             // [B, ldA]
+  T* d_query;               // [B, ldD]
+  T* running_max;           // [B, ldA]
+  T* running_sum;           // [B, ldA]
+  T* d_anchor;              // [A, ldD]
+  T* sum_f;                 // [ldA]
+  DifferenceSums<T>* sums;  // as PartSums has them
 };
 
 template <typename T>
@@ -104,26 +132,9 @@ size_t carve(const DifferenceParams<T>& p, std::byte* base, DifferenceScratch<T>
   s.sum_inverse = c.take<T>(own ? p.B * p.ldA : 0);
   s.sum_along = c.take<T>(own ? p.B * p.ldA : 0);
   s.d_query = c.take<T>(own ? p.B * p.ldD : 0);
+  s.sums = c.take<DifferenceSums<T>>(p.sums);
   return c.used;
 }
-
-// Sums of a part.
-template <typename T>
-struct DifferenceSums {
-  using V = typename Simd<T>::V;
-
-  LogProduct<T> products;
-  double loss = 0;
-  double sum_g = 0;
-
-  // q: a vector of products minus 1, of which 1 + q <= 2^count; above: what was left out of them,
-  // in units of log 2.
-  CRRCD_INLINE void add(V q, int count, V above, V g) {
-    products.add(q, count);
-    loss += kLog2 * static_cast<double>(horizontal_sum<T>(above));
-    sum_g += static_cast<double>(horizontal_sum<T>(g));
-  }
-};
 
 // One vector of logits (units of log 2) or pairs of them to loss and slopes g = d loss / d logit.
 template <typename T, Pass kPass, bool kBounded, int kVectors>
@@ -254,7 +265,7 @@ CRRCD_INLINE T sum_of(int64_t width, const T* x) {
 
 template <typename T, Pass kPass, Want kWant>
 __attribute__((noinline)) void work_off(const DifferenceParams<T>& p, const DifferenceScratch<T>& s,
-                                        ExactQueue<T>& queue, DifferenceSums<T>& sums) {
+                                        ExactQueue<T>& queue, const PartSums<T>& sums) {
   using V = typename Simd<T>::V;
   constexpr int kLanes = Simd<T>::kLanes;
   T logit[kLanes], g[kLanes];
@@ -280,7 +291,19 @@ __attribute__((noinline)) void work_off(const DifferenceParams<T>& p, const Diff
   const V logits[1] = {load(logit)};
   logit_slopes<T, kPass, false>(logits, q, above, slope);
   store(g, slope[0]);
-  sums.add(q, 1, above, slope[0]);
+  if (sums.each) {
+    T product[kLanes], more[kLanes];
+    store(product, q);
+    store(more, above);
+    for (int i = 0; i < count; ++i) {
+      DifferenceSums<T>& of = sums.of(queue.b[i]);
+      of.loss +=
+          kLog2 * static_cast<double>(more[i]) + __builtin_log1p(static_cast<double>(product[i]));
+      of.sum_g += static_cast<double>(g[i]);
+    }
+  } else {
+    sums.first->add(q, 1, above, slope[0]);
+  }
   if (kWant == Want::kLoss) return;
   for (int i = 0; i < count; ++i) {
     const int64_t a = queue.a[i], b = queue.b[i], n = queue.n[i], at = b * p.ldA + a;
@@ -303,7 +326,7 @@ __attribute__((noinline)) void work_off(const DifferenceParams<T>& p, const Diff
 
 template <typename T, Pass kPass, Want kWant>
 __attribute__((noinline)) void push(const DifferenceParams<T>& p, const DifferenceScratch<T>& s,
-                                    ExactQueue<T>& queue, DifferenceSums<T>& sums, int64_t a,
+                                    ExactQueue<T>& queue, const PartSums<T>& sums, int64_t a,
                                     int64_t b, int64_t n, const T* w, T inverse) {
   using V = typename Simd<T>::V;
   const int i = queue.count++;
@@ -561,7 +584,7 @@ void combine(const DifferenceScratch<T>& s, int64_t rows, int64_t columns, int64
 template <typename T, Pass kPass, Want kWant, bool kMasked, bool kBounded, int kAnchors>
 __attribute__((noinline)) void shared_anchors(const DifferenceParams<T>& p,
                                               const DifferenceScratch<T>& s, const Form<T>& form,
-                                              int64_t a, int64_t width, DifferenceSums<T>& sums) {
+                                              int64_t a, int64_t width, const PartSums<T>& sums) {
   using V = typename Simd<T>::V;
   constexpr int kLanes = Simd<T>::kLanes, kTogether = kAnchors < 2 ? 1 : 2;
   constexpr int kGroups = kAnchors / kTogether;
@@ -573,9 +596,9 @@ __attribute__((noinline)) void shared_anchors(const DifferenceParams<T>& p,
   const T* drop_rows = s.drop + a * ld_t;
   V q[kGroups] = {}, above{}, sum_g{};
   int bits = 0;
-  const auto flush = [&] {
+  const auto flush = [&](int64_t b) {
     for (int i = 0; i < kGroups; ++i) {
-      sums.add(q[i], bits, i == 0 ? above : V{}, i == 0 ? sum_g : V{});
+      sums.of(b).add(q[i], bits, i == 0 ? above : V{}, i == 0 ? sum_g : V{});
       q[i] = V{};
     }
     above = sum_g = V{};
@@ -596,7 +619,7 @@ __attribute__((noinline)) void shared_anchors(const DifferenceParams<T>& p,
     for (int64_t begin = 0; begin < width; begin += most) {
       const int64_t end = begin + most < width ? begin + most : width;
       const int more = static_cast<int>((end - begin) / kLanes) * step_bits;
-      if (bits + more > LogProduct<T>::kBits) flush();
+      if (bits + more > LogProduct<T>::kBits) flush(b);
       bits += more;
       for (int64_t n = begin; n < end; n += kLanes) {
         const V half_distance = load(distance_row + n) * form.half;
@@ -636,8 +659,9 @@ __attribute__((noinline)) void shared_anchors(const DifferenceParams<T>& p,
         s.sum_inverse[pair + j] += horizontal_sum<T>(sum_inverse[j]);
         s.sum_along[pair + j] += horizontal_sum<T>(sum_along[j]);
       }
+    if (sums.each) flush(b);
   }
-  flush();
+  if (!sums.each) flush(0);
 }
 
 // InfoNCE's first sweep.
@@ -735,7 +759,7 @@ bool load_shared_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& 
 // What needs exact differences in a tile of shared negatives.
 template <typename T, Pass kPass, Want kWant>
 void shared_exact(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64_t first,
-                  int64_t m, bool masked, bool exact, DifferenceSums<T>& sums) {
+                  int64_t m, bool masked, bool exact, const PartSums<T>& sums) {
   const int64_t ld_t = tile_stride(p);
   ExactQueue<T> queue;
   for (int64_t a = 0; exact && a < p.A; ++a)
@@ -760,7 +784,7 @@ void shared_exact(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, i
 
 template <typename T, Pass kPass, Want kWant, bool kMasked>
 void shared_sweep(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64_t width,
-                  const Norms& norms, DifferenceSums<T>& sums) {
+                  const Norms& norms, const PartSums<T>& sums) {
   const Form<T> form(p, norms.far);
   if constexpr (kPass == Pass::kLogSumExp) {
     shared_log_sum_exp<T, kMasked>(p, s, form, width);
@@ -797,7 +821,7 @@ void shared_rows(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, in
 
 template <typename T, Pass kPass, Want kWant>
 void shared_pass(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, int64_t part,
-                 DifferenceSums<T>& sums) {
+                 const PartSums<T>& sums) {
   constexpr int64_t kLanes = Simd<T>::kLanes;
   const int64_t ld_t = tile_stride(p), tiles = (p.K + p.tile - 1) / p.tile;
   for (int64_t tile = tiles * part / p.parts; tile < tiles * (part + 1) / p.parts; ++tile) {
@@ -868,7 +892,7 @@ CRRCD_INLINE typename Simd<T>::V own_entry(const DifferenceParams<T>& p,
   const T* const offsets = p.gram_offset + pair;
   T* const sums_inverse = s.sum_inverse + pair;
   T* const sums_along = s.sum_along + pair;
-  const T slope_weight = p.slope_weight;
+  const T slope_weight = p.slope_weight[b];
   V total{};
   const auto vectors = [&]<int kVectors>(int64_t first) {
     V inverse[kVectors], along[kVectors], slope[kVectors], logit[kVectors], g[kVectors];
@@ -928,7 +952,7 @@ template <typename T, Pass kPass, Want kWant>
 __attribute__((noinline)) void own_exact(const DifferenceParams<T>& p,
                                          const DifferenceScratch<T>& s, ExactQueue<T>& queue,
                                          int64_t bank_row, int64_t u, int64_t b, bool masked,
-                                         bool exact, DifferenceSums<T>& sums) {
+                                         bool exact, const PartSums<T>& sums) {
   BankView bank = p.bank;
   bank.index = nullptr;
   for (int64_t a = 0; exact && a < p.A; ++a)
@@ -958,7 +982,7 @@ struct OwnTile {
 template <typename T, Pass kPass, Want kWant, bool kMasked, bool kBounded>
 __attribute__((noinline)) void own_entries(const DifferenceParams<T>& p,
                                            const DifferenceScratch<T>& s, const OwnTile& tile,
-                                           const Norms& norms, DifferenceSums<T>& sums) {
+                                           const Norms& norms, const PartSums<T>& sums) {
   const T* const half_square = Form<T>(p, norms.far).half_square;
   const Bucket& bucket = tile.bucket;
   using V = typename Simd<T>::V;
@@ -967,6 +991,11 @@ __attribute__((noinline)) void own_entries(const DifferenceParams<T>& p,
   ExactQueue<T> queue;
   V q{}, above{}, sum_g{};
   int bits = 0;
+  const auto flush = [&](int64_t b) {
+    sums.of(b).add(q, bits, above, sum_g);
+    q = above = sum_g = V{};
+    bits = 0;
+  };
   for (int64_t u = 0; u < tile.rows; ++u) {
     const int64_t local = tile.row[u] - bucket.first;
     const T* m = s.rows + u * p.ldD;
@@ -980,15 +1009,12 @@ __attribute__((noinline)) void own_entries(const DifferenceParams<T>& p,
       for (int64_t begin = 0; begin < p.Ap; begin += most) {
         const int64_t end = begin + most < p.Ap ? begin + most : p.Ap;
         const int more = static_cast<int>((end - begin) / Simd<T>::kLanes) * step_bits;
-        if (bits + more > LogProduct<T>::kBits) {
-          sums.add(q, bits, above, sum_g);
-          q = above = sum_g = V{};
-          bits = 0;
-        }
+        if (bits + more > LogProduct<T>::kBits) flush(b);
         bits += more;
         total += own_entry<T, kPass, kWant, kMasked, kBounded>(p, s, half_square, u, b, begin, end,
                                                                half_distance, q, above, sum_g);
       }
+      if (sums.each) flush(b);
       if (kWant != Want::kLoss) {
         const T weight = horizontal_sum<T>(total);
         if (p.need_query) add_multiple(p.Dp, weight, m, s.d_query + b * p.ldD);
@@ -1000,13 +1026,13 @@ __attribute__((noinline)) void own_entries(const DifferenceParams<T>& p,
     }
   }
   if (queue.count > 0) work_off<T, kPass, kWant>(p, s, queue, sums);
-  sums.add(q, bits, above, sum_g);
+  if (!sums.each) flush(0);
 }
 
 // Rows loaded, compared with all anchors, worked off.
 template <typename T, Pass kPass, Want kWant>
 void own_tile(const DifferenceParams<T>& p, const DifferenceScratch<T>& s, const OwnTile& tile,
-              DifferenceSums<T>& sums) {
+              const PartSums<T>& sums) {
   const int64_t rows = tile.rows;
   BankView bank = p.bank;
   bank.index = nullptr;
@@ -1112,7 +1138,7 @@ void sort_bucket(const DifferenceParams<T>& p, int64_t index, Bucket& bucket) {
 
 template <typename T, Pass kPass, Want kWant>
 void own_pass(const DifferenceParams<T>& p, DifferenceScratch<T> s, int64_t part, std::byte* memory,
-              DifferenceSums<T>& sums) {
+              const PartSums<T>& sums) {
   const int64_t pairs = p.B * p.ldA, width = p.B * p.ldD;
   T* const totals[] = {s.sum_inverse, s.sum_along, s.d_query};
   DifferenceScratch<T> block;  // of the same memory, with the sums of a block of entries
@@ -1181,13 +1207,17 @@ void difference_part(const DifferenceParams<T>& p, int64_t part, std::byte* memo
   s.sum_f = p.sum_f ? p.sum_f + part * p.ldA : nullptr;
   s.running_max = p.running_max ? p.running_max + part * pairs : nullptr;
   s.running_sum = p.running_sum ? p.running_sum + part * pairs : nullptr;
-  DifferenceSums<T> sums;
+  for (int64_t i = 0; i < p.sums; ++i) s.sums[i] = {};
+  const PartSums<T> sums{s.sums, p.each};
   if (p.entries)
     own_pass<T, kPass, kWant>(p, s, part, memory, sums);
   else
     shared_pass<T, kPass, kWant>(p, s, part, sums);
-  p.scalars[part * 2] += sums.loss + sums.products.log();
-  p.scalars[part * 2 + 1] += sums.sum_g;
+  for (int64_t i = 0; i < p.sums; ++i) {
+    double* scalars = p.scalars + (part * p.sums + i) * 2;
+    scalars[0] += s.sums[i].loss + s.sums[i].products.log();
+    scalars[1] += s.sums[i].sum_g;
+  }
 }
 
 template <typename T>

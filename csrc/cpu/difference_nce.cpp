@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "../aten.h"
@@ -101,18 +102,42 @@ class DifferenceNce {
         return std::log1p(e) + (logit > 0 ? 0 : -logit);
       });
     }
-    for (int64_t i = 0; scalars.defined() && i < p.parts; ++i) {
+    for (int64_t i = 0; scalars.defined() && i < p.parts * p.sums; ++i) {
       const double* part = scalars.const_data_ptr<double>() + 2 * i;
-      loss += x.infonce ? 0 * part[0] : part[0];
-      sum_g += part[1];
+      double& to = p.each ? query_loss[i % p.sums] : loss;
+      to += x.infonce ? 0 * part[0] : part[0];
+      sum_g += weight_of(i % p.sums) * part[1];
     }
     // what no sum has seen, of operands that are not finite
-    if (!all_finite<T>(query) || !all_finite<T>(positive) || !all_finite<T>(anchor))
-      loss = std::numeric_limits<double>::quiet_NaN();
-    return gradients(pairs > 0 ? loss / pairs : 0 * loss, sum_g);
+    constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+    if (!all_finite<T>(query) || !all_finite<T>(positive) || !all_finite<T>(anchor)) loss = kNaN;
+    if (p.each && std::isnan(loss)) {
+      const bool all = !all_finite<T>(anchor);
+      for (int64_t b = 0; b < x.B; ++b)
+        if (all || !all_finite<T>(query.select(0, b)) || !all_finite<T>(positive.select(0, b)))
+          query_loss[b] = kNaN;
+    }
+    return gradients(reduced(loss), sum_g);
   }
 
  private:
+  // The losses [B], or the one that they become; `loss` is their sum where they are not known.
+  at::Tensor reduced(double loss) {
+    if (p.each) {
+      for (int64_t b = 0; b < x.B; ++b) query_loss[b] *= weight_of(b);
+      loss = std::accumulate(query_loss.begin(), query_loss.end(), 0.0);
+    }
+    if (x.reduction == Reduction::kNone) {
+      const at::Tensor losses = at::empty({x.B}, at::TensorOptions().dtype(at::kDouble));
+      std::copy(query_loss.begin(), query_loss.end(), losses.mutable_data_ptr<double>());
+      return losses.to(dtype);
+    }
+    if (x.reduction == Reduction::kMean) loss = pairs > 0 ? loss / pairs : 0 * loss;
+    return at::scalar_tensor(loss, query.options());
+  }
+
+  double weight_of(int64_t b) const { return weights.empty() ? 1 : weights[b]; }
+
   at::Tensor zeros(at::IntArrayRef shape) {
     return at::zeros(shape, at::TensorOptions().dtype(dtype));
   }
@@ -135,6 +160,15 @@ class DifferenceNce {
              : x.needs(kDifferenceQuery | kDifferenceScale | kDifferenceOffset) ? Want::kQuery
                                                                                 : Want::kLoss;
     p.pair_parts = std::clamp<int64_t>(x.A * x.B * x.D / 16384, 1, threads);
+    if (x.each()) {
+      p.each = true, p.sums = x.B;
+      query_loss.assign(static_cast<size_t>(x.B), 0);
+    }
+    if (x.weights.defined()) {
+      const at::Tensor given = x.weights.to(at::kDouble).contiguous();
+      const double* values = given.const_data_ptr<double>();
+      weights.assign(values, values + x.B);
+    }
 
     bank = x.bank.stride(1) == 1 ? x.bank : x.bank.contiguous();
     p.bank.data = bank.const_data_ptr();
@@ -264,14 +298,17 @@ class DifferenceNce {
       p.near_begin = near_begin.data();
       p.near_anchor = near_anchor.data();
     }
-    inverse_pairs = pairs > 0 ? 1 / pairs : 0;
-    p.slope_weight = static_cast<T>(kLog2 * inverse_pairs);
+    factor = x.factor(pairs);
+    T* const slope_weights = take(x.B);
+    for (int64_t b = 0; b < x.B; ++b)
+      slope_weights[b] = static_cast<T>(kLog2 * factor * weight_of(b));
+    p.slope_weight = slope_weights;
     T* const slopes = take(cells);
-    T* const weights = take(cells);
+    T* const pair_weights = take(cells);
     T least = std::numeric_limits<T>::infinity(), most = 0;
     for_pairs([&](int64_t at) {
       slopes[at] = p.inverse[at] * static_cast<T>(scale / kLog2);
-      weights[at] = counts[at] ? slopes[at] * p.slope_weight : T(0);
+      pair_weights[at] = counts[at] ? slopes[at] * slope_weights[at / p.ldA] : T(0);
       p.most_u = std::max(p.most_u, p.half_square[at]);
       p.most_inverse = std::max(p.most_inverse, p.inverse[at]);
       if (!counts[at] || p.near[at]) return;
@@ -281,7 +318,7 @@ class DifferenceNce {
     p.most_u = std::sqrt(2 * p.most_u);
     p.least_square = 2 * most / kFar, p.most_square = 2 * least * kFar;
     p.slope = slopes;
-    p.weight = weights;
+    p.weight = pair_weights;
     p.logit_bits = logit_bits(scale, offset);
     set_offsets([&](int64_t) { return -offset / kLog2; });
   }
@@ -326,7 +363,7 @@ class DifferenceNce {
                            double d_logit = 0;
                            Sums& sums = of_query[b];
                            sums.loss += loss_of(at, positive_logit(at), d_logit);
-                           d_logit *= inverse_pairs;
+                           d_logit *= factor * weight_of(b);
                            sums.d_offset -= d_logit;
                            sums.d_scale += d_logit * p.cosine[at];
                            const double inverse_u = p.inverse[at];
@@ -339,8 +376,9 @@ class DifferenceNce {
                      });
     p.c_positive = c, p.e_positive = e, p.f_positive = f;
     double loss = 0;
-    for (const Sums& sums : of_query) {
-      loss += sums.loss;
+    for (int64_t b = 0; b < x.B; ++b) {
+      const Sums& sums = of_query[b];
+      (p.each ? query_loss[b] : loss) += sums.loss;
       d_scale_positive += sums.d_scale;
       d_offset_positive += sums.d_offset;
     }
@@ -364,17 +402,18 @@ class DifferenceNce {
 
   // log of the sum of exponentials over the positive and the kept negatives, [B, ldA] in double.
   at::Tensor sweep_log_sum_exp() {
-    const Want want = p.want;
+    const DifferenceParams<T> all = p;
     at::Tensor top = at::full({p.parts, x.B, p.ldA}, kLeftOut, at::TensorOptions().dtype(dtype));
     at::Tensor sum = at::zeros_like(top);
     at::Tensor unused = at::zeros({p.parts, 2}, at::TensorOptions().dtype(at::kDouble));
     p.pass = Pass::kLogSumExp;
     p.want = Want::kLoss;
+    p.each = false, p.sums = 1;
     p.running_max = mutable_pointer<T>(top);
     p.running_sum = mutable_pointer<T>(sum);
     p.scalars = mutable_pointer<double>(unused);
     dispatch();
-    p.want = want;
+    p.want = all.want, p.each = all.each, p.sums = all.sums;
     at::Tensor normalizer = at::zeros({x.B, p.ldA}, at::TensorOptions().dtype(at::kDouble));
     double* out = normalizer.mutable_data_ptr<double>();
     const int64_t slice = x.B * p.ldA;
@@ -392,7 +431,7 @@ class DifferenceNce {
 
   void sweep(Pass pass) {
     p.pass = pass;
-    scalars = at::zeros({p.parts, 2}, at::TensorOptions().dtype(at::kDouble));
+    scalars = at::zeros({p.parts, p.sums, 2}, at::TensorOptions().dtype(at::kDouble));
     p.scalars = mutable_pointer<double>(scalars);
     if (p.want != Want::kLoss) {
       sum_inverse = zeros({p.parts, x.B, p.ldA});
@@ -418,7 +457,7 @@ class DifferenceNce {
     return gradient.narrow(1, 0, x.D).to(like.scalar_type()).contiguous();
   }
 
-  DifferenceResult gradients(double loss, double sum_g) {
+  DifferenceResult gradients(const at::Tensor& loss, double sum_g) {
     const auto none = [](const at::Tensor& like) { return at::empty({0}, like.options()); };
     const int64_t cells = x.B * p.ldA;
     T* const c = take(cells);
@@ -432,7 +471,7 @@ class DifferenceNce {
         }
       for_pairs([&](int64_t at) {
         const T u = p.inverse[at];
-        d_scale += inverse_pairs * u * e[at];
+        d_scale += factor * weight_of(at / p.ldA) * u * e[at];
         c[at] *= p.weight[at];
         e[at] *= p.weight[at] * u * u;
       });
@@ -452,14 +491,14 @@ class DifferenceNce {
     if (d_rows.defined())
       d_bank = x.index.defined() ? zeros({x.N, x.D}).index_add_(0, x.index, d_rows) : d_rows;
     return {
-        at::scalar_tensor(loss, query.options()),
+        loss,
         x.needs(kDifferenceQuery) ? result(d_query, x.query) : none(x.query),
         x.needs(kDifferencePositive) ? result(d_positive, x.positive) : none(x.positive),
         x.needs(kDifferenceAnchor) ? result(d_anchor, x.anchor) : none(x.anchor),
         x.needs(kDifferenceBank) ? result(d_bank, x.bank) : none(x.bank),
         x.needs(kDifferenceScale) ? at::scalar_tensor(d_scale, x.scale.options()) : none(x.scale),
         x.needs(kDifferenceOffset)
-            ? at::scalar_tensor(d_offset_positive - sum_g * inverse_pairs, x.offset.options())
+            ? at::scalar_tensor(d_offset_positive - sum_g * factor, x.offset.options())
             : none(x.offset)};
   }
 
@@ -474,12 +513,15 @@ class DifferenceNce {
   const Kernels& kernels;
   const at::ScalarType dtype;
   DifferenceParams<T> p;
-  double scale = 1, offset = 0, pairs = 0, inverse_pairs = 0;
+  double scale = 1, offset = 0, pairs = 0;
+  double factor = 0;  // what a sum over pairs is multiplied with
   double d_scale_positive = 0, d_offset_positive = 0;
   SortedEntries sorted;
   std::vector<int64_t> near_begin;
   std::vector<int32_t> near_anchor;
-  std::vector<uint8_t> counts;  // [B, ldA], whether a pair counts
+  std::vector<uint8_t> counts;     // [B, ldA], whether a pair counts
+  std::vector<double> weights;     // [B], none: 1
+  std::vector<double> query_loss;  // [B], where it is wanted one by one
   std::vector<at::Tensor> kept;
   at::Tensor bank, query, positive, anchor, near, offsets, gram_offsets;
   at::Tensor scalars, sum_inverse, sum_along, d_query, d_anchor, sum_f, d_bank, d_rows;
@@ -494,10 +536,12 @@ DifferenceResult difference_nce_cpu(
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
     const std::optional<at::Tensor>& excluded, bool self_pairs, double eps,
-    const std::string& objective, int64_t need) {
-  const DifferenceArguments x = difference_arguments(
-      query, positive, anchor, bank, scale, offset, index, anchor_id, query_id, key_id, query_label,
-      key_label, excluded, self_pairs, eps, objective, need, /*with_half=*/false);
+    const std::string& objective, const std::optional<at::Tensor>& weights,
+    const std::string& reduction, int64_t need) {
+  const DifferenceArguments x =
+      difference_arguments(query, positive, anchor, bank, scale, offset, index, anchor_id, query_id,
+                           key_id, query_label, key_label, excluded, self_pairs, eps, objective,
+                           weights, reduction, need, /*with_half=*/false);
   if (x.index.defined() && !x.own()) check_rows(kOp, "index", x.index, x.N);  // own: when sorted
   return x.dtype == at::kDouble ? DifferenceNce<double>(x).run() : DifferenceNce<float>(x).run();
 }
@@ -509,14 +553,15 @@ DifferenceResult difference_nce_update_cpu(
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
     const std::optional<at::Tensor>& excluded, bool self_pairs, double eps,
-    const std::string& objective, int64_t need, const at::Tensor& update_index,
+    const std::string& objective, const std::optional<at::Tensor>& weights,
+    const std::string& reduction, int64_t need, const at::Tensor& update_index,
     const at::Tensor& update_value, double momentum, bool normalize) {
   TORCH_CHECK_VALUE((need & kDifferenceBank) == 0, "crrcd_ext.", kOp,
                     ": update: a bank that is updated in the call cannot have a gradient");
   const BankUpdate update(kOp, bank, update_index, update_value, momentum, normalize);
-  DifferenceResult result = difference_nce_cpu(query, positive, anchor, bank, scale, offset, index,
-                                               anchor_id, query_id, key_id, query_label, key_label,
-                                               excluded, self_pairs, eps, objective, need);
+  DifferenceResult result = difference_nce_cpu(
+      query, positive, anchor, bank, scale, offset, index, anchor_id, query_id, key_id, query_label,
+      key_label, excluded, self_pairs, eps, objective, weights, reduction, need);
   update.commit();
   return result;
 }

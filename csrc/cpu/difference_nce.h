@@ -12,7 +12,8 @@ DifferenceResult difference_nce_cpu(
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
     const std::optional<at::Tensor>& excluded, bool self_pairs, double eps,
-    const std::string& objective, int64_t need);
+    const std::string& objective, const std::optional<at::Tensor>& weights,
+    const std::string& reduction, int64_t need);
 
 DifferenceResult difference_nce_update_cpu(
     const at::Tensor& query, const at::Tensor& positive, const at::Tensor& anchor,
@@ -21,7 +22,8 @@ DifferenceResult difference_nce_update_cpu(
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
     const std::optional<at::Tensor>& excluded, bool self_pairs, double eps,
-    const std::string& objective, int64_t need, const at::Tensor& update_index,
+    const std::string& objective, const std::optional<at::Tensor>& weights,
+    const std::string& reduction, int64_t need, const at::Tensor& update_index,
     const at::Tensor& update_value, double momentum, bool normalize);
 
 }  // namespace crrcd

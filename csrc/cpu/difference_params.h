@@ -31,6 +31,8 @@ struct DifferenceParams {
   Pass pass = Pass::kNce;
   Want want = Want::kLoss;
   bool need_query = false, need_bank = false;
+  bool each = false;  // every query has sums of its own, unweighted,
+  int64_t sums = 1;   // which are as many in a part, or one of all
 
   BankView bank;           // with the index of shared negatives
   bool as_stored = false;  // its rows are of type T and have width Dp
@@ -73,8 +75,9 @@ struct DifferenceParams {
   T most_u = 0, most_inverse = 0;  // the largest |u| and 1 / |u|
   // keys whose squares, seen from the origin, lie between these are compared by distances
   T least_square = 0, most_square = std::numeric_limits<T>::infinity();
-  T slope_weight = 0;              // weight of a pair that counts / slope
-  const T* weight = nullptr;       // scale / (|u| pairs), 0 for a pair that does not count
+  const T* slope_weight = nullptr;  // [B]: weight of a pair that counts / slope
+  // scale / (|u| pairs), times the query's weight; 0 for a pair that does not count
+  const T* weight = nullptr;
   const T* offset = nullptr;       // added to a logit; -1e30 for a pair that does not count
   const T* gram_offset = nullptr;  // the same, and -1e30 for near pairs
   // near pairs that count, by query: anchors near_anchor[near_begin[b]] and on
@@ -90,7 +93,7 @@ struct DifferenceParams {
   Excluded excluded;
 
   // sums; one slice a part, added up by the host in a fixed order
-  double* scalars = nullptr;  // [parts, 2]: loss, sum of logit gradients
+  double* scalars = nullptr;  // [parts, sums, 2]: loss, sum of logit gradients
   T* running_max = nullptr;   // [parts, B, ldA] (kLogSumExp)
   T* running_sum = nullptr;   // [parts, B, ldA]
   T* sum_inverse = nullptr;   // [parts, B, ldA]: of g / |w|

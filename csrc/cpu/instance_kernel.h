@@ -80,6 +80,18 @@ size_t carve(const InstanceParams<T>& p, std::byte* base, InstanceScratch<T>& s)
 
 // ------------------------------------------------------------------------------------ objective
 
+// What the derivatives of query b, or of lanes of queries from b on, are multiplied with.
+template <typename T>
+CRRCD_INLINE T slope_of(const InstanceParams<T>& p, int64_t b) {
+  return p.scale * p.gradient_scale * (p.weight ? p.weight[b] : T(1));
+}
+
+template <typename T>
+CRRCD_INLINE typename Simd<T>::V slopes_of(const InstanceParams<T>& p, int64_t b) {
+  const auto slope = splat(p.scale * p.gradient_scale);
+  return p.weight ? slope * load(p.weight + b) : slope;
+}
+
 // Sums over entries: in vectors for some steps, then in double.
 template <typename T>
 struct NceSums {
@@ -97,12 +109,44 @@ struct NceSums {
     above = q = g = slope = V{};
     steps = 0;
   }
+
+  // In place of flush, after up to kMostlyBoundedSteps numbers of a lane: lane i is of query i.
+  CRRCD_INLINE void settle(int64_t queries, const T* weight, double* losses) {
+    constexpr int kLanes = Simd<T>::kLanes;
+    T more[kLanes], product[kLanes];
+    store(more, above);
+    store(product, q);
+    for (int64_t i = 0; i < kLanes && i < queries; ++i)
+      losses[i] +=
+          kLog2 * static_cast<double>(more[i]) + __builtin_log1p(static_cast<double>(product[i]));
+    start_over(load(weight));
+  }
+
+  // The same after up to kMostlyBoundedSteps numbers of all lanes, which are of one query.
+  CRRCD_INLINE void settle(T weight, double& of_query) {
+    T product[Simd<T>::kLanes];
+    store(product, q);
+    double all = 0;  // minus 1; in range, as all lanes together have no more than one may have
+    for (const T x : product) all = all * static_cast<double>(x) + (all + static_cast<double>(x));
+    of_query += kLog2 * static_cast<double>(horizontal_sum<T>(above)) + __builtin_log1p(all);
+    start_over(splat(weight));
+  }
+
+ private:
+  CRRCD_INLINE void start_over(V weight) {
+    d_scale += horizontal_sum<T>(slope * weight);
+    d_offset -= horizontal_sum<T>(g * weight);
+    above = q = g = slope = V{};
+    steps = 0;
+  }
 };
 
 // Vectors of products z: adds the softplus of their logits to the sums and makes z its derivatives,
-// times scale. Where keep is 0, which is read only when kMasked, nothing is added and z becomes 0.
+// times `factor`. Where keep is 0, which is read only when kMasked, nothing is added and z becomes
+// 0.
 template <typename T, bool kMasked, int kVectors>
-CRRCD_INLINE void nce_steps(const InstanceParams<T>& p, typename Simd<T>::V (&z)[kVectors],
+CRRCD_INLINE void nce_steps(const InstanceParams<T>& p, typename Simd<T>::V factor,
+                            typename Simd<T>::V (&z)[kVectors],
                             const typename Simd<T>::V (&keep)[kVectors], NceSums<T>& s) {
   using V = typename Simd<T>::V;
   V logit[kVectors], g[kVectors];
@@ -116,18 +160,17 @@ CRRCD_INLINE void nce_steps(const InstanceParams<T>& p, typename Simd<T>::V (&z)
   if (s.steps + kVectors > kMostlyBoundedSteps) s.flush();
   s.steps += kVectors;
   softplus_mostly_bounded<T>(logit, s.q, s.above, g);
-  const T slope = p.scale * p.gradient_scale;
   for (int i = 0; i < kVectors; ++i) {
     s.g += g[i];
     s.slope += g[i] * z[i];
-    z[i] = g[i] * slope;
+    z[i] = g[i] * factor;
   }
 }
 
 // nce_steps of n vectors in memory, z of which are `step` numbers apart and keep `keep_step`.
 template <typename T, bool kMasked>
-CRRCD_INLINE void nce_column(const InstanceParams<T>& p, int64_t n, T* z, int64_t step,
-                             const T* keep, int64_t keep_step, NceSums<T>& s) {
+CRRCD_INLINE void nce_column(const InstanceParams<T>& p, typename Simd<T>::V factor, int64_t n,
+                             T* z, int64_t step, const T* keep, int64_t keep_step, NceSums<T>& s) {
   using V = typename Simd<T>::V;
   for_vectors(n, [&]<int kVectors>(int64_t first) {
     V x[kVectors], kept[kVectors];
@@ -135,7 +178,7 @@ CRRCD_INLINE void nce_column(const InstanceParams<T>& p, int64_t n, T* z, int64_
       x[i] = load(z + (first + i) * step);
       kept[i] = kMasked ? load(keep + (first + i) * keep_step) : V{};
     }
-    nce_steps<T, kMasked>(p, x, kept, s);
+    nce_steps<T, kMasked>(p, factor, x, kept, s);
     for (int i = 0; i < kVectors; ++i) store(z + (first + i) * step, x[i]);
   });
 }
@@ -216,18 +259,25 @@ bool fill_keep(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t 
 // Loss and, in s.z, gradients of the logits of a tile.
 template <typename T, bool kMasked>
 void shared_nce(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t m, int64_t b0,
-                int64_t width, int64_t ld, NceSums<T>& sums) {
+                int64_t width, int64_t ld, int64_t part, NceSums<T>& sums) {
+  const int64_t together = p.losses ? kMostlyBoundedSteps : m;  // rows between two settlements
   for (int64_t b = 0; b < width; b += Simd<T>::kLanes) {
     const bool padded = b0 + b + Simd<T>::kLanes > p.B;
     if (kMasked && padded)
       for (int64_t n = 0; n < m; ++n)
         store(s.keep + n * ld + b, load(s.keep + n * ld + b) * load(s.live + b0 + b));
-    if (kMasked)
-      nce_column<T, true>(p, m, s.z + b, ld, s.keep + b, ld, sums);
-    else if (padded)
-      nce_column<T, true>(p, m, s.z + b, ld, s.live + b0 + b, 0, sums);
-    else
-      nce_column<T, false>(p, m, s.z + b, ld, nullptr, 0, sums);
+    const auto factor = slopes_of(p, b0 + b);
+    for (int64_t n = 0; n < m; n += together) {
+      const int64_t count = m - n < together ? m - n : together;
+      T* z = s.z + n * ld + b;
+      if (kMasked)
+        nce_column<T, true>(p, factor, count, z, ld, s.keep + n * ld + b, ld, sums);
+      else if (padded)
+        nce_column<T, true>(p, factor, count, z, ld, s.live + b0 + b, 0, sums);
+      else
+        nce_column<T, false>(p, factor, count, z, ld, nullptr, 0, sums);
+      if (p.losses) sums.settle(p.B - b0 - b, p.weight + b0 + b, p.losses + part * p.B + b0 + b);
+    }
   }
 }
 
@@ -294,12 +344,12 @@ void shared_log_sum_exp(const InstanceParams<T>& p, const InstanceScratch<T>& s,
 }
 
 // n vectors of products z, `step` numbers apart, to gradients of the logits, the normaliser (in
-// units of log 2) known. Where keep is 0, which is read only when kMasked, they are 0.
+// units of log 2) known, times `factor`. Where keep is 0, which is read only when kMasked, they are
+// 0.
 template <typename T, bool kMasked>
-CRRCD_INLINE void softmax(const InstanceParams<T>& p, int64_t n, T* z, int64_t step, const T* keep,
-                          typename Simd<T>::V normalizer) {
+CRRCD_INLINE void softmax(const InstanceParams<T>& p, typename Simd<T>::V factor, int64_t n, T* z,
+                          int64_t step, const T* keep, typename Simd<T>::V normalizer) {
   using V = typename Simd<T>::V;
-  const T slope = p.scale * p.gradient_scale;
   for_vectors(n, [&]<int kVectors>(int64_t first) {
     V g[kVectors];
     for (int i = 0; i < kVectors; ++i)
@@ -307,7 +357,7 @@ CRRCD_INLINE void softmax(const InstanceParams<T>& p, int64_t n, T* z, int64_t s
     exp2_of(g);
     for (int i = 0; i < kVectors; ++i) {
       if (kMasked) g[i] = load(keep + (first + i) * step) > 0 ? g[i] : V{};
-      store(z + (first + i) * step, g[i] * slope);
+      store(z + (first + i) * step, g[i] * factor);
     }
   });
 }
@@ -316,13 +366,14 @@ template <typename T, bool kMasked>
 void shared_softmax(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t m, int64_t b0,
                     int64_t width, int64_t ld) {
   for (int64_t b = 0; b < width; b += Simd<T>::kLanes)
-    softmax<T, kMasked>(p, m, s.z + b, ld, s.keep + b, load(p.log_normalizer + b0 + b));
+    softmax<T, kMasked>(p, slopes_of(p, b0 + b), m, s.z + b, ld, s.keep + b,
+                        load(p.log_normalizer + b0 + b));
 }
 
 template <typename T, Pass kPass, bool kMasked>
 void shared_logits(const InstanceParams<T>& p, const InstanceScratch<T>& s, int64_t m, int64_t b0,
                    int64_t width, int64_t ld, int64_t part, NceSums<T>& sums) {
-  if (kPass == Pass::kNce) shared_nce<T, kMasked>(p, s, m, b0, width, ld, sums);
+  if (kPass == Pass::kNce) shared_nce<T, kMasked>(p, s, m, b0, width, ld, part, sums);
   if (kPass == Pass::kLogSumExp) shared_log_sum_exp<T, kMasked>(p, s, m, b0, width, ld, part);
   if (kPass == Pass::kSoftmax) shared_softmax<T, kMasked>(p, s, m, b0, width, ld);
 }
@@ -581,15 +632,18 @@ void process_chunk(const InstanceParams<T>& p, const InstanceScratch<T>& s, Chun
   for (int64_t i = masked || kPass != Pass::kNce ? 0 : padded; i < n; ++i)
     s.keep[i] = masked && dropped(p, b, chunk.row[i]) ? 0 : 1;
   for (int64_t i = n; i % kLanes != 0; ++i) s.keep[i] = s.z[i] = 0;
+  const auto factor = splat(slope_of(p, b));
   if (kPass == Pass::kNce) {
     const int64_t whole = masked ? 0 : n / kLanes;
-    nce_column<T, false>(p, whole, s.z, kLanes, nullptr, 0, sums);
-    nce_column<T, true>(p, (n + kLanes - 1) / kLanes - whole, s.z + whole * kLanes, kLanes,
+    nce_column<T, false>(p, factor, whole, s.z, kLanes, nullptr, 0, sums);
+    nce_column<T, true>(p, factor, (n + kLanes - 1) / kLanes - whole, s.z + whole * kLanes, kLanes,
                         s.keep + whole * kLanes, kLanes, sums);
+    if (p.losses) sums.settle(p.weight[b], p.losses[part * p.B + b]);
   }
   if (kPass == Pass::kLogSumExp) own_log_sum_exp(p, s, b, n, part);
   if (kPass == Pass::kSoftmax)
-    softmax<T, true>(p, (n + kLanes - 1) / kLanes, s.z, kLanes, s.keep, splat(p.log_normalizer[b]));
+    softmax<T, true>(p, factor, (n + kLanes - 1) / kLanes, s.z, kLanes, s.keep,
+                     splat(p.log_normalizer[b]));
 
   if (p.need_query && kPass != Pass::kSoftmax) {
     T* d_query = p.d_query + (part * p.B + b) * p.ldD;

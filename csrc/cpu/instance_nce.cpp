@@ -60,20 +60,24 @@ class InstanceNce {
     const double scale = x.scale.item<double>(), offset = x.offset.item<double>();
     p.scale = static_cast<T>(scale), p.scale_log2 = static_cast<T>(scale / kLog2);
     p.offset = static_cast<T>(offset), p.offset_log2 = static_cast<T>(offset / kLog2);
-    p.gradient_scale = static_cast<T>(x.B > 0 ? 1.0 / static_cast<double>(x.B) : 0);
+    const double factor = x.factor(static_cast<double>(x.B));
+    p.gradient_scale = static_cast<T>(factor);
     const at::Tensor product = (query * positive).sum(-1);
     const at::Tensor logit = product * p.scale - p.offset;
 
     set_up();
     double loss = 0, d_scale = 0, d_offset = 0;
+    at::Tensor losses;  // of each query, in double, where they are wanted one by one
     at::Tensor d_logit, d_query;
     if (x.infonce) {
       sweep(Pass::kLogSumExp);
       const at::Tensor normalizer = log_normalizer(logit.to(at::kDouble));
-      loss = (normalizer - logit).sum().template item<double>();
+      losses = normalizer - logit;
+      if (!x.each()) loss = losses.sum().template item<double>();
       d_logit = ((logit - normalizer).exp() - 1).to(dtype);
       // of a part's sums of exp(logit - maximum) this makes probabilities
       const at::Tensor share = (running_max - normalizer).exp();
+      if (x.weights.defined()) share.mul_(x.weights);
       d_scale = (running_slope * share).sum().template item<double>();
       d_offset = -(running_sum * share).sum().template item<double>();
       if (p.need_query)
@@ -88,15 +92,26 @@ class InstanceNce {
       sweep(Pass::kNce);
       const double* s = scalars.const_data_ptr<double>();
       for (int64_t i = 0; i < p.parts; ++i, s += 3) loss += s[0], d_scale += s[1], d_offset += s[2];
-      loss += at::log_sigmoid(logit).neg_().sum(at::kDouble).template item<double>();
+      const at::Tensor of_positive = at::log_sigmoid(logit).neg_();
+      if (x.each())
+        losses = sum_parts(loss_parts).add(of_positive);
+      else
+        loss += of_positive.sum(at::kDouble).template item<double>();
       d_logit = at::sigmoid(-logit).neg_();
       if (p.need_query) d_query = sum_parts(d_query_parts);
     }
-    const double inverse = x.B > 0 ? 1.0 / static_cast<double>(x.B) : 0;
+    if (x.weights.defined()) {
+      losses.mul_(x.weights);
+      d_logit.mul_(x.weights);
+      loss = losses.sum().template item<double>();
+    }
+    const at::Tensor reduced = x.reduction == Reduction::kNone
+                                   ? losses.to(dtype)
+                                   : at::scalar_tensor(loss * factor, query.options());
     // the positives' part goes last: it is the large term of a sum of many small ones
     const auto none = [](const at::Tensor& like) { return at::empty({0}, like.options()); };
     const at::Tensor pull = (d_logit * (p.scale * p.gradient_scale)).unsqueeze(-1);
-    return {at::scalar_tensor(loss * inverse, query.options()),
+    return {reduced,
             p.need_query ? result(at::addcmul(d_query.narrow(1, 0, x.D), pull, positive), x.query)
                          : none(x.query),
             x.needs(kInstancePositive) ? result(pull * query, x.positive) : none(x.positive),
@@ -112,6 +127,11 @@ class InstanceNce {
     p.Bp = round_up(x.B, lanes), p.Dp = round_up(x.D, lanes);
     p.ldB = leading_dimension(p.Bp, sizeof(T)), p.ldD = leading_dimension(p.Dp, sizeof(T));
     p.need_query = x.needs(kInstanceQuery);
+    if (x.each()) {
+      weight = padded(x.weights.defined() ? x.weights : at::ones({x.B}, query.options()), dtype, 1,
+                      p.ldB);
+      p.weight = pointer<T>(weight);
+    }
 
     bank = x.bank.stride(1) == 1 || x.D == 1 ? x.bank : x.bank.contiguous();
     p.bank.data = bank.const_data_ptr();
@@ -174,6 +194,10 @@ class InstanceNce {
     if (pass == Pass::kNce) {
       scalars = at::zeros({p.parts, 3}, doubles);
       p.scalars = mutable_pointer<double>(scalars);
+      if (x.each()) {
+        loss_parts = at::zeros({p.parts, x.B}, doubles);
+        p.losses = mutable_pointer<double>(loss_parts);
+      }
     } else if (pass == Pass::kLogSumExp) {
       running_max = at::full({p.parts, p.ldB}, -1e30, query.options());
       running_sum = at::zeros({p.parts, x.B}, doubles);
@@ -248,7 +272,7 @@ class InstanceNce {
   InstanceParams<T> p;
   Tiling tiling;
   at::Tensor query, positive, bank, query_padded, query_t, memory, scalars, d_query_parts, d_bank;
-  at::Tensor running_max, running_sum, running_slope;
+  at::Tensor weight, loss_parts, running_max, running_sum, running_slope;
 };
 
 }  // namespace
@@ -266,10 +290,11 @@ InstanceResult instance_nce_cpu(
     const at::Tensor& scale, const at::Tensor& offset, const std::optional<at::Tensor>& index,
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
-    const std::optional<at::Tensor>& excluded, const std::string& objective, int64_t need) {
-  const InstanceArguments x =
-      instance_arguments(query, positive, bank, scale, offset, index, query_id, key_id, query_label,
-                         key_label, excluded, objective, need, /*with_half=*/false);
+    const std::optional<at::Tensor>& excluded, const std::string& objective,
+    const std::optional<at::Tensor>& weights, const std::string& reduction, int64_t need) {
+  const InstanceArguments x = instance_arguments(
+      query, positive, bank, scale, offset, index, query_id, key_id, query_label, key_label,
+      excluded, objective, weights, reduction, need, /*with_half=*/false);
   return x.dtype == at::kDouble ? InstanceNce<double>(x).run() : InstanceNce<float>(x).run();
 }
 
@@ -278,7 +303,8 @@ InstanceResult instance_nce_update_cpu(
     const at::Tensor& scale, const at::Tensor& offset, const std::optional<at::Tensor>& index,
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
-    const std::optional<at::Tensor>& excluded, const std::string& objective, int64_t need,
+    const std::optional<at::Tensor>& excluded, const std::string& objective,
+    const std::optional<at::Tensor>& weights, const std::string& reduction, int64_t need,
     const at::Tensor& update_index, const at::Tensor& update_value, double momentum,
     bool normalize) {
   TORCH_CHECK_VALUE((need & kInstanceBank) == 0, "crrcd_ext.", kOp,
@@ -286,7 +312,7 @@ InstanceResult instance_nce_update_cpu(
   const BankUpdate update(kOp, bank, update_index, update_value, momentum, normalize);
   InstanceResult result =
       instance_nce_cpu(query, positive, bank, scale, offset, index, query_id, key_id, query_label,
-                       key_label, excluded, objective, need);
+                       key_label, excluded, objective, weights, reduction, need);
   update.commit();
   return result;
 }

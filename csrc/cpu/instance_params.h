@@ -56,7 +56,8 @@ struct InstanceParams {
   T scale = 1, offset = 0;
   // logits in units of log 2: powers of two are cheaper than those of e
   T scale_log2 = 1, offset_log2 = 0;
-  T gradient_scale = 1;  // 1 / B: every gradient is that of the mean
+  T gradient_scale = 1;       // 1 / B where every gradient is that of the mean
+  const T* weight = nullptr;  // [ldB] of the queries' losses, null: 1
 
   // masks; null when there is nothing to mask
   const int64_t* query_id = nullptr;     // [B]
@@ -69,6 +70,8 @@ struct InstanceParams {
 
   // sums; one slice a part, added up by the host in a fixed order
   double* scalars = nullptr;        // [parts, 3]: loss, d_scale, d_offset (kNce)
+  double* losses = nullptr;         // [parts, B]: of each query, unweighted, which `scalars` are
+                                    // without then; null where the sum is enough (kNce)
   T* running_max = nullptr;         // [parts, ldB] in units of log 2 (kLogSumExp)
   double* running_sum = nullptr;    // [parts, B]: of e = exp(logit - maximum)
   double* running_slope = nullptr;  // [parts, B]: of e <q, m>

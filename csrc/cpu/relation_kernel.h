@@ -317,9 +317,11 @@ T load_tile(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t t, int64_t 
 }
 
 // Loss and logit gradients of one tile from z = <q_b, w> and 1/|w|. Logits are in units of log 2.
-template <typename T, Pass kPass, bool kMasked>
+// kEach: each query's loss is added to `losses`, and not to `scalars`.
+template <typename T, Pass kPass, bool kMasked, bool kEach>
 void tile_logits(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t a, int64_t m,
-                 const T* keep, T* d_logit, T* running_max, T* running_sum, double* scalars) {
+                 const T* keep, T* d_logit, T* running_max, T* running_sum, double* losses,
+                 double* scalars) {
   using V = typename Simd<T>::V;
   constexpr int kLanes = Simd<T>::kLanes;
   constexpr int64_t kBlock = 16;  // two short sums round less than one long one
@@ -357,8 +359,15 @@ void tile_logits(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t a, int
     }
     V above{}, sum_g{}, sum_g_cosine{}, sum_ds{}, block_ds{}, q{};
     int steps = 0;
+    double product[kEach ? kLanes : 1] = {};  // minus 1, of each query: below 2^(m / 64 * 102)
     const auto flush = [&] {
-      products.add(weight > 0 ? q : V{}, kMostlyBoundedBits);
+      if constexpr (kEach) {
+        T lane[kLanes];
+        store(lane, q);
+        for (int i = 0; i < kLanes; ++i) product[i] = product[i] * lane[i] + (product[i] + lane[i]);
+      } else {
+        products.add(weight > 0 ? q : V{}, kMostlyBoundedBits);
+      }
       q = V{};
       steps = 0;
     };
@@ -399,7 +408,14 @@ void tile_logits(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t a, int
     }
     if (kPass == Pass::kNce) flush();
     if (d_logit) store(d_logit + b, load(d_logit + b) + sum_ds);
-    loss += kLog2 * static_cast<double>(horizontal_sum<T>(above * weight));
+    if constexpr (kEach) {
+      T lane[kLanes];
+      store(lane, above);
+      for (int i = 0; i < kLanes; ++i)
+        losses[b + i] += kLog2 * static_cast<double>(lane[i]) + __builtin_log1p(product[i]);
+    } else {
+      loss += kLog2 * static_cast<double>(horizontal_sum<T>(above * weight));
+    }
     d_scale += horizontal_sum<T>(sum_g_cosine * weight);
     d_offset -= horizontal_sum<T>(sum_g * weight);
   }
@@ -743,11 +759,22 @@ void process_tile(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t t, in
   T* d_logit = p.d_logit ? p.d_logit + slice * p.ldB : nullptr;
   T* top = kPass == Pass::kLogSumExp ? p.running_max + slice * p.ldB : nullptr;
   T* sum = kPass == Pass::kLogSumExp ? p.running_sum + slice * p.ldB : nullptr;
+  double* losses = p.losses ? p.losses + slice * p.ldB : nullptr;
+  const auto logits = [&]<bool kMasked, bool kEach>() {
+    tile_logits<T, kPass, kMasked, kEach>(p, s, a, m, s.keep + t * p.tile * p.ldB, d_logit, top,
+                                          sum, losses, p.scalars + part * 4);
+  };
+  constexpr bool kMayBeEach = kPass == Pass::kNce;
+  const auto of_masks = [&]<bool kMasked>() {
+    if (kMayBeEach && losses)
+      logits.template operator()<kMasked, kMayBeEach>();
+    else
+      logits.template operator()<kMasked, false>();
+  };
   if (s.masked[t])
-    tile_logits<T, kPass, true>(p, s, a, m, s.keep + t * p.tile * p.ldB, d_logit, top, sum,
-                                p.scalars + part * 4);
+    of_masks.template operator()<true>();
   else
-    tile_logits<T, kPass, false>(p, s, a, m, nullptr, d_logit, top, sum, p.scalars + part * 4);
+    of_masks.template operator()<false>();
   if (kPass == Pass::kLogSumExp) return;
 
   T* d_x = p.need_key ? s.d_x + t * p.tile * p.ldH : nullptr;

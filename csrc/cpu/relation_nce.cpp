@@ -58,30 +58,49 @@ class RelationNce {
     p.scale_log2 = static_cast<T>(scale / kLog2), p.offset_log2 = static_cast<T>(offset / kLog2);
     pair = pair_mask(x.A, x.B, x.anchor_id, x.query_id, x.self_pairs, at::kCPU).to(dtype);
     const double pairs = pair.sum(at::kDouble).item<double>();
-    p.gradient_scale = static_cast<T>(pairs > 0 ? 1 / pairs : 0);
+    p.gradient_scale = static_cast<T>(x.factor(pairs));
+    const at::Tensor counts = pair;
+    if (x.weights.defined()) pair = pair * x.weights.to(dtype);
     positive_logit = (query * positive).sum(-1);
     const at::Tensor cosine = positive_logit;
     positive_logit = positive_logit * p.scale - static_cast<T>(offset);
 
     set_up();
     double loss = 0;
+    at::Tensor losses;  // of each pair, in double, where they are wanted one by one
     at::Tensor d_logit_positive;
     if (x.infonce) {
       log_normalizer = sweep_log_sum_exp();
-      loss = ((log_normalizer - positive_logit) * pair).sum(at::kDouble).item<double>();
+      if (x.each())
+        losses = log_normalizer - positive_logit;
+      else
+        loss = ((log_normalizer - positive_logit) * pair).sum(at::kDouble).item<double>();
       d_logit_positive = (((positive_logit - log_normalizer).exp() - 1) * pair).to(dtype);
       if (x.need & ~kNeedPositive) sweep(Pass::kSoftmax);
     } else {
       sweep(Pass::kNce);
-      loss = at::log_sigmoid(positive_logit).neg_().mul_(pair).sum(at::kDouble).item<double>();
+      const at::Tensor of_positive = at::log_sigmoid(positive_logit).neg_();
+      if (x.each())
+        losses = sum_parts(loss_parts).narrow(1, 0, x.B).add(of_positive);
+      else
+        loss = (of_positive * pair).sum(at::kDouble).item<double>();
       d_logit_positive = at::sigmoid(-positive_logit).neg_().mul_(pair);
     }
     const double* s = scalars.defined() ? scalars.const_data_ptr<double>() : nullptr;
     double total[4] = {0, 0, 0, 0};
     for (int64_t i = 0; s && i < parts * 4; ++i) total[i % 4] += s[i];
     loss += x.infonce ? 0 * total[0] : total[0];
-    return gradients(pairs > 0 ? loss / pairs : 0 * loss, total, cosine,
-                     d_logit_positive.mul_(p.gradient_scale));
+    if (losses.defined()) {
+      losses = losses + 0 * total[0];  // NaN for a key that is not finite
+      losses.masked_fill_(counts.eq(0), 0);
+      if (x.weights.defined()) losses.mul_(x.weights);
+      if (x.reduction != Reduction::kNone) loss = losses.sum().template item<double>();
+    }
+    if (x.reduction == Reduction::kMean) loss = pairs > 0 ? loss / pairs : 0 * loss;
+    const at::Tensor reduced = x.reduction == Reduction::kNone
+                                   ? losses.to(dtype)
+                                   : at::scalar_tensor(loss, query.options());
+    return gradients(reduced, total, cosine, d_logit_positive.mul_(p.gradient_scale));
   }
 
  private:
@@ -229,8 +248,13 @@ class RelationNce {
   void sweep(Pass pass) {
     p.pass = pass;
     const bool direct = p.form == Form::kDirect;
-    scalars = at::zeros({parts, 4}, at::TensorOptions().dtype(at::kDouble));
+    const auto doubles = at::TensorOptions().dtype(at::kDouble);
+    scalars = at::zeros({parts, 4}, doubles);
     p.scalars = mutable_pointer<double>(scalars);
+    if (pass == Pass::kNce && x.each()) {
+      loss_parts = at::zeros({p.key_parts, x.A, p.ldB}, doubles);
+      p.losses = mutable_pointer<double>(loss_parts);
+    }
     if (pass == Pass::kSoftmax) {
       log_normalizer_padded = padded(log_normalizer / kLog2, dtype, x.A, p.ldB);
       // Queries that are not there get no share of anything, whatever the offset.
@@ -265,7 +289,7 @@ class RelationNce {
     return gradient.to(like.scalar_type()).contiguous();
   }
 
-  NceResult gradients(double loss, const double* total, const at::Tensor& cosine,
+  NceResult gradients(const at::Tensor& loss, const double* total, const at::Tensor& cosine,
                       const at::Tensor& d_logit_positive) {
     const bool direct = p.form == Form::kDirect;
     const auto none = [](const at::Tensor& like) { return at::empty({0}, like.options()); };
@@ -337,16 +361,8 @@ class RelationNce {
       d_offset = at::scalar_tensor(
           total[2] * inverse_pairs - d_logit_positive.sum(at::kDouble).item<double>(),
           x.offset.options());
-    return {at::scalar_tensor(loss, query.options()),
-            d_query,
-            d_positive,
-            d_anchors,
-            d_bank,
-            d_keys,
-            d_weight,
-            d_bias_out,
-            d_scale,
-            d_offset};
+    return {loss,   d_query,  d_positive, d_anchors, d_bank,
+            d_keys, d_weight, d_bias_out, d_scale,   d_offset};
   }
 
   const RelationArguments& x;
@@ -359,7 +375,8 @@ class RelationNce {
   at::Tensor bias_padded, query_padded, query_t_padded, norm_matrix, norm_bias, qw, qw_t, qc,
       memory;
   at::Tensor norm_pairs, qw_pairs, qw_t_pairs;
-  at::Tensor log_normalizer_padded, scalars, d_qw_t, d_q, d_logit, d_anchor, d_gram, d_hid_sum;
+  at::Tensor log_normalizer_padded, scalars, loss_parts, d_qw_t, d_q, d_logit, d_anchor, d_gram,
+      d_hid_sum;
   at::Tensor d_w_t, d_bias, d_key_weight, d_rows;
 };
 
@@ -373,11 +390,13 @@ NceResult relation_nce_cpu(const at::Tensor& query, const at::Tensor& positive,
                            const OptionalTensor& anchor_id, const OptionalTensor& query_id,
                            const OptionalTensor& key_id, const OptionalTensor& query_label,
                            const OptionalTensor& key_label, const OptionalTensor& excluded,
-                           bool self_pairs, const std::string& objective, int64_t need) {
+                           bool self_pairs, const std::string& objective,
+                           const OptionalTensor& weights, const std::string& reduction,
+                           int64_t need) {
   const RelationArguments x =
       relation_arguments(query, positive, anchor, bank, weight, bias, scale, offset, index,
                          key_weight, anchor_id, query_id, key_id, query_label, key_label, excluded,
-                         self_pairs, objective, need, /*with_half=*/false);
+                         self_pairs, objective, weights, reduction, need, /*with_half=*/false);
   if (x.index.defined()) check_rows(kOp, "index", x.index, x.N);
   if (x.dtype == at::kDouble) return RelationNce<double>(x, false).run();
   // "medium" allows bfloat16 products of float32 matrices everywhere else in torch, so here too
@@ -394,15 +413,17 @@ NceResult relation_nce_update_cpu(const at::Tensor& query, const at::Tensor& pos
                                   const OptionalTensor& anchor_id, const OptionalTensor& query_id,
                                   const OptionalTensor& key_id, const OptionalTensor& query_label,
                                   const OptionalTensor& key_label, const OptionalTensor& excluded,
-                                  bool self_pairs, const std::string& objective, int64_t need,
-                                  const at::Tensor& update_index, const at::Tensor& update_value,
-                                  double momentum, bool normalize) {
+                                  bool self_pairs, const std::string& objective,
+                                  const OptionalTensor& weights, const std::string& reduction,
+                                  int64_t need, const at::Tensor& update_index,
+                                  const at::Tensor& update_value, double momentum, bool normalize) {
   TORCH_CHECK_VALUE((need & kNeedBank) == 0, "crrcd_ext.", kOp,
                     ": update: a bank that is updated in the call cannot have a gradient");
   const BankUpdate update(kOp, bank, update_index, update_value, momentum, normalize);
-  NceResult result = relation_nce_cpu(query, positive, anchor, bank, weight, bias, scale, offset,
-                                      index, key_weight, anchor_id, query_id, key_id, query_label,
-                                      key_label, excluded, self_pairs, objective, need);
+  NceResult result =
+      relation_nce_cpu(query, positive, anchor, bank, weight, bias, scale, offset, index,
+                       key_weight, anchor_id, query_id, key_id, query_label, key_label, excluded,
+                       self_pairs, objective, weights, reduction, need);
   update.commit();
   return result;
 }

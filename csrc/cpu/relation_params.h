@@ -47,11 +47,11 @@ struct NceParams {
   const T* key_weight_t = nullptr;  // [Dp, ldH]
 
   const T* anchor = nullptr;  // [A, ldH]
-  const T* pair = nullptr;    // [A, ldB], 1 for a pair that counts, 0 otherwise
+  const T* pair = nullptr;    // [A, ldB], the weight of a pair that counts, 0 for another
   T scale = 1;
   // of logits in units of log 2: powers of two are cheaper than those of e
   T scale_log2 = 1, offset_log2 = 0;
-  T gradient_scale = 1;  // 1 / number of pairs: every gradient is that of the mean
+  T gradient_scale = 1;  // 1 / number of pairs where every gradient is that of the mean
 
   // Gram and triangular form
   const T* norm_matrix = nullptr;  // [Hp, ldH]: W'W, or T' (row h, column i holds T[i, h])
@@ -90,6 +90,8 @@ struct NceParams {
 
   // sums; one slice a part, added up by the host in a fixed order
   double* scalars = nullptr;  // [parts, 4]: loss, d_scale, d_offset, sum of norm coefficients
+  double* losses = nullptr;   // [key_parts, A, ldB]: of each pair, unweighted, which `scalars` are
+                              // without then; null where the sum is enough (kNce)
   T* d_qw_t = nullptr;        // [key_parts, A, Hp, ldB]   (Gram, triangular)
   T* d_q = nullptr;           // [key_parts, A, Bp, ldR]   (direct)
   T* d_logit = nullptr;       // [key_parts, A, ldB]: sum over keys of the scaled logit gradients

@@ -334,10 +334,13 @@ DifferenceResult difference_nce(
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
     const std::optional<at::Tensor>& excluded, bool self_pairs, double eps,
-    const std::string& objective, int64_t need) {
-  const DifferenceArguments x = difference_arguments(
-      query, positive, anchor, bank, scale, offset, index, anchor_id, query_id, key_id, query_label,
-      key_label, excluded, self_pairs, eps, objective, need, /*with_half=*/true);
+    const std::string& objective, const std::optional<at::Tensor>& weights,
+    const std::string& reduction, int64_t need) {
+  const DifferenceArguments x =
+      difference_arguments(query, positive, anchor, bank, scale, offset, index, anchor_id, query_id,
+                           key_id, query_label, key_label, excluded, self_pairs, eps, objective,
+                           weights, reduction, need, /*with_half=*/true);
+  refuse_each(kOp, x);
   const Device device(query);
   switch (x.dtype) {
     case at::kDouble:
@@ -358,15 +361,16 @@ DifferenceResult difference_nce_update(
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
     const std::optional<at::Tensor>& excluded, bool self_pairs, double eps,
-    const std::string& objective, int64_t need, const at::Tensor& update_index,
+    const std::string& objective, const std::optional<at::Tensor>& weights,
+    const std::string& reduction, int64_t need, const at::Tensor& update_index,
     const at::Tensor& update_value, double momentum, bool normalize) {
   TORCH_CHECK_VALUE((need & kDifferenceBank) == 0, "crrcd_ext.", kOp,
                     ": update: a bank that is updated in the call cannot have a gradient");
   const Device device(query);
   const BankUpdate update(kOp, bank, update_index, update_value, momentum, normalize);
-  DifferenceResult result =
-      difference_nce(query, positive, anchor, bank, scale, offset, index, anchor_id, query_id,
-                     key_id, query_label, key_label, excluded, self_pairs, eps, objective, need);
+  DifferenceResult result = difference_nce(
+      query, positive, anchor, bank, scale, offset, index, anchor_id, query_id, key_id, query_label,
+      key_label, excluded, self_pairs, eps, objective, weights, reduction, need);
   update.commit(device.stream());
   return result;
 }

@@ -148,10 +148,12 @@ InstanceResult instance_nce(
     const at::Tensor& scale, const at::Tensor& offset, const std::optional<at::Tensor>& index,
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
-    const std::optional<at::Tensor>& excluded, const std::string& objective, int64_t need) {
-  const InstanceArguments x =
-      instance_arguments(query, positive, bank, scale, offset, index, query_id, key_id, query_label,
-                         key_label, excluded, objective, need, /*with_half=*/true);
+    const std::optional<at::Tensor>& excluded, const std::string& objective,
+    const std::optional<at::Tensor>& weights, const std::string& reduction, int64_t need) {
+  const InstanceArguments x = instance_arguments(
+      query, positive, bank, scale, offset, index, query_id, key_id, query_label, key_label,
+      excluded, objective, weights, reduction, need, /*with_half=*/true);
+  refuse_each(kOp, x);
   const Device device(query);
   return x.dtype == at::kDouble ? InstanceNce<double>(x, device).run()
                                 : InstanceNce<float>(x, device).run();
@@ -162,15 +164,17 @@ InstanceResult instance_nce_update(
     const at::Tensor& scale, const at::Tensor& offset, const std::optional<at::Tensor>& index,
     const std::optional<at::Tensor>& query_id, const std::optional<at::Tensor>& key_id,
     const std::optional<at::Tensor>& query_label, const std::optional<at::Tensor>& key_label,
-    const std::optional<at::Tensor>& excluded, const std::string& objective, int64_t need,
+    const std::optional<at::Tensor>& excluded, const std::string& objective,
+    const std::optional<at::Tensor>& weights, const std::string& reduction, int64_t need,
     const at::Tensor& update_index, const at::Tensor& update_value, double momentum,
     bool normalize) {
   TORCH_CHECK_VALUE((need & kInstanceBank) == 0, "crrcd_ext.", kOp,
                     ": update: a bank that is updated in the call cannot have a gradient");
   const Device device(query);
   const BankUpdate update(kOp, bank, update_index, update_value, momentum, normalize);
-  InstanceResult result = instance_nce(query, positive, bank, scale, offset, index, query_id,
-                                       key_id, query_label, key_label, excluded, objective, need);
+  InstanceResult result =
+      instance_nce(query, positive, bank, scale, offset, index, query_id, key_id, query_label,
+                   key_label, excluded, objective, weights, reduction, need);
   update.commit(device.stream());
   return result;
 }

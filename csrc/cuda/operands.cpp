@@ -60,6 +60,13 @@ at::Tensor scalar_operand(const at::Tensor& value, const at::TensorOptions& opti
   return value.is_cpu() ? at::full({}, value.item<double>(), options) : value.to(options);
 }
 
+void refuse_each(const char* op, const Reduced& x) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !x.each() && x.reduction == Reduction::kMean, "crrcd_ext.", op,
+      ": reduction: expected \"mean\" without weights on backend cuda, which "
+      "has no others; use backend='triton' or 'reference'");
+}
+
 at::Tensor with_units(const at::Tensor& bank) {
   return bank.stride(1) == 1 || bank.size(1) == 1 ? bank : bank.contiguous();
 }

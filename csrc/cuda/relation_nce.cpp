@@ -410,11 +410,13 @@ NceResult relation_nce(const at::Tensor& query, const at::Tensor& positive,
                        const OptionalTensor& query_id, const OptionalTensor& key_id,
                        const OptionalTensor& query_label, const OptionalTensor& key_label,
                        const OptionalTensor& excluded, bool self_pairs,
-                       const std::string& objective, int64_t need) {
+                       const std::string& objective, const OptionalTensor& weights,
+                       const std::string& reduction, int64_t need) {
   const RelationArguments x =
       relation_arguments(query, positive, anchor, bank, weight, bias, scale, offset, index,
                          key_weight, anchor_id, query_id, key_id, query_label, key_label, excluded,
-                         self_pairs, objective, need, /*with_half=*/true);
+                         self_pairs, objective, weights, reduction, need, /*with_half=*/true);
+  refuse_each(kOp, x);
   const Device device(query);
   switch (precision_for(x)) {
     case Precision::kF64:
@@ -438,16 +440,17 @@ NceResult relation_nce_update(const at::Tensor& query, const at::Tensor& positiv
                               const OptionalTensor& anchor_id, const OptionalTensor& query_id,
                               const OptionalTensor& key_id, const OptionalTensor& query_label,
                               const OptionalTensor& key_label, const OptionalTensor& excluded,
-                              bool self_pairs, const std::string& objective, int64_t need,
-                              const at::Tensor& update_index, const at::Tensor& update_value,
-                              double momentum, bool normalize) {
+                              bool self_pairs, const std::string& objective,
+                              const OptionalTensor& weights, const std::string& reduction,
+                              int64_t need, const at::Tensor& update_index,
+                              const at::Tensor& update_value, double momentum, bool normalize) {
   TORCH_CHECK_VALUE((need & kNeedBank) == 0, "crrcd_ext.", kOp,
                     ": update: a bank that is updated in the call cannot have a gradient");
   const Device device(query);
   const BankUpdate update(kOp, bank, update_index, update_value, momentum, normalize);
   NceResult result = relation_nce(query, positive, anchor, bank, weight, bias, scale, offset, index,
                                   key_weight, anchor_id, query_id, key_id, query_label, key_label,
-                                  excluded, self_pairs, objective, need);
+                                  excluded, self_pairs, objective, weights, reduction, need);
   update.commit(device.stream());
   return result;
 }

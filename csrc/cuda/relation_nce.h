@@ -13,7 +13,8 @@ NceResult relation_nce(const at::Tensor& query, const at::Tensor& positive,
                        const OptionalTensor& query_id, const OptionalTensor& key_id,
                        const OptionalTensor& query_label, const OptionalTensor& key_label,
                        const OptionalTensor& excluded, bool self_pairs,
-                       const std::string& objective, int64_t need);
+                       const std::string& objective, const OptionalTensor& weights,
+                       const std::string& reduction, int64_t need);
 
 NceResult relation_nce_update(const at::Tensor& query, const at::Tensor& positive,
                               const at::Tensor& anchor, const at::Tensor& bank,
@@ -23,8 +24,9 @@ NceResult relation_nce_update(const at::Tensor& query, const at::Tensor& positiv
                               const OptionalTensor& anchor_id, const OptionalTensor& query_id,
                               const OptionalTensor& key_id, const OptionalTensor& query_label,
                               const OptionalTensor& key_label, const OptionalTensor& excluded,
-                              bool self_pairs, const std::string& objective, int64_t need,
-                              const at::Tensor& update_index, const at::Tensor& update_value,
-                              double momentum, bool normalize);
+                              bool self_pairs, const std::string& objective,
+                              const OptionalTensor& weights, const std::string& reduction,
+                              int64_t need, const at::Tensor& update_index,
+                              const at::Tensor& update_value, double momentum, bool normalize);
 
 }  // namespace crrcd::cuda

@@ -222,7 +222,8 @@ def moved(case: dict, device: str) -> dict:
 def run(case: dict, backend: str, *, wanted=DIFFERENTIABLE, factor: float = 0.7) -> dict:
     """Loss and gradients of ``factor`` times the loss; the inputs are not touched.
 
-    A factor other than 1 shows a backward that forgets the incoming gradient.
+    A factor other than 1 shows a backward that forgets the incoming gradient; losses that are not
+    reduced have a factor each, down to its opposite.
     """
     operator = _operator(case)
     leaves = {
@@ -231,7 +232,9 @@ def run(case: dict, backend: str, *, wanted=DIFFERENTIABLE, factor: float = 0.7)
         if case.get(k) is not None
     }
     loss = operator(**{**case, **leaves}, backend=backend)
-    gradients = torch.autograd.grad(loss * factor, list(leaves.values()))
+    steps = torch.linspace(factor, -factor, loss.numel()).view(loss.shape)
+    each = steps.to(loss) if loss.dim() > 0 else factor
+    gradients = torch.autograd.grad((loss * each).sum(), list(leaves.values()))
     for k, gradient in zip(leaves, gradients, strict=True):
         assert gradient.dtype == case[k].dtype, k
         assert gradient.shape == case[k].shape, k

@@ -23,6 +23,8 @@ from crrcd_ext.triton.kernels.tile import (
     power,
     sigmoid,
     softplus,
+    softplus_of_each,
+    weighted,
 )
 
 
@@ -122,13 +124,14 @@ def shared(
     index,  # [K] rows of the bank
     scale,
     beta,  # [B] what logits are less; see passes.shifts
+    weights,  # [B] of the queries' losses, with EACH
     query_id,
     key_id,
     query_label,
     key_label,
     excluded,
     words,
-    part_sum,  # [slices, query blocks] sums of softplus, or [slices, B] of 2^(s - top)
+    part_sum,  # [slices, query blocks] sums of softplus, or [slices, B], of 2^(s - top) too
     part_top,  # [slices, B]
     part_query,  # [slices, B, D]
     part_scale,  # [slices, query blocks]
@@ -138,6 +141,7 @@ def shared(
     keys,
     each,  # keys of a slice, fewer than 2^31
     MODE: tl.constexpr,
+    EACH: tl.constexpr,
     QUERY: tl.constexpr,
     CRITIC: tl.constexpr,
     INDEXED: tl.constexpr,
@@ -173,13 +177,13 @@ def shared(
     d_query = tl.zeros([BB, BD], WIDE)
     d_scale = tl.zeros([BN], WIDE)
     d_offset = tl.zeros([BN], WIDE)
-    loss = tl.zeros([BN], WIDE)
-    linear = tl.zeros([BN], WIDE)
+    loss = tl.zeros([BB if EACH else BN], WIDE)
+    linear = tl.zeros([BB if EACH else BN], WIDE)
     top = tl.full([BN, BB], -float("inf"), WIDE)
     total = tl.zeros([BN, BB], WIDE)
 
     for several in range(0, count, MOST):
-        product = tl.zeros([BN, BB // 4], WIDE)
+        product = tl.zeros([BN, BB if EACH else BB // 4], WIDE)
         for tile in range(several, tl.minimum(several + MOST, count), BN):
             n = tile + tl.arange(0, BN)
             position = positions(n, begin, count, index, INDEXED)
@@ -196,9 +200,14 @@ def shared(
                 top, total = grown(s, top, total, FAST)
             else:
                 if MODE == NCE:
-                    slope, product, linear = softplus(s, product, linear, FAST)
+                    if EACH:
+                        slope, product, linear = softplus_of_each(s, product, linear, FAST)
+                    else:
+                        slope, product, linear = softplus(s, product, linear, FAST)
                 else:
                     slope = power(s, FAST)
+                if EACH:
+                    slope = weighted(slope, weights, b, b < B)
                 if CRITIC:
                     d_scale += tl.sum(slope * cosine, 1)
                     d_offset -= tl.sum(slope, 1)
@@ -210,7 +219,7 @@ def shared(
                     d_logit = narrow(slope * LIFT, DTYPE)
                     d_query = dot(tl.trans(d_logit), rows, d_query, PRECISION)
         if MODE == NCE:
-            loss += tl.sum(log1p(product), 1)
+            loss += tl.sum(log1p(product), 0 if EACH else 1)
 
     place = part * B + b
     if QUERY:
@@ -226,7 +235,10 @@ def shared(
     if column_block == 0:
         cell = part * (tl.num_programs(1) // column_blocks) + query_block
         if MODE == NCE:
-            tl.store(part_sum + cell, tl.sum(loss + linear * LN2, 0))
+            if EACH:
+                tl.store(part_sum + place, loss + linear * LN2, mask=b < B)
+            else:
+                tl.store(part_sum + cell, tl.sum(loss + linear * LN2, 0))
         if CRITIC:
             tl.store(part_scale + cell, tl.sum(d_scale, 0))
             tl.store(part_offset + cell, tl.sum(d_offset, 0))
@@ -240,6 +252,7 @@ def shared_rows(
     index,
     scale,
     beta,
+    weights,
     query_id,
     key_id,
     query_label,
@@ -252,6 +265,7 @@ def shared_rows(
     first,
     keys,
     MODE: tl.constexpr,
+    EACH: tl.constexpr,
     INDEXED: tl.constexpr,
     ID: tl.constexpr,
     NAMED: tl.constexpr,
@@ -292,6 +306,8 @@ def shared_rows(
             slope = power(s, FAST)
         else:
             slope, _ = sigmoid(s, FAST)
+        if EACH:
+            slope = weighted(slope, weights, b, b < B)
         d_row = dot(narrow(slope * LIFT, DTYPE), q, d_row, PRECISION)
     cells = (n < keys)[:, None] & (own_d < D)[None, :]
     d_row *= tl.load(scale).to(WIDE) / LIFT
@@ -308,6 +324,7 @@ def own(
     index_step,
     scale,
     beta,
+    weights,
     query_id,
     key_id,
     query_label,
@@ -325,6 +342,7 @@ def own(
     keys,
     each,
     MODE: tl.constexpr,
+    EACH: tl.constexpr,
     QUERY: tl.constexpr,
     CRITIC: tl.constexpr,
     SLOPES: tl.constexpr,
@@ -389,6 +407,8 @@ def own(
                     linear += tl.maximum(s, 0.0)
                 else:
                     slope = power(s, FAST)
+                if EACH:
+                    slope = weighted(slope, weights, b, b < B)
                 if CRITIC:
                     d_scale += slope * logit
                     d_offset -= slope

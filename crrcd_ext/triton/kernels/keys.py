@@ -19,7 +19,16 @@ from crrcd_ext.triton.kernels.features import (
     relation_block,
     rows_of,
 )
-from crrcd_ext.triton.kernels.tile import INFONCE, LN2, dot, narrow, number, power, sigmoid
+from crrcd_ext.triton.kernels.tile import (
+    INFONCE,
+    LN2,
+    dot,
+    narrow,
+    number,
+    power,
+    sigmoid,
+    weighted,
+)
 
 
 @triton.jit
@@ -34,6 +43,7 @@ def slopes(
     weight,
     bias,
     beta,
+    weights,
     touched,
     kept_bits,  # of the keys, see mask
     words,
@@ -55,6 +65,7 @@ def slopes(
     EPS: tl.constexpr,
     FORM: tl.constexpr,
     MODE: tl.constexpr,
+    EACH: tl.constexpr,
     BIAS: tl.constexpr,
     NAMED: tl.constexpr,
     ANCHORS: tl.constexpr,
@@ -99,6 +110,8 @@ def slopes(
         slope = power(s, FAST)
     else:
         slope, _ = sigmoid(s, FAST)
+    if EACH:
+        slope = weighted(slope, weights, pair, b < B)
     return slope * (left * critic_scale * LN2)[:, None], f
 
 
@@ -114,6 +127,7 @@ def keys(
     bias,
     scale,
     beta,
+    weights,
     flags,
     kept_bits,  # of the keys, see mask
     words,
@@ -134,6 +148,7 @@ def keys(
     keys,
     FORM: tl.constexpr,
     MODE: tl.constexpr,
+    EACH: tl.constexpr,
     ROWS: tl.constexpr,
     ANCHOR: tl.constexpr,
     PROJECTED: tl.constexpr,
@@ -201,9 +216,9 @@ def keys(
         for query_block in range(NB):
             d, f = slopes(
                 query, query_bias, anchor, here, step, at, position, weight, bias, beta,
-                touched, kept_bits, words, anchor_id, key_id, root, scale,
+                weights, touched, kept_bits, words, anchor_id, key_id, root, scale,
                 A, B, F, H, R, a, query_block, n, keys,
-                own, weight_first, EPS, FORM, MODE, BIAS, NAMED, ANCHORS,
+                own, weight_first, EPS, FORM, MODE, EACH, BIAS, NAMED, ANCHORS,
                 DTYPE, WIDE, PRECISION, FAST, NF, ND, NR, BF, BD, BR, BB,
             )  # fmt: skip
             d = narrow(d, DTYPE)

@@ -31,6 +31,8 @@ from crrcd_ext.triton.kernels.tile import (
     narrow,
     power,
     softplus,
+    softplus_of_each,
+    weighted,
 )
 
 
@@ -107,12 +109,13 @@ def logits(
     bias,  # [R]
     scale,
     beta,  # [A, B] what logits are less; see passes.shifts
+    weights,  # [A, B] of the pairs' losses, with EACH
     flags,  # [tiles] of keys that masks touch
     kept_bits,  # of the keys, see mask
     words,
     anchor_id,
     key_id,
-    part_sum,  # [slices, query blocks, A] sums of softplus, or [slices, A, B] of 2^(s - top)
+    part_sum,  # [slices, query blocks, A] sums of softplus, or [slices, A, B], of 2^(s - top) too
     part_top,  # [slices, A, B]
     part_query,  # [slices, A, B, F] gradient of ``query``
     part_bias,  # [slices, A, B] gradient of ``query_bias``
@@ -130,6 +133,7 @@ def logits(
     tiles,  # of keys, for each slice
     FORM: tl.constexpr,
     MODE: tl.constexpr,
+    EACH: tl.constexpr,
     QUERY: tl.constexpr,
     NORM: tl.constexpr,
     CRITIC: tl.constexpr,
@@ -181,8 +185,8 @@ def logits(
     d_constant = tl.zeros([BB, 16], WIDE)  # each column the same
     d_scale = tl.zeros([BN], WIDE)
     d_offset = tl.zeros([BN], WIDE)
-    product = tl.zeros([BN, BB // 4], WIDE)
-    linear = tl.zeros([BN], WIDE)
+    product = tl.zeros([BN, BB if EACH else BB // 4], WIDE)
+    linear = tl.zeros([BB if EACH else BN], WIDE)
     top = tl.full([BN // 2, BB], -float("inf"), WIDE)
     total = tl.zeros([BN // 2, BB], WIDE)
 
@@ -234,9 +238,14 @@ def logits(
             top, total = grown_by_two(s, top, total, FAST)
         else:
             if MODE == NCE:
-                slope, product, linear = softplus(s, product, linear, FAST)
+                if EACH:
+                    slope, product, linear = softplus_of_each(s, product, linear, FAST)
+                else:
+                    slope, product, linear = softplus(s, product, linear, FAST)
             else:
                 slope = power(s, FAST)
+            if EACH:
+                slope = weighted(slope, weights, pair, b < B)
             factor = left * critic_scale * LN2
             if NORM or CRITIC:
                 across = tl.sum(slope * logit, 1)
@@ -288,8 +297,11 @@ def logits(
         tl.store(part_top + place, most, mask=first_only)
     if feature_block == 0:
         if MODE == NCE:
-            loss = tl.sum(tl.sum(log1p(product), 1) + linear * LN2, 0)
-            put(part_sum + cell, loss, None, ADD)
+            if EACH:
+                put(part_sum + place, tl.sum(log1p(product), 0) + linear * LN2, inside, ADD)
+            else:
+                loss = tl.sum(tl.sum(log1p(product), 1) + linear * LN2, 0)
+                put(part_sum + cell, loss, None, ADD)
         if CRITIC:
             put(part_scale + cell, tl.sum(d_scale, 0), None, ADD)
             put(part_offset + cell, tl.sum(d_offset, 0), None, ADD)

@@ -70,6 +70,7 @@ def own_keys(
     index_step,
     scale,
     beta,  # [A, B] what logits are less; see passes.shifts
+    weights,  # [B] of the queries' losses, with EACH
     anchor_id,
     query_id,
     key_id,
@@ -91,6 +92,7 @@ def own_keys(
     keys,
     tiles,  # of keys, for each slice
     MODE: tl.constexpr,
+    EACH: tl.constexpr,
     DIRECTION: tl.constexpr,
     ANCHOR: tl.constexpr,
     ROWS: tl.constexpr,
@@ -200,6 +202,8 @@ def own_keys(
                 else:
                     slope, e = sigmoid(s, FAST)
                     loss += log1p(e) + LN2 * tl.maximum(s, 0.0)
+                if EACH:
+                    slope *= tl.load(weights + b)
                 if CRITIC:
                     d_scale += slope * cosine
                     d_offset -= slope

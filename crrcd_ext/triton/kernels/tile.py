@@ -176,6 +176,20 @@ def softplus(s, product, linear, FAST: tl.constexpr):
 
 
 @triton.jit
+def softplus_of_each(s, product, linear, FAST: tl.constexpr):
+    """The same with product [n, b] and linear [b], from which each query's sum comes."""
+    slope, e = sigmoid(s, FAST)
+    product = product * e + (product + e)
+    return slope, product, linear + tl.sum(tl.maximum(s, 0.0), 0)
+
+
+@triton.jit
+def weighted(slope, weights, at, inside):
+    """Derivatives [n, b] times the weights of the pairs ``at`` [b]."""
+    return slope * tl.load(weights + at, mask=inside, other=0)[None, :]
+
+
+@triton.jit
 def grown(s, top, total, FAST: tl.constexpr):
     """(top, total), cell by cell the running maximum and sum of 2^(s - top), after s."""
     higher = tl.maximum(top, s)

@@ -90,6 +90,7 @@ def weight(
     bias,
     scale,
     beta,
+    weights,
     flags,
     kept_bits,  # of the keys, see mask
     words,
@@ -107,6 +108,7 @@ def weight(
     keys,
     tiles,
     MODE: tl.constexpr,
+    EACH: tl.constexpr,
     PROJECTED: tl.constexpr,
     INDEXED: tl.constexpr,
     BIAS: tl.constexpr,
@@ -153,9 +155,9 @@ def weight(
             for query_block in range(NB):
                 d, _ = slopes(
                     query, query_bias, anchor, here, step, at, position, weight, bias,
-                    beta, touched, kept_bits, words, anchor_id, key_id, root, scale,
+                    beta, weights, touched, kept_bits, words, anchor_id, key_id, root, scale,
                     A, B, R, H, R, a, query_block, n, keys,
-                    hid, weight_first, 0.0, DIRECT, MODE, BIAS, False, False,
+                    hid, weight_first, 0.0, DIRECT, MODE, EACH, BIAS, False, False,
                     DTYPE, WIDE, PRECISION, FAST, NR, ND, NR, BR, BD, BR, BB,
                 )  # fmt: skip
                 b = query_block * BB + tl.arange(0, BB)
