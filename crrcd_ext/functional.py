@@ -76,7 +76,8 @@ def relation(
     Raises:
         TypeError: an argument that is no tensor, or of a dtype that is not supported.
         ValueError: a wrong shape, a device other than the anchor's, an unknown backend.
-        RuntimeError: a backend that this installation lacks; a second derivative on "cpu".
+        RuntimeError: a backend that this installation lacks; a second derivative, or one by
+            torch.func or in forward mode, by another backend than "reference".
     """
     name = "relation"
     tensors = {"anchor": anchor, "sample": sample, "weight": weight, "bias": bias}
@@ -177,7 +178,8 @@ def relation_nce(
             is missing, an update of a bank that requires a gradient, an unknown backend.
         IndexError: a row outside of the bank (on the CPU; elsewhere the device asserts, which
             costs the process its tensors there).
-        RuntimeError: a backend that this installation lacks; a second derivative on "cpu".
+        RuntimeError: a backend that this installation lacks; a second derivative, or one by
+            torch.func or in forward mode, by another backend than "reference".
         Whatever is raised, the bank is as it was.
     """
     name = "relation_nce"
