@@ -80,6 +80,9 @@ class RelationNce {
     double total[4] = {0, 0, 0, 0};
     for (int64_t i = 0; s && i < parts * 4; ++i) total[i % 4] += s[i];
     loss += x.infonce ? 0 * total[0] : total[0];
+    // what no sum has seen, of operands that are not finite
+    const bool finite = all_finite<T>(anchor) && all_finite<T>(weight);
+    if (x.K > 0 && pairs > 0 && !finite) loss = std::numeric_limits<double>::quiet_NaN();
     return gradients(pairs > 0 ? loss / pairs : 0 * loss, total, cosine,
                      d_logit_positive.mul_(p.gradient_scale));
   }
@@ -337,16 +340,9 @@ class RelationNce {
       d_offset = at::scalar_tensor(
           total[2] * inverse_pairs - d_logit_positive.sum(at::kDouble).item<double>(),
           x.offset.options());
-    return {at::scalar_tensor(loss, query.options()),
-            d_query,
-            d_positive,
-            d_anchors,
-            d_bank,
-            d_keys,
-            d_weight,
-            d_bias_out,
-            d_scale,
-            d_offset};
+    return nan_throughout(
+        loss, NceResult{at::scalar_tensor(loss, query.options()), d_query, d_positive, d_anchors,
+                        d_bank, d_keys, d_weight, d_bias_out, d_scale, d_offset});
   }
 
   const RelationArguments& x;
