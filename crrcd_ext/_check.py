@@ -179,14 +179,17 @@ def check_update(
         expected = "a tensor that requires no gradient when it is updated"
         fail(ValueError, operator, "bank", expected, "requires_grad=True")
     value = value.detach()
-    if not torch.compiler.is_compiling() and _same_storage(bank, value):
+    if not torch.compiler.is_compiling() and _may_share(bank, value):
         value = value.clone()  # rows of the bank itself: they are read before they are written
     wide = wide_dtype(torch.promote_types(bank.dtype, value.dtype))
     return index, value.to(wide), float(momentum), bool(normalize)
 
 
-def _same_storage(x: Tensor, y: Tensor) -> bool:
-    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
+def _may_share(x: Tensor, y: Tensor) -> bool:
+    try:
+        return x.untyped_storage()._cdata == y.untyped_storage()._cdata
+    except NotImplementedError:  # torch.func's tensors do not show their storage
+        return True
 
 
 def check_range(operator: str, argument: str, index: Tensor | None, bank: Tensor) -> None:

@@ -12,10 +12,13 @@ change their bank and for that cannot have a formula of their own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
 from crrcd_ext import _schema
 
@@ -49,6 +52,33 @@ def need_bits(*inputs: Tensor | None) -> int:
             if x is not None and x.requires_grad:
                 need |= 1 << bit
     return need
+
+
+def _refuse_transforms(operator: str, inputs: Sequence[Tensor | None]) -> None:
+    # torch.func and forward mode wrap tensors whose requires_grad says nothing of what is wanted:
+    # a derivative would be zero or missing, a mistake that nothing would show.
+    transforms = torch._C._are_functorch_transforms_active()
+    if (transforms or forward_ad._current_level >= 0) and (
+        torch.compiler.is_compiling()
+        or any(x is not None and _is_followed(x, transforms) for x in inputs)
+    ):
+        raise RuntimeError(
+            f"crrcd_ext.{operator}: derivatives by torch.func or in forward mode are not supported "
+            "by compiled backends; use backend='reference'"
+        )
+
+
+def _is_followed(x: Tensor, transforms: bool) -> bool:
+    """Whether torch.func, which transforms what is called, or forward mode derive by ``x``."""
+    while _functorch.is_functorch_wrapped_tensor(x):
+        # A tensor of vmap has what is wanted further within.
+        if _functorch.is_gradtrackingtensor(x) and (
+            x.requires_grad or forward_ad.unpack_dual(x).tangent is not None
+        ):
+            return True
+        x = _functorch.get_unwrapped(x)
+    # Under no_grad too, which a transform outside of the one that it is in does not heed.
+    return (transforms and x.requires_grad) or forward_ad.unpack_dual(x).tangent is not None
 
 
 def _refuse_double_backward(operator: str) -> None:
@@ -152,6 +182,7 @@ def relation(
 ) -> Tensor:
     """functional.relation by the operator of ``library``; operands share one dtype."""
     arguments = (anchor, sample, weight, bias)
+    _refuse_transforms("relation", arguments)
     if torch.compiler.is_compiling() or not need_bits(*arguments):
         return getattr(torch.ops, library).relation(*arguments)[0]
     return Relation.apply(library, *arguments)[0]
@@ -168,7 +199,9 @@ def loss(
 
     Operands share one dtype, but for the bank; scale and offset are 0-dim.
     """
-    need = need_bits(*(arguments[position] for position in formula.positions))
+    inputs = [arguments[position] for position in formula.positions]
+    _refuse_transforms(formula.name, inputs)
+    need = need_bits(*inputs)
     arguments = (*arguments, need)
     if torch.compiler.is_compiling():
         # A graph keeps the update behind the pass, which reads the bank.

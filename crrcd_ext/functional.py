@@ -69,7 +69,8 @@ def relation(
 
     Floating dtypes may differ: the computation runs in the type that they promote to, under
     torch.autocast in the autocast type (float64 stays as it is). Norms are float32 or better.
-    float16 is not for backend "cpu".
+    float16 is not for backend "cpu". A vector is NaN where anything that it is made of is not
+    finite.
 
     Returns:
         [A, M, R] unit vectors in the computation's dtype; differentiable once in every tensor
@@ -78,7 +79,8 @@ def relation(
     Raises:
         TypeError: an argument that is no tensor, or of a dtype that is not supported.
         ValueError: a wrong shape, a device other than the anchor's, an unknown backend.
-        RuntimeError: a backend that this installation lacks; a second derivative on "cpu".
+        RuntimeError: a backend that this installation lacks; a second derivative, or one by
+            torch.func or in forward mode, by another backend than "reference".
     """
     name = "relation"
     tensors = {"anchor": anchor, "sample": sample, "weight": weight, "bias": bias}
@@ -176,6 +178,11 @@ def relation_nce(
     promote to (and the bank, when it requires a gradient), under torch.autocast in the autocast
     type (float64 stays as it is). float16 is not for backend "cpu".
 
+    On every backend NaN in an operand makes the loss and the gradients that depend on it NaN, and
+    an infinity leaves the loss or a gradient that is not finite. Rows that ``index`` does not name
+    may hold anything. Masked negatives and pairs that are dropped have to be finite as well:
+    gradients have 0 times what they hold.
+
     Returns:
         The loss, 0-dim, or [A, B] for reduction="none", float32, or float64 when the computation
         is; differentiable once (backend "reference": any number of times) in query, positive,
@@ -190,7 +197,8 @@ def relation_nce(
             than query and positive requires one, an unknown backend.
         IndexError: a row outside of the bank (on the CPU; elsewhere the device asserts, which
             costs the process its tensors there).
-        RuntimeError: a backend that this installation lacks; a second derivative on "cpu".
+        RuntimeError: a backend that this installation lacks; a second derivative, or one by
+            torch.func or in forward mode, by another backend than "reference".
         Whatever is raised, the bank is as it was.
     """
     name = "relation_nce"
@@ -291,7 +299,8 @@ def difference_nce(
 
     A difference of squared norm up to 1e-24 has no direction: a negative with one is left out, a
     pair whose query or positive has one is dropped. The computation's dtype is settled as for
-    :func:`relation_nce`; differences and norms are float32 or better.
+    :func:`relation_nce`, and what is not finite shows as there; differences and norms are float32
+    or better.
 
     Returns:
         The loss, 0-dim, or [B] for reduction="none", float32, or float64 when the computation is;
@@ -384,7 +393,8 @@ def instance_nce(
         reduction: "mean", "sum" or "none", [B], as for :func:`relation_nce`.
         objective, update, backend: as for :func:`relation_nce`.
 
-    The computation's dtype is settled as for :func:`relation_nce`.
+    The computation's dtype is settled as for :func:`relation_nce`, and what is not finite shows as
+    there.
 
     Returns:
         The loss, 0-dim, or [B] for reduction="none", float32, or float64 when the computation is;
@@ -454,7 +464,8 @@ def similar_mask(
     Returns:
         int32 [B, ceil(M / 32)] for M negatives, K or N: bit j % 32 of word j // 32 is set where
         <query_b, row_j> > threshold, the row at position j of ``index``. NaN is not above
-        anything; bits beyond M are 0. It has no gradient.
+        anything: such a negative is not excluded, and shows in the loss. Bits beyond M are 0. It
+        has no gradient.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as :func:`relation_nce`.
@@ -534,7 +545,8 @@ def bank_update_(
         index: int64 [U], the rows to change. The last of equal ids wins, the others are discarded.
         value: [U, D], floating.
         momentum: in [0, 1]; 0 writes ``value``.
-        normalize: rows of unit length (a vanishing row becomes zero); False keeps the blend.
+        normalize: rows of unit length (a vanishing row becomes zero, one with NaN all NaN); False
+            keeps the blend.
         backend: as for :func:`relation`.
 
     Raises:

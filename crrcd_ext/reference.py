@@ -12,6 +12,8 @@ instance_nce: the embeddings themselves, and no anchors.
 
 Operands share one dtype. With bfloat16 and float16 the products are rounded to it, as PyTorch does,
 while differences, norms, logits and sums are float32. Everything is materialised.
+
+Comparisons are written so that NaN passes them: what is not finite shows in the results.
 """
 
 from __future__ import annotations
@@ -29,16 +31,23 @@ PIECE = 1 << 20
 
 
 def unit(w: Tensor) -> Tensor:
-    """w / |w| along the last dimension; zero, with zero gradient, where |w|^2 <= 1e-24."""
+    """w / |w| along the last dimension; zero, with zero gradient, where |w|^2 <= 1e-24; NaN where w
+    is not finite."""
     wide = w.to(wide_dtype(w.dtype))
     square = wide.square().sum(-1, keepdim=True)
-    alive = square > TINY
+    alive = ~(square <= TINY)
     # The inner where keeps the infinite slope of 1/|w| at 0 out of the gradient.
     return (wide * torch.where(alive, torch.where(alive, square, 1).rsqrt(), 0)).to(w.dtype)
 
 
+def nan_for_infinity(x: Tensor) -> Tensor:
+    """x, with NaN for its infinities: relu, which keeps that, might cut them to 0."""
+    return torch.add(x, x, alpha=0)
+
+
 def relation(anchor: Tensor, sample: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """v(P_a, X_m) for all pairs: [A, H], [M, H] -> [A, M, R]."""
+    anchor, sample = nan_for_infinity(anchor), nan_for_infinity(sample)
     return unit(linear(torch.relu(anchor[:, None] - sample[None]), weight, bias))
 
 
@@ -86,11 +95,18 @@ def key_ids(position: Tensor, key_id) -> Tensor:
 
 def directions(x: Tensor, anchor: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """unit(x - anchor_a + eps) and whether it has a direction: x [..., M, D] and anchor [A, D] give
-    [A, ..., M, D] and bool [A, ..., M]."""
+    [A, ..., M, D] and bool [A, ..., M]; NaN is taken for one, so that it shows."""
     wide = wide_dtype(x.dtype)
     seen_from = anchor.to(wide)[(slice(None), *[None] * (x.dim() - 1))]
     difference = x.to(wide) - seen_from + eps
-    return unit(difference).to(x.dtype), difference.square().sum(-1) > TINY
+    return unit(difference).to(x.dtype), ~(difference.square().sum(-1) <= TINY)
+
+
+def read_rows(bank: Tensor, position: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of the bank, [K, D] or [B, K, D]; where each query has its own, zeros for those that are
+    no negatives: 0 times what they hold, in a gradient, might be NaN."""
+    rows = bank[position].to(dtype)
+    return rows if position.dim() == 1 else rows.masked_fill(~keep[..., None], 0)
 
 
 def products(query: Tensor, rows: Tensor, shared: bool) -> Tensor:
@@ -186,14 +202,14 @@ def difference_nce(
     wide = wide_dtype(query.dtype)
     position = torch.arange(len(bank), device=bank.device) if index is None else index
     shared = position.dim() == 1
-    rows = bank[position].to(query.dtype)  # [K, D] or [B, K, D]
+    keep = kept_negatives(len(query), position, query_id, key_id, query_label, key_label, excluded)
+    rows = read_rows(bank, position, keep, query.dtype)
     u, alive_u = directions(query, anchor, eps)  # [A, B, D]
     v, alive_v = directions(positive, anchor, eps)
     w, alive_w = directions(rows, anchor, eps)  # [A, K, D] or [A, B, K, D]
     s = scale * products(u, w, shared).to(wide) - offset
     s_positive = scale * (u * v).sum(-1).to(wide) - offset
 
-    keep = kept_negatives(len(query), position, query_id, key_id, query_label, key_label, excluded)
     keep = keep & (alive_w[:, None] if shared else alive_w)
     if anchor_id is not None:
         keep = keep & (anchor_id[:, None, None] != key_ids(position, key_id))
@@ -222,10 +238,10 @@ def instance_nce(
     """The loss of crrcd_ext.functional.instance_nce, differentiable in every tensor."""
     wide = wide_dtype(query.dtype)
     position = torch.arange(len(bank), device=bank.device) if index is None else index
-    rows = bank[position].to(query.dtype)  # [K, D] or [B, K, D]
+    keep = kept_negatives(len(query), position, query_id, key_id, query_label, key_label, excluded)
+    rows = read_rows(bank, position, keep, query.dtype)
     s = scale * products(query, rows, position.dim() == 1).to(wide) - offset
     s_positive = scale * (query * positive).sum(-1).to(wide) - offset
-    keep = kept_negatives(len(query), position, query_id, key_id, query_label, key_label, excluded)
     pairs = torch.ones(len(query), dtype=torch.bool, device=query.device)
     return contrast(s, s_positive, keep, pairs, objective, weights, reduction)
 

@@ -8,6 +8,7 @@
 #endif
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/addbmm.h>
 #include <ATen/ops/addcmul.h>
 #include <ATen/ops/bmm.h>

@@ -80,6 +80,8 @@ at::ScalarType check_relation(const at::Tensor& anchor, const at::Tensor& sample
   return check_operands(kOp, {anchor, sample, weight, bias.value_or(weight)}, with_half);
 }
 
+at::Tensor nan_for_infinity(const at::Tensor& t) { return at::add(t, t, 0); }
+
 at::Tensor pair_mask(int64_t anchors, int64_t queries, const at::Tensor& anchor_id,
                      const at::Tensor& query_id, bool self_pairs, at::Device device) {
   if (!self_pairs && anchor_id.defined() && query_id.defined())

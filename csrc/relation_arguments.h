@@ -64,6 +64,9 @@ RelationArguments relation_arguments(
 at::ScalarType check_relation(const at::Tensor& anchor, const at::Tensor& sample,
                               const at::Tensor& weight, const OptionalTensor& bias, bool with_half);
 
+// t with NaN for its infinities: relu, which keeps that, might cut them to 0.
+at::Tensor nan_for_infinity(const at::Tensor& t);
+
 // bool [A, B], true for the pairs (anchor, query) that count. Ids may be undefined.
 at::Tensor pair_mask(int64_t anchors, int64_t queries, const at::Tensor& anchor_id,
                      const at::Tensor& query_id, bool self_pairs, at::Device device);

@@ -46,7 +46,7 @@ void BankUpdate::commit() const {
               squared += blend[d] * blend[d];
             }
             double factor = 1;
-            if (normalize_) factor = squared > kZeroNormSquared ? 1 / std::sqrt(squared) : 0;
+            if (normalize_) factor = squared <= kZeroNormSquared ? 0 : 1 / std::sqrt(squared);
             for (int64_t d = 0; d < width; ++d)
               row[d * step] = static_cast<scalar_t>(blend[d] * factor);
           }

@@ -42,7 +42,7 @@ inline void hidden_row_pairs(int64_t m, int64_t hp, const float* anchor, const f
   for (int64_t n = 0; n < m; ++n)
     for (int64_t h = 0; h < hp; h += 16) {
       const auto v = load(anchor + h) - load(x + n * ld + h);
-      const __m256i packed = to_bf16(v > 0 ? v : decltype(v){});
+      const __m256i packed = to_bf16(relu(v));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(pairs + n * stride + h / 2), packed);
       if (hid) store(hid + n * ld + h, (Simd<float>::V)_mm512_slli_epi32(widen(packed), 16));
     }
@@ -148,10 +148,9 @@ inline void hidden_column_pairs(int64_t tile, int64_t hidden, const float* ancho
     uint64_t bits[2] = {0, 0};
     for (int64_t n = 0; n < tile; n += 16) {
       const auto v = level - load(x_t + h * ld_m + n);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(hid_t + h * stride + n / 2),
-                          to_bf16(v > 0 ? v : decltype(v){}));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(hid_t + h * stride + n / 2), to_bf16(relu(v)));
       if (kHasTiles) continue;
-      bits[n / 64 % 2] |= static_cast<uint64_t>(positive_bits(v)) << (n % 64);
+      bits[n / 64 % 2] |= static_cast<uint64_t>(positive_bits<true>(v)) << (n % 64);
       if (n % 128 == 112 || n + 16 >= tile) {
         mask[h * words + n / 128] = pair_bits(bits[0], bits[1]);
         bits[0] = bits[1] = 0;
@@ -171,7 +170,7 @@ inline void cut_gradient(int64_t m, int64_t hp, const float* d_hid, const float*
       for (int j = 0; j < kVectors; ++j) {
         const int64_t at = n * ld + first + j * 16;
         const auto gradient = load(d_hid + at) + load(norm + at) * coefficient[n];
-        const auto cut = load(hid + at) > 0 ? gradient : Simd<float>::V{};
+        const auto cut = load(hid + at) <= 0 ? Simd<float>::V{} : gradient;
         sum[j] += cut;
         if (d_x) store(d_x + at, load(d_x + at) - cut);
       }

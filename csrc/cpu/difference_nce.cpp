@@ -3,7 +3,6 @@
 #include <ATen/Parallel.h>
 
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <numeric>
 #include <vector>
@@ -54,21 +53,6 @@ Tiling choose_buckets(int64_t queries, int64_t rows, int64_t parts) {
     ++buckets.shift;
   buckets.tiles = (rows + (int64_t(1) << buckets.shift) - 1) >> buckets.shift;
   return buckets;
-}
-
-// Whether t has no NaN and no infinity: no exponent has all bits set.
-template <typename T>
-bool all_finite(const at::Tensor& t) {
-  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-  constexpr Bits kExponent = sizeof(T) == 4 ? Bits(0xff) << 23 : Bits(uint64_t(0x7ff) << 52);
-  const T* value = t.const_data_ptr<T>();
-  Bits found = 0;
-  for (int64_t i = 0; i < t.numel(); ++i) {
-    Bits bits;
-    std::memcpy(&bits, value + i, sizeof(T));
-    found |= (bits & kExponent) == kExponent;
-  }
-  return found == 0;
 }
 
 template <typename T>
@@ -490,16 +474,15 @@ class DifferenceNce {
 
     if (d_rows.defined())
       d_bank = x.index.defined() ? zeros({x.N, x.D}).index_add_(0, x.index, d_rows) : d_rows;
-    return {
-        loss,
-        x.needs(kDifferenceQuery) ? result(d_query, x.query) : none(x.query),
+    return nan_throughout(DifferenceResult{
+        loss, x.needs(kDifferenceQuery) ? result(d_query, x.query) : none(x.query),
         x.needs(kDifferencePositive) ? result(d_positive, x.positive) : none(x.positive),
         x.needs(kDifferenceAnchor) ? result(d_anchor, x.anchor) : none(x.anchor),
         x.needs(kDifferenceBank) ? result(d_bank, x.bank) : none(x.bank),
         x.needs(kDifferenceScale) ? at::scalar_tensor(d_scale, x.scale.options()) : none(x.scale),
         x.needs(kDifferenceOffset)
             ? at::scalar_tensor(d_offset_positive - sum_g * factor, x.offset.options())
-            : none(x.offset)};
+            : none(x.offset)});
   }
 
   at::Tensor scratch_rows(int64_t rows) {

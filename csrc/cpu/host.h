@@ -4,6 +4,10 @@
 #include <ATen/Parallel.h>
 
 #include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <tuple>
 
 #include <ATen/core/Tensor.h>
 #include "plan.h"
@@ -29,6 +33,41 @@ void in_turn(int64_t parts, int64_t workers, const F& function) {
     for (int64_t worker = begin; worker < end; ++worker)
       for (int64_t part; (part = next++) < parts;) function(part, worker);
   });
+}
+
+// Whether t, which is contiguous, has no NaN and no infinity: no exponent has all bits set.
+template <typename T>
+bool all_finite(const at::Tensor& t) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  constexpr Bits kExponent = sizeof(T) == 4 ? Bits(0xff) << 23 : Bits(uint64_t(0x7ff) << 52);
+  const T* value = t.const_data_ptr<T>();
+  Bits found = 0;
+  for (int64_t i = 0; i < t.numel(); ++i) {
+    Bits bits;
+    std::memcpy(&bits, value + i, sizeof(T));
+    found |= (bits & kExponent) == kExponent;
+  }
+  return found == 0;
+}
+
+// A loss and its gradients, which are NaN where the loss is: kernels skip what they multiply by
+// zero, and so lose some of the NaN that made it. Of losses one by one each has its rows.
+template <typename... Gradients>
+std::tuple<at::Tensor, Gradients...> nan_throughout(std::tuple<at::Tensor, Gradients...> result) {
+  constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+  const at::Tensor loss = std::get<0>(result);
+  if (loss.dim() == 0) {
+    if (std::isnan(loss.item<double>()))
+      std::apply([&](auto&... t) { (t.fill_(kNan), ...); }, result);
+    return result;
+  }
+  const at::Tensor lost = loss.ne(loss).unsqueeze(-1);
+  std::apply(
+      [&](auto&, auto&... t) {
+        ((t.numel() > 0 ? void(t.masked_fill_(lost, kNan)) : void()), ...);
+      },
+      result);
+  return result;
 }
 
 template <typename T>

@@ -629,8 +629,12 @@ void process_chunk(const InstanceParams<T>& p, const InstanceScratch<T>& s, Chun
   own_products(p, s, chunk, next);
   const bool masked = has_masks(p);
   const int64_t padded = n / kLanes * kLanes;  // from here on the last vector may have padding
-  for (int64_t i = masked || kPass != Pass::kNce ? 0 : padded; i < n; ++i)
-    s.keep[i] = masked && dropped(p, b, chunk.row[i]) ? 0 : 1;
+  for (int64_t i = masked || kPass != Pass::kNce ? 0 : padded; i < n; ++i) {
+    const bool drop = masked && dropped(p, b, chunk.row[i]);
+    s.keep[i] = drop ? 0 : 1;
+    // 0 times what the row holds might be NaN in the gradient of the query
+    if (drop) chunk.row_at[i] = p.query + b * p.ldD;
+  }
   for (int64_t i = n; i % kLanes != 0; ++i) s.keep[i] = s.z[i] = 0;
   const auto factor = splat(slope_of(p, b));
   if (kPass == Pass::kNce) {

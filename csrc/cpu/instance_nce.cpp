@@ -111,13 +111,14 @@ class InstanceNce {
     // the positives' part goes last: it is the large term of a sum of many small ones
     const auto none = [](const at::Tensor& like) { return at::empty({0}, like.options()); };
     const at::Tensor pull = (d_logit * (p.scale * p.gradient_scale)).unsqueeze(-1);
-    return {reduced,
-            p.need_query ? result(at::addcmul(d_query.narrow(1, 0, x.D), pull, positive), x.query)
-                         : none(x.query),
-            x.needs(kInstancePositive) ? result(pull * query, x.positive) : none(x.positive),
-            x.needs(kInstanceBank) ? bank_gradient() : none(x.bank),
-            x.needs(kInstanceScale) ? total(d_scale, d_logit * product, x.scale) : none(x.scale),
-            x.needs(kInstanceOffset) ? total(d_offset, -d_logit, x.offset) : none(x.offset)};
+    return nan_throughout(InstanceResult{
+        reduced,
+        p.need_query ? result(at::addcmul(d_query.narrow(1, 0, x.D), pull, positive), x.query)
+                     : none(x.query),
+        x.needs(kInstancePositive) ? result(pull * query, x.positive) : none(x.positive),
+        x.needs(kInstanceBank) ? bank_gradient() : none(x.bank),
+        x.needs(kInstanceScale) ? total(d_scale, d_logit * product, x.scale) : none(x.scale),
+        x.needs(kInstanceOffset) ? total(d_offset, -d_logit, x.offset) : none(x.offset)});
   }
 
  private:

@@ -2,6 +2,8 @@
 
 #include <ATen/Parallel.h>
 
+#include <limits>
+
 #include "../aten.h"
 #include "../checks.h"
 #include "../relation_arguments.h"
@@ -47,8 +49,8 @@ struct Call {
     p.tile = 64;
     const int64_t items = p.A * ((p.M + p.tile - 1) / p.tile);
     p.parts = std::max<int64_t>(1, std::min<int64_t>(items, at::get_num_threads()));
-    anchor = padded(anchor_in, dtype, p.A, p.ldH);
-    sample = padded(sample_in, dtype, p.M, p.ldH);
+    anchor = padded(nan_for_infinity(anchor_in), dtype, p.A, p.ldH);
+    sample = padded(nan_for_infinity(sample_in), dtype, p.M, p.ldH);
     weight = padded(weight_in, dtype, p.Rp, p.ldH);
     weight_t = padded(weight_in.t(), dtype, p.Hp, p.ldR);
     p.anchor = pointer<T>(anchor), p.sample = pointer<T>(sample);
@@ -81,6 +83,11 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& anchor, const at::T
   call.p.relation = mutable_pointer<T>(relation);
   call.p.inverse_norm = mutable_pointer<T>(inverse_norm);
   call.run(Functions<T>::forward);
+  // products skip the zeros of hid, and 0 times what is not finite is NaN
+  if (!all_finite<T>(call.weight)) {
+    constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+    relation.fill_(kNan), inverse_norm.fill_(kNan);
+  }
   return {relation.to(anchor.scalar_type()), inverse_norm};
 }
 

@@ -35,7 +35,7 @@ struct ChunkScratch {
   T* coefficient;    // [tile] k above
   T* ds_z;           // [tile, lanes] partial sums of ds <q_b, w>
   T* inverse;        // [tile] 1 / |w|, 0 where the norm vanishes
-  uint64_t* mask;    // [tile, ceil(Hp / 64)] hid > 0
+  uint64_t* mask;    // [tile, ceil(Hp / 64)] hid is not zero
   uint64_t* mask_t;  // [Hp, tile / 64]
   // bfloat16 pairs (bf16_kernel.h)
   uint32_t* hid_pairs;       // [tile, pair_stride(Hp)] along h
@@ -119,7 +119,7 @@ size_t carve(const NceParams<T>& p, std::byte* base, ChunkScratch<T>& s) {
   return c.used;
 }
 
-// hid[n, h] = relu(anchor[h] - x[n, h]) for m keys, with one mask bit an entry.
+// hid[n, h] = relu(anchor[h] - x[n, h]) for m keys, with one mask bit an entry that is not zero.
 template <typename T>
 void hidden_rows(int64_t m, int64_t hp, const T* anchor, const T* x, int64_t ld, T* hid,
                  uint64_t* mask) {
@@ -132,8 +132,8 @@ void hidden_rows(int64_t m, int64_t hp, const T* anchor, const T* x, int64_t ld,
       const int64_t stop = (w + 1) * 64 < hp ? (w + 1) * 64 : hp;
       for (int64_t h = w * 64; h < stop; h += kLanes) {
         const V v = load(anchor + h) - load(x + n * ld + h);
-        store(hid + n * ld + h, v > 0 ? v : V{});
-        bits |= static_cast<uint64_t>(positive_bits(v)) << (h % 64);
+        store(hid + n * ld + h, relu(v));
+        bits |= static_cast<uint64_t>(positive_bits<true>(v)) << (h % 64);
       }
       mask[n * words + w] = bits;
     }
@@ -153,8 +153,8 @@ void hidden_columns(int64_t tile, int64_t hidden, const T* anchor, const T* x_t,
       uint64_t bits = 0;
       for (int64_t n = w * 64; n < (w + 1) * 64; n += kLanes) {
         const V v = level - load(x_t + h * ld_m + n);
-        store(hid_t + h * ld_m + n, v > 0 ? v : V{});
-        bits |= static_cast<uint64_t>(positive_bits(v)) << (n % 64);
+        store(hid_t + h * ld_m + n, relu(v));
+        bits |= static_cast<uint64_t>(positive_bits<true>(v)) << (n % 64);
       }
       mask_t[h * words + w] = bits;
     }
@@ -260,8 +260,8 @@ CRRCD_INLINE void for_excluded(const Excluded& excluded, int64_t b0, int64_t cou
   }
 }
 
-// Keys of one tile: gather, project, transpose, masks. Returns 0, or NaN when a key is not finite,
-// which relu would otherwise hide.
+// Keys of one tile: gather, project, transpose, masks. Returns 0, or NaN when a key is not finite:
+// relu would hide an infinity, and where hid is zero products are skipped.
 template <typename T>
 T load_tile(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t t, int64_t first, int64_t m) {
   const int64_t ld_m = odd_lines<T>(p.tile);
@@ -448,7 +448,7 @@ CRRCD_INLINE void hidden_gradient_block(int64_t k, const T* left, int64_t ld_lef
   multiply_add<T, kProduct, kRows, kVectors, false>(sum, left, ld_left, right, ld_right, k, 0);
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < kVectors; ++j) {
-      const V cut = load(hid + i * ldH + j * kLanes) > 0 ? sum[i][j] : V{};
+      const V cut = load(hid + i * ldH + j * kLanes) <= 0 ? V{} : sum[i][j];
       anchor_sum[j] += cut;
       if (d_x) {
         T* out = d_x + i * ldH + j * kLanes;
@@ -508,7 +508,7 @@ void fill_rows(int64_t m, int64_t n, const T* row, T* out, int64_t ld) {
 
 template <typename T>
 CRRCD_INLINE T inverse_norm_of(T squared) {
-  return squared > T(kZeroNormSquared) ? T(1) / std::sqrt(squared) : T(0);
+  return squared <= T(kZeroNormSquared) ? T(0) : T(1) / std::sqrt(squared);
 }
 
 // 1/|w| of every key of the tile, in s.inverse, from T hid in s.norm.

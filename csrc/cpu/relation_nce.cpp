@@ -90,8 +90,13 @@ class RelationNce {
     double total[4] = {0, 0, 0, 0};
     for (int64_t i = 0; s && i < parts * 4; ++i) total[i % 4] += s[i];
     loss += x.infonce ? 0 * total[0] : total[0];
+    // what no sum has seen, of operands that are not finite
+    const bool finite = all_finite<T>(anchor) && all_finite<T>(weight);
+    const double lost =
+        x.K > 0 && pairs > 0 && !finite ? std::numeric_limits<double>::quiet_NaN() : 0;
+    loss += lost;
     if (losses.defined()) {
-      losses = losses + 0 * total[0];  // NaN for a key that is not finite
+      losses = losses + (0 * total[0] + lost);  // NaN for a key that is not finite
       losses.masked_fill_(counts.eq(0), 0);
       if (x.weights.defined()) losses.mul_(x.weights);
       if (x.reduction != Reduction::kNone) loss = losses.sum().template item<double>();
@@ -361,8 +366,8 @@ class RelationNce {
       d_offset = at::scalar_tensor(
           total[2] * inverse_pairs - d_logit_positive.sum(at::kDouble).item<double>(),
           x.offset.options());
-    return {loss,   d_query,  d_positive, d_anchors, d_bank,
-            d_keys, d_weight, d_bias_out, d_scale,   d_offset};
+    return nan_throughout(NceResult{loss, d_query, d_positive, d_anchors, d_bank, d_keys, d_weight,
+                                    d_bias_out, d_scale, d_offset});
   }
 
   const RelationArguments& x;

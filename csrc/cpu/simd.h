@@ -88,33 +88,47 @@ CRRCD_INLINE void sums_of_four(typename Simd<T>::V a, typename Simd<T>::V b, typ
   out[2] = horizontal_sum<T>(c), out[3] = horizontal_sum<T>(d);
 }
 
-// One bit a lane: lane > 0.
+// One bit a lane: lane > 0, or with kOrNan also where it is NaN.
+template <bool kOrNan = false>
 CRRCD_INLINE uint32_t positive_bits(Simd<float>::V v) {
 #if CRRCD_VECTOR_BYTES == 64 && defined(__x86_64__)
-  return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_GT_OQ);
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), kOrNan ? _CMP_NLE_UQ : _CMP_GT_OQ);
 #elif CRRCD_VECTOR_BYTES == 32 && defined(__x86_64__)
-  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_setzero_ps(), _CMP_GT_OQ));
+  return _mm256_movemask_ps(
+      _mm256_cmp_ps((__m256)v, _mm256_setzero_ps(), kOrNan ? _CMP_NLE_UQ : _CMP_GT_OQ));
 #elif CRRCD_VECTOR_BYTES == 16 && defined(__x86_64__)
-  return _mm_movemask_ps(_mm_cmpgt_ps((__m128)v, _mm_setzero_ps()));
+  const __m128 x = (__m128)v, zero = _mm_setzero_ps();
+  return _mm_movemask_ps(kOrNan ? _mm_cmpnle_ps(x, zero) : _mm_cmpgt_ps(x, zero));
 #else
   uint32_t bits = 0;
-  for (int i = 0; i < Simd<float>::kLanes; ++i) bits |= uint32_t(v[i] > 0) << i;
+  for (int i = 0; i < Simd<float>::kLanes; ++i)
+    bits |= uint32_t(kOrNan ? !(v[i] <= 0) : v[i] > 0) << i;
   return bits;
 #endif
 }
 
+template <bool kOrNan = false>
 CRRCD_INLINE uint32_t positive_bits(Simd<double>::V v) {
 #if CRRCD_VECTOR_BYTES == 64 && defined(__x86_64__)
-  return _mm512_cmp_pd_mask((__m512d)v, _mm512_setzero_pd(), _CMP_GT_OQ);
+  return _mm512_cmp_pd_mask((__m512d)v, _mm512_setzero_pd(), kOrNan ? _CMP_NLE_UQ : _CMP_GT_OQ);
 #elif CRRCD_VECTOR_BYTES == 32 && defined(__x86_64__)
-  return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)v, _mm256_setzero_pd(), _CMP_GT_OQ));
+  return _mm256_movemask_pd(
+      _mm256_cmp_pd((__m256d)v, _mm256_setzero_pd(), kOrNan ? _CMP_NLE_UQ : _CMP_GT_OQ));
 #elif CRRCD_VECTOR_BYTES == 16 && defined(__x86_64__)
-  return _mm_movemask_pd(_mm_cmpgt_pd((__m128d)v, _mm_setzero_pd()));
+  const __m128d x = (__m128d)v, zero = _mm_setzero_pd();
+  return _mm_movemask_pd(kOrNan ? _mm_cmpnle_pd(x, zero) : _mm_cmpgt_pd(x, zero));
 #else
   uint32_t bits = 0;
-  for (int i = 0; i < Simd<double>::kLanes; ++i) bits |= uint32_t(v[i] > 0) << i;
+  for (int i = 0; i < Simd<double>::kLanes; ++i)
+    bits |= uint32_t(kOrNan ? !(v[i] <= 0) : v[i] > 0) << i;
   return bits;
 #endif
+}
+
+// max(v, 0); NaN stays NaN.
+template <typename V>
+CRRCD_INLINE V relu(V v) {
+  return v < 0 ? V{} : v;
 }
 
 // x[i] = 1 / x[i] for x in [1, 2].
