@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 import crrcd_ext
 from crrcd_ext import _check, functional
 from crrcd_ext.compat import repdistiller
-from crrcd_ext.modules import _buffers, _checks, queue
+from crrcd_ext.modules import _buffers, _checks, queue, step
 
 OPERATORS = {
     "relation_nce": make,
@@ -86,7 +86,7 @@ def modules_captured(monkeypatch):
     """Begins the capture: for modules on the CPU, as if they were on a GPU."""
 
     def begin():
-        for module in (_buffers, _checks, queue):
+        for module in (_buffers, _checks, queue, step):
             monkeypatch.setattr(module, "capturing", lambda _: True)
 
     return begin
@@ -138,6 +138,15 @@ def test_the_public_codes_constants_have_to_be_there_before_capture(modules_capt
     with pytest.raises(RuntimeError, match=message):
         criterion(*batch())
     assert criterion.contrast.normalized == (False, False)
+
+
+def test_a_micro_batch_is_not_captured(modules_captured):
+    criterion = crrcd_ext.CRDLoss(5, 7, 40, embedding_dim=8, negatives=4, normalizer="none")
+    modules_captured()
+    message = "CRDLoss: update: expected a step, or none, while a CUDA graph is captured, got 'la"
+    with pytest.raises(RuntimeError, match=message):
+        criterion(*batch(), update="later")
+    assert criterion._waiting is None
 
 
 def test_a_queue_does_not_count_what_is_only_captured(modules_captured):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from crrcd_ext import functional
-from crrcd_ext._check import check_weights
+from crrcd_ext._check import capturing, check_weights
 from crrcd_ext.modules import _checks, _counter, _once
 from crrcd_ext.modules.accumulation import Waiting, joined, with_moments
 from crrcd_ext.modules.bank import Change, MemoryBank
@@ -206,6 +206,10 @@ class ContrastiveStep(Critic):
             index = _once.check(self.NAME, self, self.step, index)
         if update:
             self._check_nothing_waits()
+        if later and capturing(index.device):
+            # A replay would compute the loss, and leave nothing for commit.
+            expected = "a step, or none, while a CUDA graph is captured"
+            _checks.fail(RuntimeError, self.NAME, "update", expected, "'later'")
         student, teacher, finite = self._screen(
             student_features, teacher_features.detach(), update or later
         )
