@@ -303,7 +303,8 @@ class ContrastiveLoss(ContrastiveStep):
             ``variance_growth``, by which factor the variance has grown since the look before (1 in
             the first); with ``exclude_similar`` ``similar_share``, the share of (query, negative)
             that it masks, own rows among them, and ``masked_steps``, in how many steps it left no
-            negative at all; ``temperature``; ``offset``, which is beta; ``skipped_steps``.
+            negative at all; ``temperature``, with its bound; ``offset``, which is beta as
+            :meth:`current_offset` gives it; ``skipped_steps``.
             Relations are recomputed with the parameters as they are now. Cosines are NaN where no
             pair is kept.
 

@@ -54,14 +54,16 @@ class CRRCDLoss(ContrastiveLoss):
             student's embeddings whatever ``keys``, or nothing would reach the student.
         anchors: A, chosen anew in each batch; None takes all B.
         normalizer: "first_batch" (Zbar = mean exp(<u, v>/tau) over the first training batch that
-            has a pair, CRD's constant, kept in the state_dict), "moving_average" (Zbar follows the
-            training batches), "none" (beta = 0), or a number, Zbar. "infonce" does not depend on
-            it.
+            has a pair, CRD's constant, kept in the state_dict; each direction waits for its own),
+            "moving_average" (Zbar follows the training batches), "none" (beta = 0), or a number,
+            Zbar. "infonce" does not depend on it.
         normalizer_momentum: in [0, 1), the part of it that a moving average keeps in each step. The
             average is one of log Zbar, which is what beta is made of: of Zbar itself one batch with
             a few large cosines would rule for long. It is corrected for its start as Adam's are,
             so that the first batch gives all of the first value. A batch takes part in the value
-            that it is judged by, with at most 1,024 of its negatives.
+            that it is judged by, with at most 1,024 of its negatives. Of a step's time that was 3 %
+            more for ``CRRCDLoss``, 34 % for ``CRDLoss`` and 130 % for ``CRCDLoss`` (one CPU core,
+            B = 64, K = 4,096, direction "student").
         distinct: draw negatives without replacement (see :meth:`MemoryBank.sample`).
         capacity: C, for a queue of the newest C embeddings instead of one row for each sample
             (:class:`MemoryQueue`); ``momentum`` does not apply, ``negatives`` counts up to C, and
@@ -86,8 +88,9 @@ class CRRCDLoss(ContrastiveLoss):
             the one that leads back, or zero.
         learnable_offset: beta + ``offset``, a parameter that starts at 0 ("nce" only).
         bank_dtype: storage type of the banks.
-        nonfinite: "error" raises on features that are not finite; "skip" returns a zero loss, with
-            zero gradients, leaves banks, samplers and statistics alone and counts
+        nonfinite: "error" raises on features that are not finite or so large that their variance
+            overflows, which running statistics would keep; "skip" returns a zero loss, with zero
+            gradients, leaves banks, samplers and statistics alone and counts
             ``skipped_steps``.
         check_every: how many training steps after one another the loss looks by itself at whether
             it has collapsed, as :meth:`diagnostics` does, and warns once; None: never.

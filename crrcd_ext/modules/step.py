@@ -178,8 +178,9 @@ class ContrastiveStep(Critic):
             batch of one with self pairs off, or for an empty batch, which changes nothing either.
 
         Raises:
-            ValueError: widths, shapes, devices, features that are not finite, labels that are
-                missing, weights or a reduction other than described above.
+            ValueError: widths, shapes, devices, features that are not finite or, in an update of
+                running statistics, beyond 2.6e15 (1e123 in float64), whose squares overflow;
+                labels that are missing, weights or a reduction other than described above.
             TypeError: dtypes. IndexError: an id outside of [0, N), a row of the queue that is not
                 written.
             RuntimeError: an update within a backward pass, where torch.utils.checkpoint runs what
@@ -583,10 +584,10 @@ class ContrastiveStep(Critic):
         if not self._measures_zbar():
             return self._beta(0.0)
         slot = side.slot
-        old, known = self._zbar(slot), self._knows_zbar(slot)
+        known = self._knows_zbar(slot)
         follows = follow and self.normalizer == "moving_average"
         if known and not (follows and self._has_pair(size)):
-            return self._beta(old.log / old.weight)
+            return self._beta((self.log_zbar / self.zbar_weight)[slot])
         if not known:
             expected = "a training step, whose batch gives Zbar,"
             _checks.before_capture(self.NAME, "normalizer", expected, self.step.device)
