@@ -126,10 +126,12 @@ def test_zero_stands_for_what_the_losses_write_none() -> None:
     found = methods.make_criterion("CRRCDLoss", "crrcd", table, embedding_dim=5, **sizes)
     assert found.cross_relation.weight.shape == (5, 10) and found.exclude_similar is None
     assert found.cross_relation.init == "mirrored"
+    assert found.max_scale == 100 and found.check_every is None
     table.exclude_similar, table.hidden_dim, table.init = 0.5, 7, "gaussian"
+    table.max_scale = 0
     found = methods.make_criterion("CRRCDLoss", "crrcd", table, embedding_dim=5, **sizes)
     assert found.cross_relation.weight.shape == (5, 7) and found.exclude_similar == 0.5
-    assert found.cross_relation.init == "gaussian"
+    assert found.cross_relation.init == "gaussian" and found.max_scale is None
     table.exclude_similar = 1.5
     with pytest.raises(
         UserError, match=r"config table crrcd: .*exclude_similar: expected a number"

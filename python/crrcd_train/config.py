@@ -108,12 +108,14 @@ class Contrastive:
     direction: Literal["student", "teacher", "both"] = "student"
     keys: Literal["stop_gradient", "live", "bank"] = "stop_gradient"
     normalizer: float | str = "first_batch"
+    normalizer_momentum: float = 0.99  # of "moving_average"
     objective: Literal["nce", "infonce"] = "nce"
     head: Literal["linear", "identity"] = "linear"
     standardize: bool = True
     exclude_same_label: bool = False
     exclude_similar: float = 0.0  # a cosine of teacher embeddings; 0: no negative is left out by it
     learnable_temperature: bool = False
+    max_scale: float = 100.0  # bound of a learned 1/temperature; 0: none
     learnable_offset: bool = False
     bank_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     nonfinite: Literal["error", "skip"] = "error"

@@ -101,11 +101,12 @@ def make_criterion(
     options = dict(vars(settings))
     for own in ("weight", "schedule", "lr_factor"):
         options.pop(own)
-    for name in ("anchors", "hidden_dim", "relation_dim", "exclude_similar"):
+    for name in ("anchors", "hidden_dim", "relation_dim", "exclude_similar", "max_scale"):
         if name in options:
             options[name] = options[name] or None
     options["bank_dtype"] = getattr(torch, options["bank_dtype"])
     options["backend"] = options["backend"] or None
+    options["check_every"] = None  # the loops look themselves, and record what they find
     try:
         return getattr(crrcd_ext, kind)(**{**options, **arguments})
     except (ValueError, TypeError, RuntimeError) as error:
