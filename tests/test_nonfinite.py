@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import cases
 from helpers.cases import DIFFERENTIABLE, cast, make, make_difference, make_instance, run
+from helpers.emulated import EMULATED
 from helpers.interpreted import INTERPRETED
 
 from crrcd_ext import CRRCDLoss, _backend, functional
@@ -20,7 +21,7 @@ from crrcd_ext import CRRCDLoss, _backend, functional
 _C = _backend.compiled
 SETS = _C.isa_available() if _C else []
 QUICK = [("reference", None), *(("cpu", isa) for isa in SETS)]
-SLOW = [(name, None) for name in INTERPRETED]
+SLOW = [(name, None) for name in EMULATED + INTERPRETED]
 """A call takes long, where kernels are emulated or interpreted: less is tried."""
 
 VALUES = [math.nan, math.inf, -math.inf]
@@ -180,7 +181,12 @@ SMALL = {
 @pytest.mark.parametrize("kind", SMALL)
 @pytest.mark.parametrize(
     "objective, dtype",
-    [("nce", torch.float32), ("nce", torch.bfloat16), ("infonce", torch.float32)],
+    [
+        ("nce", torch.float32),
+        ("nce", torch.bfloat16),
+        ("nce", torch.float16),
+        ("infonce", torch.float32),
+    ],
 )
 @pytest.mark.parametrize("value", VALUES[:2], ids=["nan", "inf"])
 def test_losses(backend, isa, kind, objective, dtype, value):
