@@ -291,6 +291,18 @@ class Passes:
         for first in range(0, self.keys, SEGMENT):
             yield first, min(SEGMENT, self.keys - first)
 
+    def nan_of_infinity(self) -> Tensor | float:
+        """0, or NaN where keys that are rows of the bank as they lie hold an infinity, which
+        relu(anchor - key) might cut to 0."""
+        if not self.gathers:
+            return 0.0
+        total = self._zeros()
+        for first, keys in self._segments():
+            chosen = slice(first, first + keys)
+            rows = self.bank[chosen] if self.index is None else self.bank[self.index[chosen]]
+            total += (0 * rows.to(self.wide)).sum()
+        return total
+
     # ------------------------------------------------------------------------------------- passes
 
     def normaliser(self) -> Tensor:

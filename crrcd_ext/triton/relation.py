@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from crrcd_ext._schema import wide_dtype
+from crrcd_ext.reference import nan_for_infinity
 from crrcd_ext.triton import launch
 from crrcd_ext.triton.kernels import relation as kernels
 
@@ -32,8 +33,8 @@ def relation(
         kernels.relation,
         (A, -(-M // chosen.keys)),
         chosen,
-        anchor.contiguous(),
-        sample.contiguous(),
+        nan_for_infinity(anchor).contiguous(),
+        nan_for_infinity(sample).contiguous(),
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
         vectors,
@@ -72,7 +73,7 @@ def relation_backward(
         torch.zeros(shape if wants else 0, dtype=wide, device=anchor.device)
         for wants, shape in zip(wanted, ((A, H), (M, H), (R, H), (R,)), strict=True)
     )
-    X, W = sample.to(wide), weight.to(wide)
+    P, X, W = (nan_for_infinity(x.to(wide)) for x in (anchor, sample, weight))
     step = max(1, SEGMENT_ELEMENTS // max(M * max(H, R), 1))
     for first in range(0, A if M else 0, step):
         of = slice(first, first + step)
@@ -82,7 +83,7 @@ def relation_backward(
             d_bias += d_w.sum((0, 1))
         if not need & ~BIAS:
             continue
-        seen = anchor[of, None].to(wide) - X
+        seen = P[of, None] - X
         if need & WEIGHT:
             d_weight += d_w.flatten(0, 1).T @ seen.relu().flatten(0, 1)
         if need & (ANCHOR | SAMPLE):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from crrcd_ext._schema import wide_dtype
-from crrcd_ext.reference import kept_pairs
+from crrcd_ext.reference import kept_pairs, nan_for_infinity
 from crrcd_ext.triton import bank_rows, critic, launch
 from crrcd_ext.triton.passes import DIRECT, GRAM, Masks, Passes
 
@@ -73,7 +73,7 @@ def relation_nce_(
         form,
         types,
         query.contiguous(),
-        anchor.contiguous(),
+        nan_for_infinity(anchor).contiguous(),
         bank,
         _contiguous(index),
         scale,
@@ -95,6 +95,7 @@ def relation_nce_(
     loss, slope, mean = critic.contrast(
         objective, passes, cosine, scale, offset, pairs, gradients, weights, reduction
     )
+    loss = loss + passes.nan_of_infinity()
     by_cosine = slope * scale.to(wide)
 
     def averaged(gradient: Tensor | None, positives: Tensor | float = 0.0):

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads) update_row(BankUpdateParams p) {
     double square[1] = {};
     for (int64_t d = threadIdx.x; d < p.D; d += kThreads) square[0] += blend(d) * blend(d);
     block_sum<kThreads>(square, sums);
-    factor = square[0] > kZeroNormSquared ? 1 / sqrt(square[0]) : 0;
+    factor = square[0] <= kZeroNormSquared ? 0 : 1 / sqrt(square[0]);
   }
   for (int64_t d = threadIdx.x; d < p.D; d += kThreads)
     out[d * p.column_stride] = narrow<S>(blend(d) * factor);

@@ -161,7 +161,7 @@ class DifferenceNce {
     p.cosine = make<T>(cosine, {p.Bp, p.Ap}, true);
     p.near = make<bool>(near, {p.Bp, p.Ap}, true);
     if (x.A > 0 && x.B > 0) Kernels::pairs(p, device.stream());
-    mask = inverse.gt(0).logical_and_(inverse_positive.gt(0));
+    mask = inverse.ne(0).logical_and_(inverse_positive.ne(0));
     mask.narrow(0, 0, x.B).narrow(1, 0, x.A).logical_and_(
         pair_mask(x.A, x.B, x.anchor_id, x.query_id, x.self_pairs, x.query.device()).t());
     const at::Tensor pairs = mask.sum(at::kDouble);

@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(kGroup == kWarp ? 128 : kGroup, 1)
       int64_t row[kRows];
       for (int r = 0; r < kRows; ++r) {
         row[r] = __shfl_sync(0xffffffffu, own_row, at + r);
-        // what lies beyond the last entry is a row of zeros
-        const int64_t width = at + r < count ? p.D : 0;
+        // what is no negative, or lies beyond the last entry, is a row of zeros
+        const int64_t width = kept >> (at + r) & 1 ? p.D : 0;
         for (int i = 0; i < kQuads; ++i)
           load_quad(bank_row<S>(p.bank, row[r]), int64_t(i * kGroup + thread) * 4, width,
                     p.whole_quads, m[r][i]);
@@ -210,6 +210,7 @@ __global__ void __launch_bounds__(kWideThreads, 1) own_wide_entries(InstancePara
   constexpr int kRows = 4;
   __shared__ int64_t row[kWarp];
   __shared__ T product[kWarp], weight[kWarp], factor;
+  __shared__ bool kept[kWarp];
   const int64_t b = blockIdx.x / p.parts, part = blockIdx.x % p.parts;
   const int64_t begin = p.K * part / p.parts, end = p.K * (part + 1) / p.parts;
   const T scale = static_cast<T>(*p.scale), offset = static_cast<T>(*p.offset);
@@ -258,6 +259,7 @@ __global__ void __launch_bounds__(kWideThreads, 1) own_wide_entries(InstancePara
       along = along * down + warp_sum(g * z);
       total = total * down + warp_sum(g);
       if (lane == 0) factor = down;
+      kept[lane] = keep;
       if (lane < count) {
         weight[lane] = kPass == Pass::kLogSumExp ? g : g * slope;
         if (to_bank && p.weight) p.weight[b * p.K + first + lane] = weight[lane];
@@ -269,7 +271,7 @@ __global__ void __launch_bounds__(kWideThreads, 1) own_wide_entries(InstancePara
       if (to_query) {
         T sum[4] = {}, m[4];
         for (int i = 0; i < count; ++i) {
-          bank_quad(i, d, p.D, m);
+          bank_quad(i, d, kept[i] ? p.D : 0, m);  // 0 times what it holds might be NaN
           for (int j = 0; j < 4; ++j) sum[j] += weight[i] * m[j];
         }
         T* out = p.d_query_parts + (part * p.B + b) * p.D + d;

@@ -45,9 +45,11 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& anchor, const at::T
         "; choose backend 'reference' or fewer hidden units");
     p.layout = *found;
     const int64_t samples = p.layout.samples();
-    const at::Tensor anchors = operand(kPrecision, anchor, p.A, p.Hp, /*rounded=*/false);
-    const at::Tensor rows = operand(kPrecision, sample, (p.M + samples - 1) / samples * samples,
-                                    p.Hp, /*rounded=*/false);
+    const at::Tensor anchors =
+        operand(kPrecision, nan_for_infinity(anchor), p.A, p.Hp, /*rounded=*/false);
+    const at::Tensor rows =
+        operand(kPrecision, nan_for_infinity(sample), (p.M + samples - 1) / samples * samples, p.Hp,
+                /*rounded=*/false);
     const at::Tensor weights = operand(kPrecision, weight, p.Rp, p.Hp);
     at::Tensor biases;
     if (bias.defined()) biases = padded(bias.to(dtype), p.Rp);
@@ -94,7 +96,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> relation_backward(
     return wanted ? at::zeros(shape, anchor.options().dtype(wide)) : at::Tensor();
   };
   const int64_t A = anchor.size(0), M = sample.size(0), R = weight.size(0), H = weight.size(1);
-  const at::Tensor P = anchor.to(wide), X = sample.to(wide), W = weight.to(wide);
+  const at::Tensor P = nan_for_infinity(anchor.to(wide)), X = nan_for_infinity(sample.to(wide));
+  const at::Tensor W = weight.to(wide);
   at::Tensor d_anchor = zeros(need & 1, {A, H}), d_sample = zeros(need & 2, {M, H});
   at::Tensor d_weight = zeros(need & 4, {R, H}), d_bias = zeros(need & 8, {R});
   constexpr int64_t kElements = int64_t(1) << 22;

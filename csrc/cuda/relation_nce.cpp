@@ -159,7 +159,7 @@ class RelationNce {
     if (p.query_id || p.query_label || p.excluded.bits)
       p.keep = reinterpret_cast<uint64_t*>(make<int64_t>(keep, {p.query_panels(), p.Kp}));
 
-    anchor = operand(x.anchor, x.A, p.Hp, /*rounded=*/false);
+    anchor = operand(nan_for_infinity(x.anchor), x.A, p.Hp, /*rounded=*/false);
     weight_stored = operand(weight, p.Rp, p.Hp);
     // products of weights in double, since their rounding would shift all keys alike
     qw_stored =

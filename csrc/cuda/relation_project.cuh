@@ -10,6 +10,12 @@ namespace {
 constexpr const char* kOutside =
     "crrcd_ext.relation_nce: index: expected rows of the bank in [0, N)";
 
+// An infinity becomes NaN, which relu(anchor - key) keeps; that one it might cut to 0.
+template <typename T>
+__device__ __forceinline__ T nan_for_infinity(T x) {
+  return x + T(0) * x;
+}
+
 template <typename T>
 __device__ __forceinline__ int64_t bank_position(const RelationNceParams<T>& p, int64_t key) {
   const int64_t k = p.first_key + key;
@@ -24,8 +30,8 @@ __device__ __forceinline__ Unit<StoredOf<kPrecision>> row_unit(const BankView& b
   const Row* from = bank_row<Row>(bank, row);
   Unit<S> unit;
   for (int i = 0; i < Unit<S>::kCount; ++i)
-    unit.x[i] =
-        to_stored<kPrecision>(first + i < width ? static_cast<T>(widen(from[first + i])) : T(0));
+    unit.x[i] = to_stored<kPrecision>(
+        first + i < width ? nan_for_infinity(static_cast<T>(widen(from[first + i]))) : T(0));
   return unit;
 }
 
@@ -100,7 +106,8 @@ __global__ void __launch_bounds__(32 * ProjectLayout::kWarps, 2)
       for (int half = 0; half < 2; ++half) {
         const int64_t key = first_key + warp * kKeysOfWarp + g + 8 * half;
         S* out = x + key * p.Hp + first_column + 8 * j + 2 * t;
-        store_two<kKept>(out, sum[j][2 * half], sum[j][2 * half + 1]);
+        store_two<kKept>(out, nan_for_infinity(sum[j][2 * half]),
+                         nan_for_infinity(sum[j][2 * half + 1]));
       }
 }
 

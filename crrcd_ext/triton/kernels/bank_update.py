@@ -46,10 +46,12 @@ def bank_update(
                 new = blend(row, d, D, step, value, update, momentum, KEEPS, WIDE)
                 square += new * new
             total = tl.sum(square, 0)
-            alive = total > TINY
-            factor = tl.where(alive, 1.0 / tl.sqrt(tl.where(alive, total, 1.0)), 0.0)
+            vanishing = total <= TINY
+            factor = tl.where(vanishing, 0.0, 1.0 / tl.sqrt(tl.where(vanishing, 1.0, total)))
         for begin in range(0, D, BD):
             d = begin + tl.arange(0, BD)
             new = blend(row, d, D, step, value, update, momentum, KEEPS, WIDE)
-            new = narrow(new * factor, bank.dtype.element_ty)
+            new *= factor
+            if tl.float16 != bank.dtype.element_ty:  # there what is too far becomes infinite
+                new = narrow(new, bank.dtype.element_ty)
             tl.store(row + d * step, new.to(bank.dtype.element_ty), mask=d < D)

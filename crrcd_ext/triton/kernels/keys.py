@@ -247,7 +247,7 @@ def keys(
             d_hid += c[:, None] * own
             d_x += d_hid
         else:
-            d_hid = tl.where(own > 0, d_hid, 0.0)
+            d_hid = tl.where(own <= 0, 0.0, d_hid)
             d_x -= d_hid
         if ANCHOR:
             place = part_anchor + (tile.to(tl.int64) * A + a) * H

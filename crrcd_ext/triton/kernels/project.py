@@ -38,6 +38,11 @@ def project(
         d = begin + tl.arange(0, BD)
         m = tl.load(bank + at[:, None] * stride + d[None, :], mask=(d < D)[None, :], other=0)
         k = matrix(key_weight, h, H, d, D)
-        total = dot(narrow(m.to(WIDE), DTYPE), tl.trans(k), total, PRECISION)
+        m = m.to(WIDE)
+        if tl.float16 == DTYPE:  # narrow would make a number of an infinity
+            m += 0.0 * m
+        total = dot(narrow(m, DTYPE), tl.trans(k), total, PRECISION)
+    # An infinity becomes NaN, which relu(anchor - key) keeps; that one it might cut to 0.
+    total += 0.0 * total
     total = tl.where((n < keys)[:, None] & (h < H)[None, :], total, 0.0)
     tl.store(rows + n.to(tl.int64)[:, None] * PROJECTED + h[None, :], total)

@@ -60,7 +60,7 @@ _HINGE_TO_FP16 = tl.constexpr(
 
 @triton.jit
 def hinge(p, x, DTYPE: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr):
-    """relu(p - x) in the operands' dtype."""
+    """relu(p - x) in the operands' dtype; NaN stays NaN."""
     if FAST and (tl.bfloat16 == DTYPE or tl.float16 == DTYPE):
         # Not pure, or it would be made anew for each layout that it is wanted in. For loops with
         # products on Blackwell it means one stage.
@@ -83,7 +83,12 @@ def hinge(p, x, DTYPE: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr):
                 pack=2,
             )
     else:
-        return narrow(tl.maximum(p.to(WIDE) - x.to(WIDE), 0.0), DTYPE)
+        d = p.to(WIDE) - x.to(WIDE)
+        if tl.float64 == WIDE:  # of which no GPU has a maximum that keeps NaN
+            d = tl.where(d < 0, 0.0, d)
+        else:
+            d = tl.maximum(d, 0.0, tl.PropagateNan.ALL)
+        return narrow(d, DTYPE)
 
 
 @triton.jit
@@ -107,9 +112,9 @@ def reciprocal(x, FAST: tl.constexpr):
 
 @triton.jit
 def inverse_root(square, FAST: tl.constexpr):
-    """1 / sqrt(square), and 0 for what counts as vanishing."""
-    alive = square > TINY
-    safe = tl.where(alive, square, 1.0)
+    """1 / sqrt(square), and 0 for what counts as vanishing; NaN stays NaN."""
+    vanishing = square <= TINY
+    safe = tl.where(vanishing, 1.0, square)
     if FAST:
         root = tl.inline_asm_elementwise(
             "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [safe], dtype=tl.float32, is_pure=True, pack=1
@@ -117,7 +122,7 @@ def inverse_root(square, FAST: tl.constexpr):
         root = root * (1.5 - 0.5 * safe * root * root)
     else:
         root = 1.0 / tl.sqrt(safe)
-    return tl.where(alive, root, 0.0)
+    return tl.where(vanishing, 0.0, root)
 
 
 @triton.jit
