@@ -317,8 +317,8 @@ T load_tile(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t t, int64_t 
 }
 
 // Loss and logit gradients of one tile from z = <q_b, w> and 1/|w|. Logits are in units of log 2.
-// kEach: each query's loss is added to `losses`, and not to `scalars`.
-template <typename T, Pass kPass, bool kMasked, bool kEach>
+// losses: null, or to add each query's to.
+template <typename T, Pass kPass, bool kMasked>
 void tile_logits(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t a, int64_t m,
                  const T* keep, T* d_logit, T* running_max, T* running_sum, double* losses,
                  double* scalars) {
@@ -359,9 +359,9 @@ void tile_logits(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t a, int
     }
     V above{}, sum_g{}, sum_g_cosine{}, sum_ds{}, block_ds{}, q{};
     int steps = 0;
-    double product[kEach ? kLanes : 1] = {};  // minus 1, of each query: below 2^(m / 64 * 102)
+    double product[kLanes] = {};  // minus 1, of each query: below 2^(m / 64 * 102), in range
     const auto flush = [&] {
-      if constexpr (kEach) {
+      if (losses) {
         T lane[kLanes];
         store(lane, q);
         for (int i = 0; i < kLanes; ++i) product[i] = product[i] * lane[i] + (product[i] + lane[i]);
@@ -371,7 +371,8 @@ void tile_logits(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t a, int
       q = V{};
       steps = 0;
     };
-    const auto rows = [&]<int kVectors>(int64_t first) {
+    // always inline: a function of its own would keep in memory what it adds to
+    const auto rows = [&]<int kVectors>(int64_t first) __attribute__((always_inline)) {
       V logit[kVectors], g[kVectors];
       for (int i = 0; i < kVectors; ++i) logit[i] = logit_of(first + i);
       if constexpr (kPass == Pass::kNce) {
@@ -401,14 +402,15 @@ void tile_logits(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t a, int
       const int64_t count = m - n < kBlock ? m - n : kBlock;
       if (steps + count > kMostlyBoundedSteps) flush();
       steps += static_cast<int>(count);
-      for_vectors(count,
-                  [&]<int kVectors>(int64_t i) { rows.template operator()<kVectors>(n + i); });
+      for_vectors(count, [&]<int kVectors>(int64_t i) __attribute__((always_inline)) {
+        rows.template operator()<kVectors>(n + i);
+      });
       sum_ds += block_ds;
       block_ds = V{};
     }
     if (kPass == Pass::kNce) flush();
     if (d_logit) store(d_logit + b, load(d_logit + b) + sum_ds);
-    if constexpr (kEach) {
+    if (kPass == Pass::kNce && losses) {
       T lane[kLanes];
       store(lane, above);
       for (int i = 0; i < kLanes; ++i)
@@ -760,21 +762,12 @@ void process_tile(const NceParams<T>& p, const ChunkScratch<T>& s, int64_t t, in
   T* top = kPass == Pass::kLogSumExp ? p.running_max + slice * p.ldB : nullptr;
   T* sum = kPass == Pass::kLogSumExp ? p.running_sum + slice * p.ldB : nullptr;
   double* losses = p.losses ? p.losses + slice * p.ldB : nullptr;
-  const auto logits = [&]<bool kMasked, bool kEach>() {
-    tile_logits<T, kPass, kMasked, kEach>(p, s, a, m, s.keep + t * p.tile * p.ldB, d_logit, top,
-                                          sum, losses, p.scalars + part * 4);
-  };
-  constexpr bool kMayBeEach = kPass == Pass::kNce;
-  const auto of_masks = [&]<bool kMasked>() {
-    if (kMayBeEach && losses)
-      logits.template operator()<kMasked, kMayBeEach>();
-    else
-      logits.template operator()<kMasked, false>();
-  };
   if (s.masked[t])
-    of_masks.template operator()<true>();
+    tile_logits<T, kPass, true>(p, s, a, m, s.keep + t * p.tile * p.ldB, d_logit, top, sum, losses,
+                                p.scalars + part * 4);
   else
-    of_masks.template operator()<false>();
+    tile_logits<T, kPass, false>(p, s, a, m, nullptr, d_logit, top, sum, losses,
+                                 p.scalars + part * 4);
   if (kPass == Pass::kLogSumExp) return;
 
   T* d_x = p.need_key ? s.d_x + t * p.tile * p.ldH : nullptr;
