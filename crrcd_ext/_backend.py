@@ -22,16 +22,18 @@ from crrcd_ext.triton import register  # noqa: F401  isort: skip
 
 class Compiled(NamedTuple):
     """A backend of kernels: the type of its tensors' device, the library that has its operators,
-    and dtypes that its computations cannot have."""
+    dtypes that its computations cannot have, and whether its losses take weights and reductions
+    other than the mean."""
 
     device: str
     library: str = "crrcd"
     lacks: tuple[torch.dtype, ...] = ()
+    reduces: bool = True
 
 
 COMPILED = {
     "cpu": Compiled("cpu", lacks=(torch.float16,)),
-    "cuda": Compiled("cuda"),
+    "cuda": Compiled("cuda", reduces=False),
     "triton": Compiled("cpu" if triton.INTERPRETED else "cuda", "crrcd_triton", triton.lacks()),
 }
 BACKENDS = ("reference", *COMPILED)
@@ -137,11 +139,13 @@ def resolve(
     device: torch.device,
     dtype: torch.dtype | None = None,
     too_small: tuple[str, ...] = (),
+    reduced: bool = False,
 ) -> str:
     """The backend that ``operator`` runs with for tensors on ``device``, computing in ``dtype``.
 
     One that was named alone has to be able to; others are passed over, those among them whose tiles
-    turned out to be ``too_small`` for the widths of the call.
+    turned out to be ``too_small`` for the widths of the call, or that have a mean without weights
+    alone where the call is ``reduced`` by another way.
     """
     name = backend or _chosen
     if name is not None:
@@ -155,9 +159,9 @@ def resolve(
         if device.type == "cpu" and missing is not None:
             _warn_once()
         names = AUTO.get(device.type, {}).get(operator, ())
-        return _first(operator, names, device.type, dtype, too_small)
+        return _first(operator, names, device.type, dtype, too_small, reduced)
     if "," in name:
-        return _first(operator, tuple(name.split(",")), device.type, dtype, too_small)
+        return _first(operator, tuple(name.split(",")), device.type, dtype, too_small, reduced)
     if name == "reference":
         return name
     kernels = COMPILED[name]
@@ -193,6 +197,7 @@ def _first(
     device: str,
     dtype: torch.dtype | None,
     too_small: tuple[str, ...],
+    reduced: bool,
 ) -> str:
     """The first of ``names`` that can run there."""
     passed_over = ""
@@ -203,6 +208,9 @@ def _first(
             continue
         if dtype in COMPILED[name].lacks:
             passed_over += f" ({name} does not compute in {_short(dtype)})"
+            continue
+        if reduced and not COMPILED[name].reduces:
+            passed_over += f" ({name} has no reduction but the mean, and no weights)"
             continue
         if name in too_small:
             passed_over += f" (tiles of these widths do not fit the GPU with {name})"

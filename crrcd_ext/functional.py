@@ -240,7 +240,8 @@ def relation_nce(
         with _without_autocast(query.device):
             return autograd.loss(autograd.RELATION_NCE, inputs, bank, update, _library(chosen))
 
-    return _resolved(name, backend, query.device, dtype, run)
+    reduced = weights is not None or reduction != "mean"
+    return _resolved(name, backend, query.device, dtype, run, reduced)
 
 
 def difference_nce(
@@ -332,8 +333,8 @@ def difference_nce(
     operands = (query, positive, anchor)
     dtype = _compute_dtype(query.device, *operands, bank if bank.requires_grad else None)
     operands = _cast(dtype, *operands)
-    reduced = (objective, _wide(weights, dtype), reduction)
-    rest = (index, anchor_id, *masks, excluded, bool(self_pairs), float(eps), *reduced)
+    options = (bool(self_pairs), float(eps), objective, _wide(weights, dtype), reduction)
+    rest = (index, anchor_id, *masks, excluded, *options)
 
     def run(chosen: str) -> Tensor:
         if chosen == "reference":
@@ -346,7 +347,8 @@ def difference_nce(
         with _without_autocast(query.device):
             return autograd.loss(autograd.DIFFERENCE_NCE, inputs, bank, update, _library(chosen))
 
-    return _resolved(name, backend, query.device, dtype, run)
+    reduced = weights is not None or reduction != "mean"
+    return _resolved(name, backend, query.device, dtype, run, reduced)
 
 
 def instance_nce(
@@ -435,7 +437,8 @@ def instance_nce(
         with _without_autocast(query.device):
             return autograd.loss(autograd.INSTANCE_NCE, inputs, bank, update, _library(chosen))
 
-    return _resolved(name, backend, query.device, dtype, run)
+    reduced = weights is not None or reduction != "mean"
+    return _resolved(name, backend, query.device, dtype, run, reduced)
 
 
 @torch.no_grad()
@@ -573,12 +576,14 @@ def _resolved(
     device: torch.device,
     dtype: torch.dtype,
     run: Callable[[str], Tensor],
+    reduced: bool = False,
 ) -> Tensor:
     """``run`` with the backend that is chosen, then the next while widths do not fit one's GPU.
 
-    A graph that is traced has no next: there the first one's error stands.
+    A graph that is traced has no next: there the first one's error stands. ``reduced``: by another
+    way than a mean without weights.
     """
-    chosen = resolve(operator, backend, device, dtype)
+    chosen = resolve(operator, backend, device, dtype, reduced=reduced)
     if chosen == "reference" or torch.compiler.is_compiling():
         return run(chosen)
     too_small: tuple[str, ...] = ()
@@ -589,7 +594,7 @@ def _resolved(
             if not does_not_fit(error):
                 raise
             too_small += (chosen,)
-            chosen = resolve(operator, backend, device, dtype, too_small)
+            chosen = resolve(operator, backend, device, dtype, too_small, reduced)
             if chosen in too_small:  # it was named alone
                 raise
 

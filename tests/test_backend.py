@@ -122,6 +122,35 @@ def test_several_names_are_an_order_of_preference(monkeypatch):
         _backend.resolve("relation", "triton,hip", cuda)
 
 
+def test_reductions_go_to_a_backend_that_has_them(monkeypatch):
+    on_gpu = _backend.COMPILED["triton"]._replace(device="cuda")
+    monkeypatch.setitem(_backend.COMPILED, "triton", on_gpu)
+    monkeypatch.setattr(_backend, "_why_not", lambda name: None)
+    cuda = torch.device("cuda")
+    for operator in ("relation_nce", "difference_nce", "instance_nce"):
+        assert _backend.resolve(operator, None, cuda) == "cuda"
+        assert _backend.resolve(operator, None, cuda, reduced=True) == "triton"
+        # Named alone it says so itself.
+        assert _backend.resolve(operator, "cuda", cuda, reduced=True) == "cuda"
+
+
+@pytest.mark.parametrize("options", [{"weights": torch.ones(4)}, {"reduction": "sum"}])
+def test_a_call_says_whether_it_is_reduced(options, monkeypatch):
+    asked = []
+
+    def resolve(*arguments, reduced=False):
+        asked.append(reduced)
+        return "reference"
+
+    monkeypatch.setattr(functional, "resolve", resolve)
+    data = make_instance()
+    if "weights" in options:
+        options = {"weights": torch.ones(len(data["query"]))}
+    functional.instance_nce(**data)
+    functional.instance_nce(**data, **options)
+    assert asked == [False, True]
+
+
 def test_the_choice_is_logged_once(monkeypatch, caplog):
     monkeypatch.setattr(_backend, "_logged", set())
     with caplog.at_level("INFO", logger="crrcd_ext"):
