@@ -661,7 +661,7 @@ def test_gradients_only_where_asked(backend, objective, index):
         got = run(case, backend, wanted=wanted)
         assert_close(got, {k: everything[k] for k in ("loss", *wanted)}, 1e-12)
     assert not functional.instance_nce(**case, backend=backend).requires_grad
-    arguments = [case[k] for k in names] + [case["index"], *[None] * 5, objective]
+    arguments = [case[k] for k in names] + [case["index"], *[None] * 5, objective, None, "mean"]
     operators = getattr(torch.ops, _backend.COMPILED[backend].library)
     for bit in range(5):
         result = operators.instance_nce(*arguments, 1 << bit)

@@ -53,9 +53,12 @@ class HostCopy(Generic[Known]):
 
     def of(self, buffer: Tensor, read: Callable[[Tensor], Known]) -> Known:
         """What ``read`` makes of ``buffer``."""
-        if torch.compiler.is_compiling() or self._holds(buffer):
+        if torch.compiler.is_compiling():
             return self.value
-        if buffer.device.type == "meta" or capturing(buffer.device):
+        if _costs_nothing(buffer):
+            self.value = read(buffer)
+            return self.value
+        if self._holds(buffer) or buffer.device.type == "meta" or capturing(buffer.device):
             return self.value
         value = read(buffer)
         self.set(buffer, value)
@@ -64,18 +67,22 @@ class HostCopy(Generic[Known]):
     def set(self, buffer: Tensor, value: Known) -> None:
         """Take ``value`` for what there is in ``buffer`` now."""
         self.value = value
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _costs_nothing(buffer):
             return
         # A tensor made in inference mode counts no versions: it is read each time.
         self._tensor = None if buffer.is_inference() else weakref.ref(buffer)
         self._version = 0 if buffer.is_inference() else buffer._version
 
     def _holds(self, buffer: Tensor) -> bool:
-        if buffer.device.type == "cpu" and buffer.numel() <= 2:
-            return False  # writes through .data count as no version
         known = self._tensor is not None and self._tensor() is buffer
         return known and self._version == buffer._version
 
     def __reduce__(self):
         # The buffer of a copy or of a pickle is another one.
         return type(self), (self.value,)
+
+
+def _costs_nothing(buffer: Tensor) -> bool:
+    """Whether to read it is cheaper than to keep track of it, and sees writes through .data too,
+    which count as no version."""
+    return buffer.is_cpu and buffer.numel() <= 2

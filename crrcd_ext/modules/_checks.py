@@ -142,12 +142,20 @@ def at_least(where: str, argument: str, what: str, count: Tensor, least: int) ->
         torch._assert_async((count >= least).all(), message)
 
 
-def _largest(dtype: torch.dtype, squared: bool) -> float:
-    most = torch.finfo(dtype).max
-    if not squared:
-        return most
+def _summable(dtype: torch.dtype) -> float:
     # Leaves room for the sum of millions of squares.
-    return min(most, torch.finfo(torch.promote_types(dtype, torch.float32)).max ** 0.4)
+    wide = torch.finfo(torch.promote_types(dtype, torch.float32)).max
+    return min(torch.finfo(dtype).max, wide**0.4)
+
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_LARGEST = {dtype: torch.finfo(dtype).max for dtype in _FLOATS}
+_LARGEST_SQUARED = {dtype: _summable(dtype) for dtype in _FLOATS}
+
+
+def _largest(dtype: torch.dtype, squared: bool) -> float:
+    table = _LARGEST_SQUARED if squared else _LARGEST
+    return table[dtype] if dtype in table else torch.finfo(dtype).max
 
 
 def all_finite(x: Tensor, squared: bool = False) -> Tensor:
