@@ -53,12 +53,12 @@ class HostCopy(Generic[Known]):
 
     def of(self, buffer: Tensor, read: Callable[[Tensor], Known]) -> Known:
         """What ``read`` makes of ``buffer``."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or capturing(buffer.device):
             return self.value
         if _costs_nothing(buffer):
             self.value = read(buffer)
             return self.value
-        if self._holds(buffer) or buffer.device.type == "meta" or capturing(buffer.device):
+        if self._holds(buffer) or buffer.device.type == "meta":
             return self.value
         value = read(buffer)
         self.set(buffer, value)

@@ -77,7 +77,7 @@ class _Emulated(_backend.Compiled):
 
     @property
     def library(self) -> str:
-        _, name, _ = self  # the field that this property hides
+        _, name, *_ = self  # the field that this property hides
         library(name)
         return _namespace(name)
 
