@@ -259,8 +259,8 @@ def relation_launches(A: int, segments: int, anchor_parts: int, live: bool) -> L
     """Of operands that are kept as they are, without bias, masks and an index, where what blocks
     and chunks add up is more than one part. at::addbmm makes a product for each anchor."""
     if not live:
-        return Launches(torch=59, own=2 * segments)
-    return Launches(torch=91 + A + segments * (1 + (anchor_parts > 1)), own=4 * segments)
+        return Launches(torch=60, own=2 * segments)
+    return Launches(torch=92 + A + segments * (1 + (anchor_parts > 1)), own=4 * segments)
 
 
 def relation(gpu: Gpu, K: int, live: bool, A: int = 64) -> Work:
