@@ -197,7 +197,7 @@ class ContrastiveStep(Critic):
         update = (self.training if update is None else bool(update)) and not later
         index, query_label = self._check_batch(student_features, teacher_features, index, labels)
         size = len(index)
-        _checks.choice(self.NAME, "reduction", reduction, ("mean", "sum", "none"))
+        _checks.choice(self.NAME, "reduction", reduction, functional.REDUCTIONS)
         check_weights(self.NAME, weights, ("B",), {"B": size}, student_features)
         if negative_index is not None:
             negative_index = self._check_negative_index(negative_index, size)
