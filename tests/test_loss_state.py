@@ -545,3 +545,17 @@ def test_a_spoiled_state_of_the_public_codes_losses_is_refused(name):
     with pytest.raises(RuntimeError, match=f"CRDLoss: {name}: expected finite values, got 1 of"):
         criterion.load_state_dict(state)
     assert all(torch.equal(v, before[k]) for k, v in criterion.state_dict().items())
+
+
+def test_where_the_host_does_not_know_the_device_keeps_the_first_zbar(monkeypatch):
+    torch.manual_seed(0)
+    criterion = CRDLoss(4, 4, 32, negatives=8)
+    first, second = (
+        (torch.randn(8, 4), torch.randn(8, 4), torch.arange(8) + start) for start in (0, 8)
+    )
+    criterion(*first)
+    kept, same = criterion.log_zbar.clone(), copy.deepcopy(criterion)
+    expected = same(*second)
+    monkeypatch.setattr(type(criterion), "_knows_zbar", lambda self, slot: False)
+    torch.testing.assert_close(criterion(*second), expected, rtol=0, atol=0)
+    assert torch.equal(criterion.log_zbar, kept)
