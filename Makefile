@@ -3,7 +3,7 @@
 # make test           everything from nothing: environment, build, test suite
 # make test-versions  build and smoke with each release of torch and Python (hours)
 # make build          environment and build only
-# make sanitize       tests of the CPU backend and of the emulated CUDA kernels under ASan and UBSan
+# make sanitize       tests of the CPU backend and of emulated kernels (CUDA, AVX-512, AMX) under ASan and UBSan
 # make bench          speed and memory of relation_nce against plain PyTorch
 # make gpu-check      on a machine with a GPU: is it right and how fast, in 8 minutes; no installation
 # make gpu-bundle     for such a machine: a compiled module and Triton's kernels, to be carried there

@@ -22,18 +22,18 @@ from crrcd_ext.triton import register  # noqa: F401  isort: skip
 
 class Compiled(NamedTuple):
     """A backend of kernels: the type of its tensors' device, the library that has its operators,
-    dtypes that its computations cannot have, and whether its losses take weights and reductions
-    other than the mean."""
+    dtypes that its computations cannot have, and the operators that take weights and have their
+    losses one by one."""
 
     device: str
     library: str = "crrcd"
     lacks: tuple[torch.dtype, ...] = ()
-    reduces: bool = True
+    weighs: tuple[str, ...] = ("relation_nce", "difference_nce", "instance_nce")
 
 
 COMPILED = {
     "cpu": Compiled("cpu", lacks=(torch.float16,)),
-    "cuda": Compiled("cuda", reduces=False),
+    "cuda": Compiled("cuda", weighs=("instance_nce",)),
     "triton": Compiled("cpu" if triton.INTERPRETED else "cuda", "crrcd_triton", triton.lacks()),
 }
 BACKENDS = ("reference", *COMPILED)
@@ -139,13 +139,13 @@ def resolve(
     device: torch.device,
     dtype: torch.dtype | None = None,
     too_small: tuple[str, ...] = (),
-    reduced: bool = False,
+    weighed: bool = False,
 ) -> str:
     """The backend that ``operator`` runs with for tensors on ``device``, computing in ``dtype``.
 
     One that was named alone has to be able to; others are passed over, those among them whose tiles
-    turned out to be ``too_small`` for the widths of the call, or that have a mean without weights
-    alone where the call is ``reduced`` by another way.
+    turned out to be ``too_small`` for the widths of the call, or that add up losses alone where the
+    call is ``weighed``: it has weights or wants them one by one.
     """
     name = backend or _chosen
     if name is not None:
@@ -159,9 +159,9 @@ def resolve(
         if device.type == "cpu" and missing is not None:
             _warn_once()
         names = AUTO.get(device.type, {}).get(operator, ())
-        return _first(operator, names, device.type, dtype, too_small, reduced)
+        return _first(operator, names, device.type, dtype, too_small, weighed)
     if "," in name:
-        return _first(operator, tuple(name.split(",")), device.type, dtype, too_small, reduced)
+        return _first(operator, tuple(name.split(",")), device.type, dtype, too_small, weighed)
     if name == "reference":
         return name
     kernels = COMPILED[name]
@@ -197,7 +197,7 @@ def _first(
     device: str,
     dtype: torch.dtype | None,
     too_small: tuple[str, ...],
-    reduced: bool,
+    weighed: bool,
 ) -> str:
     """The first of ``names`` that can run there."""
     passed_over = ""
@@ -209,8 +209,8 @@ def _first(
         if dtype in COMPILED[name].lacks:
             passed_over += f" ({name} does not compute in {_short(dtype)})"
             continue
-        if reduced and not COMPILED[name].reduces:
-            passed_over += f" ({name} has no reduction but the mean, and no weights)"
+        if weighed and operator not in COMPILED[name].weighs:
+            passed_over += f" ({name} has no weights for it, nor losses one by one)"
             continue
         if name in too_small:
             passed_over += f" (tiles of these widths do not fit the GPU with {name})"

@@ -240,8 +240,8 @@ def relation_nce(
         with _without_autocast(query.device):
             return autograd.loss(autograd.RELATION_NCE, inputs, bank, update, _library(chosen))
 
-    reduced = weights is not None or reduction != "mean"
-    return _resolved(name, backend, query.device, dtype, run, reduced)
+    weighed = weights is not None or reduction == "none"
+    return _resolved(name, backend, query.device, dtype, run, weighed)
 
 
 def difference_nce(
@@ -347,8 +347,8 @@ def difference_nce(
         with _without_autocast(query.device):
             return autograd.loss(autograd.DIFFERENCE_NCE, inputs, bank, update, _library(chosen))
 
-    reduced = weights is not None or reduction != "mean"
-    return _resolved(name, backend, query.device, dtype, run, reduced)
+    weighed = weights is not None or reduction == "none"
+    return _resolved(name, backend, query.device, dtype, run, weighed)
 
 
 def instance_nce(
@@ -437,8 +437,8 @@ def instance_nce(
         with _without_autocast(query.device):
             return autograd.loss(autograd.INSTANCE_NCE, inputs, bank, update, _library(chosen))
 
-    reduced = weights is not None or reduction != "mean"
-    return _resolved(name, backend, query.device, dtype, run, reduced)
+    weighed = weights is not None or reduction == "none"
+    return _resolved(name, backend, query.device, dtype, run, weighed)
 
 
 @torch.no_grad()
@@ -576,14 +576,14 @@ def _resolved(
     device: torch.device,
     dtype: torch.dtype,
     run: Callable[[str], Tensor],
-    reduced: bool = False,
+    weighed: bool = False,
 ) -> Tensor:
     """``run`` with the backend that is chosen, then the next while widths do not fit one's GPU.
 
-    A graph that is traced has no next: there the first one's error stands. ``reduced``: by another
-    way than a mean without weights.
+    A graph that is traced has no next: there the first one's error stands. ``weighed``: with
+    weights, or one by one.
     """
-    chosen = resolve(operator, backend, device, dtype, reduced=reduced)
+    chosen = resolve(operator, backend, device, dtype, weighed=weighed)
     if chosen == "reference" or torch.compiler.is_compiling():
         return run(chosen)
     too_small: tuple[str, ...] = ()
@@ -594,7 +594,7 @@ def _resolved(
             if not does_not_fit(error):
                 raise
             too_small += (chosen,)
-            chosen = resolve(operator, backend, device, dtype, too_small, reduced)
+            chosen = resolve(operator, backend, device, dtype, too_small, weighed)
             if chosen in too_small:  # it was named alone
                 raise
 

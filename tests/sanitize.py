@@ -1,10 +1,12 @@
 """The backends' tests under AddressSanitizer and UBSan: `make sanitize`, or this file.
 
-    python tests/sanitize.py [kernels] [cpu] [--share 1] [--pytest="-v"]
+    python tests/sanitize.py [kernels] [cpu] [wide] [--share 1] [--pytest="-v"]
 
 kernels: the CUDA kernels and their host entries on the emulator of tests/simt, without its checker,
          whose place the sanitizers take. First, planted bugs must be reported.
 cpu:     the CPU backend, compiled anew into build/sanitize beside a copy of the package.
+wide:    the same with AVX-512 and tile registers emulated (tests/simd/wide.h), once for each
+         instruction set that has them, whatever this processor has.
 
 Of the tests a share is run, always the same, so that it takes minutes; --share 1 runs all. The
 first report ends the run. It is followed by the Python stack, whose test it belongs to.
@@ -25,7 +27,11 @@ from pathlib import Path
 from simt import build
 
 ROOT = build.ROOT
-LIBRARY = ROOT / "build" / "sanitize" / "lib"
+FOLDER = ROOT / "build" / "sanitize"
+WIDE_SETS = ("amx_bf16", "avx512_bf16", "avx512")
+WIDE_FLAGS = (
+    f"-Wno-psabi -mavx2 -mfma -mbmi -mbmi2 -DCRRCD_EMULATE_WIDE -include {ROOT}/tests/simd/wide.h"
+)
 OPERATORS = ("relation", "relation_nce", "difference_nce", "instance_nce", "bank_update")
 OPERATOR_TESTS = [f"tests/test_{name}.py" for name in (*OPERATORS, "views")]
 
@@ -118,38 +124,53 @@ def run_kernels(arguments: list[str]) -> int:
     return status or run_pytest(["tests/test_cuda_kernels.py", *arguments], variables)
 
 
-def run_cpu(arguments: list[str]) -> int:
-    folder = LIBRARY.parent
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(LIBRARY)]
-    done = subprocess.run(
+def build_module(folder: Path, flags: str = "") -> Path:
+    """Compiles crrcd_ext._C and copies the package to it; returns where that lies."""
+    library = folder / "lib"
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(library)]
+    subprocess.run(
         [*command, "--build-temp", str(folder / "objects")],
-        env=os.environ | {"CRRCD_SANITIZE": "1", "CRRCD_CUDA": "0"},
+        env=os.environ | {"CRRCD_SANITIZE": "1", "CRRCD_CUDA": "0", "CFLAGS": flags},
         cwd=ROOT,
+        check=True,
     )
-    if done.returncode != 0:
-        return done.returncode
     shutil.copytree(
         ROOT / "crrcd_ext",
-        LIBRARY / "crrcd_ext",
+        library / "crrcd_ext",
         ignore=shutil.ignore_patterns("_C*", "__pycache__"),
         dirs_exist_ok=True,
     )
-    variables = environment(CRRCD_SIMT_SANITIZE="1")
-    path = " ".join(str(p.relative_to(ROOT)) for p in (LIBRARY, ROOT, ROOT / "python"))
-    chosen = f"cpu and not {ROUNDED_OTHERWISE}"
-    arguments = ["-k", chosen, "-o", f"pythonpath={path}", *arguments]
-    arguments += ["--package", str(LIBRARY / "crrcd_ext")]
-    return run_pytest([*OPERATOR_TESTS, *arguments], variables)
+    return library
 
 
-PARTS = {"kernels": run_kernels, "cpu": run_cpu}
+def run_module(library: Path, tests: list[str], arguments: list[str], **variables: str) -> int:
+    path = " ".join(str(p.relative_to(ROOT)) for p in (library, ROOT, ROOT / "python"))
+    arguments = ["-k", f"cpu and not {ROUNDED_OTHERWISE}", "-o", f"pythonpath={path}", *arguments]
+    arguments += ["--package", str(library / "crrcd_ext")]
+    return run_pytest([*tests, *arguments], environment(CRRCD_SIMT_SANITIZE="1", **variables))
+
+
+def run_cpu(arguments: list[str]) -> int:
+    return run_module(build_module(FOLDER / "cpu"), OPERATOR_TESTS, arguments)
+
+
+def run_wide(arguments: list[str]) -> int:
+    library = build_module(FOLDER / "wide", WIDE_FLAGS)
+    for isa in WIDE_SETS:
+        print(f"sanitize: wide: {isa}", flush=True)
+        if status := run_module(library, OPERATOR_TESTS, arguments, CRRCD_CPU_ISA=isa):
+            return status
+    return 0
+
+
+PARTS = {"kernels": run_kernels, "cpu": run_cpu, "wide": run_wide}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", help="of kernels, cpu; default: both")
+    parser.add_argument("parts", nargs="*", help="of kernels, cpu, wide; default: all")
     parser.add_argument("--share", type=float, default=0.25, help="of the tests")
     parser.add_argument("--pytest", default="", metavar="ARGUMENTS", help="more for pytest")
     options = parser.parse_args()
@@ -160,7 +181,7 @@ def main() -> int:
         try:
             more = ["--share", str(options.share), *shlex.split(options.pytest)]
             status = PARTS[part](more)
-        except build.BuildError as error:
+        except (build.BuildError, subprocess.CalledProcessError) as error:
             print(f"sanitize: {error}", file=sys.stderr)
             return 1
         print(f"sanitize: {part}: {time.monotonic() - began:.0f} s, status {status}", flush=True)

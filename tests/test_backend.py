@@ -122,33 +122,34 @@ def test_several_names_are_an_order_of_preference(monkeypatch):
         _backend.resolve("relation", "triton,hip", cuda)
 
 
-def test_reductions_go_to_a_backend_that_has_them(monkeypatch):
+def test_weights_go_to_a_backend_that_has_them(monkeypatch):
     on_gpu = _backend.COMPILED["triton"]._replace(device="cuda")
     monkeypatch.setitem(_backend.COMPILED, "triton", on_gpu)
     monkeypatch.setattr(_backend, "_why_not", lambda name: None)
     cuda = torch.device("cuda")
     for operator in ("relation_nce", "difference_nce", "instance_nce"):
         assert _backend.resolve(operator, None, cuda) == "cuda"
-        assert _backend.resolve(operator, None, cuda, reduced=True) == "triton"
+        first = "cuda" if operator == "instance_nce" else "triton"
+        assert _backend.resolve(operator, None, cuda, weighed=True) == first
         # Named alone it says so itself.
-        assert _backend.resolve(operator, "cuda", cuda, reduced=True) == "cuda"
+        assert _backend.resolve(operator, "cuda", cuda, weighed=True) == "cuda"
 
 
-@pytest.mark.parametrize("options", [{"weights": torch.ones(4)}, {"reduction": "sum"}])
-def test_a_call_says_whether_it_is_reduced(options, monkeypatch):
+@pytest.mark.parametrize("options", [{"weights": torch.ones(4)}, {"reduction": "none"}])
+def test_a_call_says_whether_it_is_weighed(options, monkeypatch):
     asked = []
 
-    def resolve(*arguments, reduced=False):
-        asked.append(reduced)
+    def resolve(*arguments, weighed=False):
+        asked.append(weighed)
         return "reference"
 
     monkeypatch.setattr(functional, "resolve", resolve)
     data = make_instance()
     if "weights" in options:
         options = {"weights": torch.ones(len(data["query"]))}
-    functional.instance_nce(**data)
-    functional.instance_nce(**data, **options)
-    assert asked == [False, True]
+    for given in ({}, {"reduction": "sum"}, options):
+        functional.instance_nce(**data, **given)
+    assert asked == [False, False, True]
 
 
 def test_the_choice_is_logged_once(monkeypatch, caplog):

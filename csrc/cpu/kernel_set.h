@@ -17,6 +17,11 @@
 #include "relation_params.h"
 #include "similar_params.h"
 
+// tests/simd/wide.h stands for what the compiler must not use.
+#ifdef CRRCD_EMULATE_WIDE
+#undef CRRCD_TARGET
+#endif
+
 #define CRRCD_PRAGMA(x) _Pragma(#x)
 #ifdef CRRCD_TARGET
 #if defined(__clang__)

@@ -14,7 +14,9 @@ namespace crrcd {
 
 namespace {
 
-#ifdef CRRCD_HAS_AMX
+#if defined(CRRCD_EMULATE_WIDE)  // tests/simd/wide.h
+bool tiles_permitted() { return true; }
+#elif defined(CRRCD_HAS_AMX)
 // The processor has tiles of bfloat16 and the kernel of the system lets this process use them,
 // which it wants to be asked for once (Documentation/arch/x86/xstate.rst in its sources).
 bool tiles_permitted() {

@@ -54,8 +54,7 @@ class DifferenceNce {
     if (!x.infonce) loss = loss + total.select(0, 0);
     // what no sum has seen, of operands that are not finite
     for (const at::Tensor& t : {query, positive, anchor}) loss = loss + (t * 0).sum();
-    return gradients((loss * inverse_pairs).to(dtype),
-                     d_logit.masked_fill(~mask, 0) * inverse_pairs);
+    return gradients((loss * pair_factor).to(dtype), d_logit.masked_fill(~mask, 0) * pair_factor);
   }
 
  private:
@@ -165,7 +164,9 @@ class DifferenceNce {
     mask.narrow(0, 0, x.B).narrow(1, 0, x.A).logical_and_(
         pair_mask(x.A, x.B, x.anchor_id, x.query_id, x.self_pairs, x.query.device()).t());
     const at::Tensor pairs = mask.sum(at::kDouble);
-    inverse_pairs = at::where(pairs.gt(0), pairs.reciprocal(), at::zeros_like(pairs));
+    pair_factor = x.reduction == Reduction::kSum
+                      ? at::ones_like(pairs)
+                      : at::where(pairs.gt(0), pairs.reciprocal(), at::zeros_like(pairs));
     near.logical_and_(mask);
     if (some()) {
       near_begin = at::zeros({x.B + 1}, options.dtype(at::kLong));
@@ -264,14 +265,14 @@ class DifferenceNce {
       return parts.size(0) > 1 ? parts.sum(0) : parts.select(0, 0);
     };
     // of all that is in units of scale / log 2
-    const at::Tensor unit = (inverse_pairs * kLog2).to(dtype);
+    const at::Tensor unit = (pair_factor * kLog2).to(dtype);
     at::Tensor c, e, total_query, total_anchor, total_y;
     at::Tensor d_scale = (d_logit * cosine).sum();
     if (sum_inverse.defined()) {
       const at::Tensor along = summed(sum_along) * inverse;
       c = summed(sum_inverse) * slope * unit;
       e = along * (slope * unit) * inverse;
-      d_scale = d_scale + (along.sum(at::kDouble) + total.select(0, 2)) * inverse_pairs;
+      d_scale = d_scale + (along.sum(at::kDouble) + total.select(0, 2)) * pair_factor;
     }
     if (d_query.defined()) total_query = summed(d_query) * unit;
     if (d_anchor.defined()) {
@@ -308,7 +309,7 @@ class DifferenceNce {
             d_rows_out,
             x.needs(kDifferenceScale) ? scalar(d_scale, x.scale) : none(x.scale),
             x.needs(kDifferenceOffset)
-                ? scalar(-total.select(0, 1) * inverse_pairs - d_logit.sum(), x.offset)
+                ? scalar(-total.select(0, 1) * pair_factor - d_logit.sum(), x.offset)
                 : none(x.offset)};
   }
 
@@ -321,7 +322,7 @@ class DifferenceNce {
   at::Tensor bank, query, positive, anchor, scale, offset, origin, query_seen, anchor_seen;
   at::Tensor query_square, anchor_square, query_raw_square, anchor_raw_square, anchor_sum,
       half_square, inverse, inverse_positive, cosine, near;
-  at::Tensor mask, inverse_pairs, near_pair, near_begin, slope, offsets, gram_offsets, near_key;
+  at::Tensor mask, pair_factor, near_pair, near_begin, slope, offsets, gram_offsets, near_key;
   at::Tensor scalars, total, sum_inverse, sum_along, d_query, d_anchor, sum_y, d_rows, d_bank;
 };
 

@@ -42,6 +42,11 @@ __device__ __forceinline__ T slope_of(T s, T reference, T& loss) {
   return g;
 }
 
+template <typename T>
+__device__ __forceinline__ T weight_of(const InstanceParams<T>& p, int64_t b) {
+  return p.weights ? p.weights[b] : T(1);
+}
+
 // What a sum up to `before` is to be multiplied with when the maximum becomes `top`.
 template <typename T>
 __device__ __forceinline__ T rescaling(T before, T top) {
@@ -73,7 +78,8 @@ __device__ __forceinline__ void store_part(const InstanceParams<T>& p, int64_t b
                                            T top, double loss, double slope, double g) {
   if constexpr (kPass == Pass::kNce) {
     double* out = p.scalars + 3 * (b * p.parts + part);
-    out[0] = loss, out[1] = slope, out[2] = -g;
+    const T weight = weight_of(p, b);
+    out[0] = weight * loss, out[1] = weight * slope, out[2] = -weight * g;
   } else {
     p.running_max[part * p.B + b] = top;
     p.running_sum[part * p.B + b] = g;
@@ -120,7 +126,7 @@ __global__ void __launch_bounds__(kGroup == kWarp ? 128 : kGroup, 1)
   const int64_t b = group / p.parts, part = group % p.parts;
   const int64_t begin = p.K * part / p.parts, end = p.K * (part + 1) / p.parts;
   const T scale = static_cast<T>(*p.scale), offset = static_cast<T>(*p.offset);
-  const T slope = scale / static_cast<T>(p.B);
+  const T slope = scale * static_cast<T>(p.factor) * weight_of(p, b);
 
   T q[kQuads][4];
   for (int i = 0; i < kQuads; ++i)
@@ -214,7 +220,7 @@ __global__ void __launch_bounds__(kWideThreads, 1) own_wide_entries(InstancePara
   const int64_t b = blockIdx.x / p.parts, part = blockIdx.x % p.parts;
   const int64_t begin = p.K * part / p.parts, end = p.K * (part + 1) / p.parts;
   const T scale = static_cast<T>(*p.scale), offset = static_cast<T>(*p.offset);
-  const T slope = scale / static_cast<T>(p.B);
+  const T slope = scale * static_cast<T>(p.factor) * weight_of(p, b);
   const T* query = p.query + b * p.D;
   const bool to_query = p.need_query && kPass != Pass::kSoftmax;
   const bool to_bank = p.d_bank && kPass != Pass::kLogSumExp;
@@ -336,7 +342,7 @@ template <typename T>
 struct TileMemory {
   T operand[kTile * kLead];
   T weight[kTile * kLead];  // [key, query]
-  T factor[kTile];          // rescaling of what was summed before (InfoNCE)
+  T down[kTile];            // rescaling of what was summed before (InfoNCE)
   double sums[3 * kTileThreads / kWarp];
 };
 
@@ -348,7 +354,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 4 ? 2 : 1)
   const int64_t part = blockIdx.x, tiles = (p.K + kTile - 1) / kTile;
   const int column = tile_column(), line = tile_line();
   const T scale = static_cast<T>(*p.scale), offset = static_cast<T>(*p.offset);
-  const T slope = scale / static_cast<T>(p.B);
+  const T unit = scale * static_cast<T>(p.factor);
   const auto key_row = [&](int64_t k) {
     const int64_t row = p.bank.index ? checked_row(p.bank.index[k], p.N, kOutside) : k;
     return bank_row<S>(p.bank, row);
@@ -367,6 +373,7 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 4 ? 2 : 1)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // unrolled, so that z stays in registers
         const int64_t b = b0 + line + i;
+        const T weight = b < p.B ? weight_of(p, b) : T(0), slope = unit * weight;
         bool keep[4];
         T logit[4];
         for (int j = 0; j < 4; ++j) {
@@ -386,37 +393,44 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 4 ? 2 : 1)
           for (int j = 0; j < 4; ++j)
             if (keep[j] && logit[j] > top) top = logit[j];
           reference = warp_max<16>(top);
-          const T factor = rescaling(before, reference);
+          const T down = rescaling(before, reference);
           T e = 0, along = 0;
           for (int j = 0; j < 4; ++j)
             if (keep[j]) {
-              const T weight = exp(logit[j] - reference);
-              e += weight;
-              along += weight * z[i][j];
+              const T power = exp(logit[j] - reference);
+              e += power;
+              along += power * z[i][j];
             }
           e = warp_sum<16>(e);
           along = warp_sum<16>(along);
-          if (column == 0) s.factor[line + i] = factor;
+          if (column == 0) s.down[line + i] = down;
           if (keeper) {
             const bool fresh = tile == begin;
             p.running_max[at] = reference;
-            p.running_sum[at] = e + (fresh ? 0 : p.running_sum[at] * factor);
-            p.running_slope[at] = along + (fresh ? 0 : p.running_slope[at] * factor);
+            p.running_sum[at] = e + (fresh ? 0 : p.running_sum[at] * down);
+            p.running_slope[at] = along + (fresh ? 0 : p.running_slope[at] * down);
           }
         }
         if constexpr (kPass == Pass::kSoftmax) reference = b < p.B ? p.log_normalizer[b] : T(0);
+        T of_query[3] = {};
         for (int j = 0; j < 4; ++j) {
           T g = 0;
           if (keep[j]) {
             if constexpr (kPass == Pass::kNce) {
-              sums[0] += softplus(logit[j], g);
-              sums[1] += g * z[i][j];
-              sums[2] += g;
+              of_query[0] += softplus(logit[j], g);
+              of_query[1] += g * z[i][j];
+              of_query[2] += g;
             } else {
               g = exp(logit[j] - reference);
             }
           }
           s.weight[(column + j) * kLead + line + i] = kPass == Pass::kLogSumExp ? g : g * slope;
+        }
+        for (int j = 0; j < 3; ++j) sums[j] += weight * of_query[j];
+        if (kPass == Pass::kNce && p.part_losses) {
+          const T loss = weight * warp_sum<16>(of_query[0]);
+          double* out = p.part_losses + part * p.B + b;
+          if (column == 0 && b < p.B) *out = loss + (tile == begin ? 0 : *out);
         }
       }
       for (int i = 0; i < 3; ++i) total[i] += sums[i];
@@ -438,8 +452,8 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 4 ? 2 : 1)
               const int64_t b = b0 + line + i, c = d + column + j;
               if (b >= p.B || c >= p.D) continue;
               T* out = p.d_query_parts + (part * p.B + b) * p.D + c;
-              const T factor = kPass == Pass::kLogSumExp ? s.factor[line + i] : T(1);
-              *out = tile == begin ? sum[i][j] : *out * factor + sum[i][j];
+              const T down = kPass == Pass::kLogSumExp ? s.down[line + i] : T(1);
+              *out = tile == begin ? sum[i][j] : *out * down + sum[i][j];
             }
           __syncthreads();
         }
@@ -512,7 +526,7 @@ __global__ void __launch_bounds__(128) finish_queries(InstanceParams<T> p) {
     loss = softplus(-s, d_logit);
     d_logit = -d_logit;
   }
-  const double unit = scale / static_cast<double>(p.B), pull = d_logit * unit;
+  const double weight = weight_of(p, b), unit = scale * p.factor * weight, pull = d_logit * unit;
   for (int64_t d = lane; d < p.D; d += kWarp) {
     if (p.need_query) {
       T sum = 0;
@@ -529,11 +543,19 @@ __global__ void __launch_bounds__(128) finish_queries(InstanceParams<T> p) {
   }
   if (lane != 0) return;
   double* out = p.per_query + 3 * b;
-  out[0] = loss, out[1] = d_scale + d_logit * z, out[2] = d_offset - d_logit;
+  out[0] = weight * loss, out[1] = weight * (d_scale + d_logit * z);
+  out[2] = weight * (d_offset - d_logit);
+  if (p.losses) {
+    double all = out[0];
+    if (!p.infonce && negatives)
+      for (int64_t i = 0; i < p.parts; ++i)
+        all += p.own ? p.scalars[3 * (b * p.parts + i)] : p.part_losses[i * p.B + b];
+    p.losses[b] = p.factor * all;
+  }
   if (p.log_normalizer) p.log_normalizer[b] = static_cast<T>(normalizer);
 }
 
-// One block: the means.
+// One block: the sums over all queries.
 template <typename T>
 __global__ void __launch_bounds__(256) finish_scalars(InstanceParams<T> p) {
   __shared__ double shared[3 * 256 / kWarp];
@@ -544,7 +566,7 @@ __global__ void __launch_bounds__(256) finish_scalars(InstanceParams<T> p) {
     for (int j = 0; j < 3; ++j) sum[j] += p.per_query[3 * i + j];
   block_sum<256>(sum, shared);
   if (threadIdx.x != 0) return;
-  for (int j = 0; j < 3; ++j) p.result[j] = sum[j] / static_cast<double>(p.B);
+  for (int j = 0; j < 3; ++j) p.result[j] = p.factor * sum[j];
 }
 
 // ---------------------------------------------------------------------------------------- launches
@@ -583,7 +605,7 @@ void launch_all(const InstanceParams<T>& p, void* stream) {
   if (p.infonce && (p.d_bank || p.d_rows)) launch_pass<T, S, Pass::kSoftmax>(p, stream);
   if (p.weight)
     gpu::launch("sum_sorted", sum_sorted<T>, dim3((p.N + 3) / 4), dim3(128), 0, stream, p);
-  gpu::launch("finish_scalars", finish_scalars<T>, dim3(1), dim3(256), 0, stream, p);
+  if (!p.losses) gpu::launch("finish_scalars", finish_scalars<T>, dim3(1), dim3(256), 0, stream, p);
 }
 
 template <typename T>

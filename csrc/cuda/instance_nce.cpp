@@ -30,7 +30,9 @@ class InstanceNce {
       return x.B > 0 ? result.select(0, i).to(type) : at::zeros({}, type);
     };
     const auto none = [](const at::Tensor& like) { return at::empty({0}, like.options()); };
-    return {scalar(0, query.options()),
+    const at::Tensor loss =
+        losses.defined() ? losses.to(query.scalar_type()) : scalar(0, query.options());
+    return {loss,
             p.need_query ? d_query.to(x.dtype) : none(x.query),
             x.needs(kInstancePositive) ? d_positive.to(x.dtype) : none(x.positive),
             x.needs(kInstanceBank) ? bank_gradient() : none(x.bank),
@@ -54,6 +56,11 @@ class InstanceNce {
     p.B = x.B, p.K = x.K, p.D = x.D, p.N = x.N;
     p.infonce = x.infonce;
     p.need_query = x.needs(kInstanceQuery);
+    p.factor = x.factor(static_cast<double>(x.B));
+    if (x.weights.defined()) {
+      weights = x.weights.to(dtype).contiguous();
+      p.weights = weights.const_data_ptr<T>();
+    }
     bank = with_units(x.bank);
     p.bank.data = bank.const_data_ptr();
     p.bank.storage = storage_of(kOp, bank);
@@ -109,7 +116,12 @@ class InstanceNce {
       }
     }
     p.per_query = make<double>(per_query, {x.B, 3});
-    p.result = make<double>(result, {3});
+    if (x.reduction == Reduction::kNone) {
+      p.losses = make<double>(losses, {x.B});
+      if (!x.infonce && !x.own()) p.part_losses = make<double>(part_losses, {p.parts, x.B});
+    } else {
+      p.result = make<double>(result, {3});
+    }
   }
 
   // Enough groups of threads to fill the device, none of them with less than a warp's entries.
@@ -138,7 +150,7 @@ class InstanceNce {
   InstanceParams<T> p;
   at::Tensor query, positive, bank, scale, offset, running_max, running_sum, running_slope;
   at::Tensor log_normalizer, scalars, d_query_parts, d_query, d_positive, d_bank, per_query, result;
-  at::Tensor weight, sorted_row, sorted_entry;
+  at::Tensor weights, losses, part_losses, weight, sorted_row, sorted_entry;
 };
 
 }  // namespace
@@ -153,7 +165,6 @@ InstanceResult instance_nce(
   const InstanceArguments x = instance_arguments(
       query, positive, bank, scale, offset, index, query_id, key_id, query_label, key_label,
       excluded, objective, weights, reduction, need, /*with_half=*/true);
-  refuse_each(kOp, x);
   const Device device(query);
   return x.dtype == at::kDouble ? InstanceNce<double>(x, device).run()
                                 : InstanceNce<float>(x, device).run();

@@ -20,6 +20,8 @@ struct InstanceParams {
   int64_t parts = 1;  // ranges of negatives
   bool infonce = false;
   bool need_query = false;
+  double factor = 1;           // of the sum over the queries in the result
+  const T* weights = nullptr;  // [B]: of a query's loss in that sum; null: 1
 
   BankView bank;             // with the index of shared negatives
   bool whole_quads = false;  // rows of the bank can be read four elements at a time
@@ -39,7 +41,7 @@ struct InstanceParams {
   const int64_t* key_label = nullptr;    // [N]
   Excluded excluded;                     // by position among all negatives of the call
 
-  // sums, a slice a part, added up in their order
+  // sums over the weighted queries, a slice a part, added up in their order
   int64_t scalar_rows = 0;
   double* scalars = nullptr;        // [scalar_rows, 3]: loss, d_scale, d_offset (NCE)
   T* running_max = nullptr;         // [parts, B] (InfoNCE)
@@ -49,6 +51,7 @@ struct InstanceParams {
   T* d_rows = nullptr;              // [K, D], shared: gradient of the gathered rows
   T* d_bank = nullptr;              // [N, D], own: added to atomically without a `weight`
   double* per_query = nullptr;      // [B, 3]: as scalars
+  double* part_losses = nullptr;    // [parts, B], shared negatives and NCE, for `losses`
   T* log_normalizer = nullptr;      // [B] (InfoNCE)
 
   // own, for a gradient of the bank that is added up in one order: the entries b * K + k by row
@@ -57,6 +60,7 @@ struct InstanceParams {
   const int64_t* sorted_entry = nullptr;  // [B K], those of a row in their order
 
   double* result = nullptr;  // [3]: loss, d_scale, d_offset
+  double* losses = nullptr;  // [B]: one by one instead; only a query's own gradients are then right
   T* d_query = nullptr;      // [B, D]
   T* d_positive = nullptr;   // [B, D]
 };

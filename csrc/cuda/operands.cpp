@@ -62,9 +62,9 @@ at::Tensor scalar_operand(const at::Tensor& value, const at::TensorOptions& opti
 
 void refuse_each(const char* op, const Reduced& x) {
   TORCH_CHECK_NOT_IMPLEMENTED(
-      !x.each() && x.reduction == Reduction::kMean, "crrcd_ext.", op,
-      ": reduction: expected \"mean\" without weights on backend cuda, which "
-      "has no others; use backend='triton' or 'reference'");
+      !x.each(), "crrcd_ext.", op,
+      ": reduction: expected \"mean\" or \"sum\" without weights on backend cuda, which has no "
+      "others for it; use backend='triton' or 'reference'");
 }
 
 at::Tensor with_units(const at::Tensor& bank) {

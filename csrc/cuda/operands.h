@@ -22,7 +22,7 @@ at::Tensor padded(const at::Tensor& t, int64_t columns, double value = 0);
 // A number on the device, wherever it comes from, without waiting for the device.
 at::Tensor scalar_operand(const at::Tensor& value, const at::TensorOptions& options);
 
-// Says that kernels make the mean of losses alone, without weights.
+// Says that kernels make a sum of losses alone, without weights.
 void refuse_each(const char* op, const Reduced& x);
 
 // The bank where it lies, or a copy where the elements of a row do not lie side by side.

@@ -39,7 +39,9 @@ class RelationNce {
     scale = scalar_operand(x.scale, options), offset = scalar_operand(x.offset, options);
     pair = pair_mask(x.A, x.B, x.anchor_id, x.query_id, x.self_pairs, x.query.device());
     const at::Tensor pairs = pair.sum(dtype);
-    inverse_pairs = at::where(pairs.gt(0), pairs.reciprocal(), at::zeros_like(pairs));
+    pair_factor = x.reduction == Reduction::kSum
+                      ? at::ones_like(pairs)
+                      : at::where(pairs.gt(0), pairs.reciprocal(), at::zeros_like(pairs));
     cosine = (query * positive).sum(-1);
     const at::Tensor logit = cosine * scale - offset;
     set_up();
@@ -64,8 +66,8 @@ class RelationNce {
     } else {
       total = at::zeros({4}, options.dtype(at::kDouble));
     }
-    return gradients((loss * inverse_pairs).to(dtype), total,
-                     d_logit.masked_fill(~pair, 0) * inverse_pairs);
+    return gradients((loss * pair_factor).to(dtype), total,
+                     d_logit.masked_fill(~pair, 0) * pair_factor);
   }
 
  private:
@@ -303,7 +305,7 @@ class RelationNce {
     const auto result = [](const at::Tensor& gradient, const at::Tensor& like) {
       return gradient.to(like.options()).contiguous();
     };
-    const at::Tensor factor = inverse_pairs / p.boost;
+    const at::Tensor factor = pair_factor / p.boost;
     const at::Tensor of_weight = inverse_unit.defined() ? factor * inverse_unit : factor;
     // the positives' part goes last: it is the large term of a sum of many small ones
     const at::Tensor pull = (d_logit_positive * scale).unsqueeze(-1);
@@ -365,7 +367,7 @@ class RelationNce {
       if (x.needs(kNeedWeight)) d_weight = at::zeros_like(x.weight);
       if (x.needs(kNeedBias)) d_biases = at::zeros_like(x.bias);
     }
-    const at::Tensor inverse = inverse_pairs.to(at::kDouble);
+    const at::Tensor inverse = pair_factor.to(at::kDouble);
     at::Tensor d_scale = none(x.scale), d_offset = none(x.offset);
     if (x.needs(kNeedScale))
       d_scale = result(total.select(0, 1) * inverse + (d_logit_positive * cosine).sum(at::kDouble),
@@ -385,7 +387,7 @@ class RelationNce {
   RelationPlan plan;
   RelationNceParams<T> p;
   int64_t made = -1;  // first key of the segment whose keys are there
-  at::Tensor query, positive, weight, bias, scale, offset, pair, inverse_pairs, cosine, bank;
+  at::Tensor query, positive, weight, bias, scale, offset, pair, pair_factor, cosine, bank;
   at::Tensor key_weight, keys, keep, anchor, weight_stored, qw_stored, bias_padded, qc, gram;
   at::Tensor inverse_unit, gram_least, bias_square;
   at::Tensor gram_bias, offset_padded, scalars, d_qw, d_logit, inverse_norm, c, d_x, d_anchor;
