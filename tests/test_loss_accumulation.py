@@ -140,6 +140,35 @@ def test_one_micro_batch_is_a_step(kind):
         assert same_state(criterion, twin)
 
 
+@pytest.mark.parametrize("objective", ["nce", "infonce"])
+@pytest.mark.parametrize("direction, keys", PAIRED)
+@pytest.mark.parametrize("kind", ["crcd", "crrcd"])
+def test_relations_with_the_batchs_anchors_are_those_of_one_large_batch(
+    kind, direction, keys, objective
+):
+    options = {"direction": direction, "keys": keys, "objective": objective}
+    criterion = made(kind=kind, standardize=False, learnable_temperature=True, **options)
+    for _ in range(2):
+        criterion(*samples(0), update=True)
+    whole = copy.deepcopy(criterion)
+    values = student, teacher, index = samples()
+    expected, of_features = at_once(whole, values)
+    chosen = whole._last.selected
+    given = teacher[chosen], index[chosen]
+    pairs = (given[1][:, None] != index).sum()
+    criterion.zero_grad(set_to_none=True)
+    student = student.clone().requires_grad_()
+    total = 0.0
+    for part in micro((student, teacher, index)):
+        loss = criterion(*part, update="later", reduction="sum", anchors=given) / pairs
+        loss.backward()
+        total += loss.detach()
+    criterion.commit()
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(student.grad, of_features, rtol=1e-10, atol=1e-13)
+    assert_alike(criterion, whole)
+
+
 def test_zbar_is_the_first_micro_batchs():
     criterion = made(kind="crd")
     first, second = micro(samples(), (3, 5))

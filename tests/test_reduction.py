@@ -305,7 +305,9 @@ def test_gradcheck(backend, form, objective):
             options = {"weights": weights, "reduction": reduction, "backend": backend}
             return operator(case)(**given, **options)
 
-        assert torch.autograd.gradcheck(loss, list(leaves.values()))
+        # In one direction where every number's own would take minutes.
+        fast = backend in INTERPRETED
+        assert torch.autograd.gradcheck(loss, list(leaves.values()), fast_mode=fast)
 
 
 # ------------------------------------------------------------------------------------- properties

@@ -563,3 +563,23 @@ def test_unknown_models(name: str, text: str) -> None:
     with pytest.raises(UserError, match=text) as caught:
         models.build(name, 1, 5, 8)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("width", [4, 8, 32])
+def test_few_channels_do_not_lie_last_in_strided_shortcuts(width):
+    """Where torch 2.14.1 writes beyond the end of a gradient."""
+    network = models.build("resnet8", 3, 10, width)
+    seen = []
+
+    def note(module, inputs):
+        if module.kernel_size == (1, 1) and module.in_channels < models.FEW:
+            assert module.stride == (2, 2)
+            seen.append(inputs[0].is_contiguous())
+
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_pre_hook(note)
+    images = torch.randn(5, 3, 12, 12)
+    given = images.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(network(given), network(images))
+    assert seen == [True] * len(seen) and len(seen) == {4: 4, 8: 2, 32: 0}[width]

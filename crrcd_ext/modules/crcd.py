@@ -135,9 +135,13 @@ class CRCDLoss(EmbeddingLoss):
         return self._anchors(step)
 
     def _relations(self, step: Step) -> tuple[Tensor, Tensor]:
-        anchor = self._anchors(step)["anchor"]
-        student, _ = reference.directions(step.student, anchor, 0.0)
-        teacher, _ = reference.directions(step.teacher, anchor, 0.0)
+        anchors = self._anchors(step)
+        student, _ = reference.directions(step.student, anchors["anchor"], 0.0)
+        teacher, _ = reference.directions(step.teacher, anchors["anchor"], 0.0)
+        if step.anchors is not None:
+            # One embedded apart has a direction from itself, made of rounding alone.
+            others = anchors["anchor_id"][:, None] != step.index
+            teacher = teacher * others[..., None]
         return student, teacher
 
     def _shown(self) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class CRDLoss(EmbeddingLoss):
 
     NAME = "CRDLoss"
     OPERATOR = staticmethod(functional.instance_nce)
+    RELATES = False
     COSINES = staticmethod(cosines.of_instance)
     VECTORS = "student's embeddings"
 
@@ -131,5 +132,5 @@ class CRDLoss(EmbeddingLoss):
         # Rows of the bank are no function of the head: for keys="bank" only its queries are.
         return self.keys == "live" or (self.keys == "bank" and self.direction == "both")
 
-    def _has_pair(self, size: int) -> bool:
+    def _has_pair(self, size: int, anchors: int) -> bool:
         return size > 0

@@ -29,10 +29,11 @@ class Step(NamedTuple):
     """A batch as the relations see it. What there is of banks comes in pairs: teacher's, student's.
 
     ``teacher`` and ``student`` [B, D] are the embeddings, ``selected`` the anchors' positions (None
-    for all), ``own_rows`` the samples' rows of the banks for keys="bank", ``drawn`` the rows of the
-    negatives (None for the whole bank), ``statistics`` the teacher's in this step (None for the
-    running ones). What a step leaves behind for :meth:`ContrastiveLoss.diagnostics` has its loss,
-    with the weights and the reduction that made it.
+    for all), ``anchors`` embeddings [A, D] and ids of others in their place, ``own_rows`` the
+    samples' rows of the banks for keys="bank", ``drawn`` the rows of the negatives (None for the
+    whole bank), ``statistics`` the teacher's in this step (None for the running ones). What a step
+    leaves behind for :meth:`ContrastiveLoss.diagnostics` has its loss, with the weights and the
+    reduction that made it.
     """
 
     teacher: Tensor
@@ -40,6 +41,7 @@ class Step(NamedTuple):
     index: Tensor
     query_label: Tensor | None
     selected: Tensor | None
+    anchors: tuple[Tensor, Tensor] | None
     own_rows: tuple[Tensor | None, Tensor | None]
     drawn: tuple[Tensor | None, Tensor | None]
     statistics: Statistics | None
@@ -80,6 +82,8 @@ class ContrastiveStep(Critic):
 
     OPERATOR: Callable[..., Tensor]
     COSINES: Callable[..., Cosines]
+    RELATES = True
+    """Whether the loss is one of relations to anchors."""
     PER_QUERY = False
     """Whether the operator takes negatives of each query's own, int64 [B, K]."""
 
@@ -129,9 +133,9 @@ class ContrastiveStep(Critic):
         """Now and then, look at what an updating step has left in ``_last``."""
         raise NotImplementedError
 
-    def _has_pair(self, size: int) -> bool:
-        """Whether a batch of ``size`` may have a pair."""
-        return size > 1 or (size == 1 and self.self_pairs)
+    def _has_pair(self, size: int, anchors: int) -> bool:
+        """Whether a batch of ``size`` may have a pair, with so many ``anchors`` given."""
+        return size > 0 and (size > 1 or anchors > 1 or self.self_pairs)
 
     # ------------------------------------------------------------------ the step
 
@@ -146,6 +150,7 @@ class ContrastiveStep(Critic):
         update: bool | str | None = None,
         weights: Tensor | None = None,
         reduction: str = "mean",
+        anchors: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """The loss of one batch, and the update of the banks.
 
@@ -171,6 +176,10 @@ class ContrastiveStep(Critic):
                 gradient is wanted, "none" needs keys="stop_gradient" (CRD takes "bank" too), of
                 CRRCD direction="student", as what makes the student's negatives learns, and no
                 learned temperature or offset: "sum" and "mean" with weights do without these.
+            anchors: teacher's features [A, Dt] and ids, int64 [A], of the samples to take as
+                anchors instead of some of the batch; any number, of the batch or not. With those
+                of the whole batch relations between its micro-batches are not lost. Not of CRD,
+                which has none.
 
         Returns:
             0-dim loss, or [B] for "none": float32, or float64 for a float64 module. 0, with zero
@@ -201,6 +210,8 @@ class ContrastiveStep(Critic):
         check_weights(self.NAME, weights, ("B",), {"B": size}, student_features)
         if negative_index is not None:
             negative_index = self._check_negative_index(negative_index, size)
+        if anchors is not None:
+            anchors = self._check_anchors(anchors)
         # An empty batch goes the same way, so that the same parameters get a gradient, of zero.
         update, later = update and size > 0, later and size > 0
         if update or later:
@@ -211,8 +222,11 @@ class ContrastiveStep(Critic):
             # A replay would compute the loss, and leave nothing for commit.
             expected = "a step, or none, while a CUDA graph is captured"
             _checks.fail(RuntimeError, self.NAME, "update", expected, "'later'")
-        student, teacher, finite = self._screen(
-            student_features, teacher_features.detach(), update or later
+        student, teacher, anchor, finite = self._screen(
+            student_features,
+            teacher_features.detach(),
+            None if anchors is None else anchors[0].detach(),
+            update or later,
         )
 
         waiting = self._waiting if later else None
@@ -226,11 +240,14 @@ class ContrastiveStep(Critic):
         e_s = e_s.to(dtype)
         with self._teacher_gradient():
             e_t = self.teacher_head(teacher, teacher_statistics).to(dtype)
+            if anchors is not None:
+                anchors = self.teacher_head(anchor, teacher_statistics).to(dtype), anchors[1]
 
         chosen = {
             "index": index,
             "query_label": query_label,
-            "selected": self._select_anchors(size),
+            "selected": None if anchors is not None else self._select_anchors(size),
+            "anchors": anchors,
             "own_rows": tuple(self._own_rows(bank, index, dtype) for bank in self._banks),
             "drawn": tuple(
                 self._draw(bank, index, query_label, negative_index, waiting)
@@ -248,8 +265,9 @@ class ContrastiveStep(Critic):
         changes = [x.change for x in stored] if update else [None] * len(sides)
         scale = self.scale()
         zbar: dict[int, Zbar] = {}
+        paired = self._has_pair(size, 0 if anchors is None else len(anchors[1]))
         parts = [
-            self._contrast(side, size, change, scale, zbar, update or later, weights, reduction)
+            self._contrast(side, paired, change, scale, zbar, update or later, weights, reduction)
             for side, change in zip(sides, changes, strict=True)
         ]
         loss = parts[0] if len(parts) == 1 else parts[0] + parts[1]
@@ -271,6 +289,8 @@ class ContrastiveStep(Critic):
         if size > 0:
             # The statistics are the running ones by now. torch 2.6 traces no _replace.
             embeddings = e_t.detach(), e_s.detach()
+            if anchors is not None:
+                chosen["anchors"] = anchors[0].detach(), anchors[1]
             kept = None if weights is None else weights.clone()
             result = {"loss": loss.detach(), "weights": kept, "reduction": reduction}
             self._last = Step(*embeddings, **chosen, statistics=None, **result)
@@ -293,7 +313,9 @@ class ContrastiveStep(Critic):
           standardised by the micro-batch itself while training. (The teacher's by all before it,
           until :meth:`fill` fixes that.)
         - Relations (CRCD, CRRCD) are those between the samples of a micro-batch, which has its own
-          anchors: the gradient is that of as many smaller batches.
+          anchors: the gradient is that of as many smaller batches. With ``anchors`` given, the same
+          to each, it is that of the one batch, of losses with reduction="sum" divided by its number
+          of pairs: A B, with self pairs off less the anchors that are in the batch.
         - Where Zbar is still to come, or follows the batches, each takes its own, and that of the
           first stays.
         - nonfinite="skip": one micro-batch to skip makes a step to skip.
@@ -366,6 +388,24 @@ class ContrastiveStep(Critic):
                 bank.rows.index_copy_(0, change[0], torch.where(finite, now, rows))
             bank.record_(done.index, finite)
 
+    def _check_anchors(self, given: object) -> tuple[Tensor, Tensor]:
+        """``given`` as features [A, Dt] and ids, int64 [A], checked."""
+        name, device = self.NAME, self.step.device
+        if not self.RELATES:
+            _checks.fail(
+                ValueError, name, "anchors", "None, since it relates no samples", "a value"
+            )
+        if not isinstance(given, tuple | list) or len(given) != 2:
+            got = type(given).__name__
+            _checks.fail(TypeError, name, "anchors", "(teacher's features, ids), two tensors", got)
+        features, index = given
+        _checks.features(name, "anchors[0]", features, self.teacher_head.in_dim, device)
+        if len(features) == 0:
+            _checks.fail(ValueError, name, "anchors[0]", "one row or more", 0)
+        index = _checks.integers(name, "anchors[1]", index, len(features), device)
+        _checks.in_range(name, "anchors[1]", index, self.num_samples)
+        return features, index
+
     def _check_batch(
         self, student: Tensor, teacher: Tensor, index: Tensor, labels: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
@@ -418,19 +458,25 @@ class ContrastiveStep(Critic):
         return flat.view(given.shape)
 
     def _screen(
-        self, student: Tensor, teacher: Tensor, update: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self, student: Tensor, teacher: Tensor, anchor: Tensor | None, update: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """The features, zeroed in a step to skip; for "skip" whether all are good (bool [])."""
         # Running statistics would keep a variance that has overflowed.
         squared = update and self.student_head.standardize is not None
         if self.nonfinite == "error":
             _checks.finite(self.NAME, "student_features", student, SKIP_HINT, squared)
             _checks.finite(self.NAME, "teacher_features", teacher, SKIP_HINT, squared)
-            return student, teacher, None
+            if anchor is not None:
+                _checks.finite(self.NAME, "anchors[0]", anchor, SKIP_HINT)
+            return student, teacher, anchor, None
         finite = _checks.all_finite(student.detach(), squared)
         finite = finite & _checks.all_finite(teacher, squared)
         zero = student.new_zeros(())
-        return torch.where(finite, student, zero), torch.where(finite, teacher, zero), finite
+        if anchor is not None:
+            finite = finite & _checks.all_finite(anchor, False)
+            anchor = torch.where(finite, anchor, zero)
+        student, teacher = torch.where(finite, student, zero), torch.where(finite, teacher, zero)
+        return student, teacher, anchor, finite
 
     def _teacher_gradient(self) -> torch.set_grad_enabled:
         """Context of what is computed on the teacher's side."""
@@ -479,7 +525,7 @@ class ContrastiveStep(Critic):
 
     def _anchors(self, step: Step) -> dict[str, Any]:
         """The anchors' embeddings, and what tells self pairs from others."""
-        anchor, anchor_id = step.teacher, step.index
+        anchor, anchor_id = (step.teacher, step.index) if step.anchors is None else step.anchors
         if step.selected is not None:
             anchor = anchor.index_select(0, step.selected)
             anchor_id = anchor_id.index_select(0, step.selected)
@@ -549,7 +595,7 @@ class ContrastiveStep(Critic):
     def _contrast(
         self,
         side: Side,
-        size: int,
+        paired: bool,
         change: Change | None,
         scale: Tensor | float,
         zbar: dict[int, Zbar],
@@ -565,7 +611,7 @@ class ContrastiveStep(Critic):
         loss = type(self).OPERATOR(
             **side.arguments,
             scale=scale,
-            offset=self._offset(side, size, follow, zbar),
+            offset=self._offset(side, paired, follow, zbar),
             objective=self.objective,
             weights=weights,
             reduction=reduction,
@@ -576,7 +622,7 @@ class ContrastiveStep(Critic):
             bank.apply_(change)
         return loss if loss.dim() < 2 else loss.sum(0)  # a sample's pairs, over the anchors
 
-    def _offset(self, side: Side, size: int, follow: bool, zbar: dict) -> Tensor | float:
+    def _offset(self, side: Side, paired: bool, follow: bool, zbar: dict) -> Tensor | float:
         """beta; where this batch has a part in Zbar, what becomes of that goes into ``zbar``.
 
         Each direction waits for its own first batch that has a pair and rows to compare it with.
@@ -586,12 +632,12 @@ class ContrastiveStep(Critic):
         slot = side.slot
         known = self._knows_zbar(slot)
         follows = follow and self.normalizer == "moving_average"
-        if known and not (follows and self._has_pair(size)):
+        if known and not (follows and paired):
             return self._beta((self.log_zbar / self.zbar_weight)[slot])
         if not known:
             expected = "a training step, whose batch gives Zbar,"
             _checks.before_capture(self.NAME, "normalizer", expected, self.step.device)
-            if not self._has_pair(size):
+            if not paired:
                 return self._beta(0.0)  # of a loss that does not depend on it
         limit = MAX_NEGATIVES if self.normalizer == "first_batch" else FOLLOWED_NEGATIVES
         query = side.arguments["query"]
