@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import emulated
 from helpers.cases import (
+    DIFFERENTIABLE,
     assert_close,
     assert_within_budget,
     cast,
@@ -65,6 +66,22 @@ def test_instance_nce_has_no_race_and_stays_in_bounds(sizes, index, objective, s
             single = run(copied(rounded), CHECKED)
         assert_close(got, true, 1e-11)
         assert_close(single, truth(rounded), tolerance)
+
+
+@each_schedule
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("index", ["own", "shared", None])
+def test_weights_have_no_race_and_stay_in_bounds(index, objective, schedule, late):
+    # Two tiles of keys and of queries; rows of a block; no query, no negative.
+    for sizes in [(66, 67, 5, 70), (2, 40, 600, 50), (0, 7, 5, 9), (5, 0, 7, 9)]:
+        case = make_instance(*sizes, index=index, objective=objective)
+        case["weights"] = torch.linspace(-1, 2, sizes[0]).double()
+        for reduction in ("mean", "none"):
+            given = case | {"reduction": reduction}
+            wanted = ("query", "positive") if reduction == "none" else DIFFERENTIABLE
+            with emulation(CHECKED, schedule, seed=4, late=late):
+                got = run(copied(given), CHECKED, wanted=wanted)
+            assert_close(got, truth(given, wanted=wanted), 1e-11)
 
 
 @each_schedule
