@@ -91,17 +91,31 @@ def _of(types: str) -> Iterator[Call]:
     # kernels that read bits of what is excluded
     yield call(
         "relation_nce", "all excluded", "nce", pairs, pairs, vectors, bank, weight, bias,
-        *critic, shared, weight, *excluding, False, "nce", 0b111111111,
+        *critic, shared, weight, *excluding, False, "nce", None, "mean", 0b111111111,
     )  # fmt: skip
     yield call(
         "difference_nce", "all own excluded", "nce", vectors, vectors, vectors, bank, *critic,
-        own, *excluding, False, 0.0, "nce", 0b111111,
+        own, *excluding, False, 0.0, "nce", None, "mean", 0b111111,
     )  # fmt: skip
     for negatives, index in (("", shared), (" own", own)):
         yield call(
             "instance_nce", f"all{negatives} excluded", "nce", vectors, vectors, bank, *critic,
-            index, *excluding[1:], "nce", 0b11111,
+            index, *excluding[1:], "nce", None, "mean", 0b11111,
         )  # fmt: skip
+    # kernels that weigh
+    weights = torch.rand(A, B, dtype=torch.float64)
+    yield call(
+        "relation_nce", "all weighted", "nce", pairs, pairs, vectors, bank, weight, bias,
+        *critic, shared, weight, *masks, False, "nce", weights, "mean", 0b111111111,
+    )  # fmt: skip
+    yield call(
+        "difference_nce", "all weighted", "nce", vectors, vectors, vectors, bank, *critic,
+        shared, *masks, False, 0.0, "nce", weights[0], "mean", 0b111111,
+    )  # fmt: skip
+    yield call(
+        "instance_nce", "all weighted", "nce", vectors, vectors, bank, *critic,
+        shared, *masks[1:], "nce", weights[0], "mean", 0b11111,
+    )  # fmt: skip
     for negatives, index in (("", None), ("own", own)):
         yield call("similar_mask", negatives, "", wide, bank, index, 0.5)
     yield call("relation", "", "", vectors, vectors, weight, bias)

@@ -196,7 +196,7 @@ LAYOUTS = [(96, 100, 72), (64, 130, 150), (227, 260, 70), (227, 100, 72), (48, 7
 @pytest.mark.parametrize("shared_kilobytes, hidden, relation", LAYOUTS)
 def test_every_layout_of_relation_nce(precision, shared_kilobytes, hidden, relation):
     dtype, setting, tolerance = precision
-    case = cast(settled(make(3, 9, 200, hidden, relation, 40, 250, index=False)), dtype)
+    case = cast(settled(make(2, 9, 100, hidden, relation, 40, 150, index=False)), dtype)
     true, plain = truth(case), run(case, "reference")
     with (
         emulated_gpu(setting, shared_kilobytes),

@@ -81,6 +81,8 @@ def test_kernels_compile_and_fit(arch, tmp_path):
         assert 10e6 < moved[f"relation_nce bf16 {gradients} nce"] < most
 
     if nvidia:  # issue of the pass that all gradients need
-        assert max(row["clocks_a_pair"] for row in main) < 20
+        weighted = [row for row in main if "weighted" in row["call"]]
+        assert max(row["clocks_a_pair"] for row in main if row not in weighted) < 20
+        assert all(row["clocks_a_pair"] < 25 for row in weighted)
     if importlib.metadata.version("triton").startswith("3.8.") and arch in WITHOUT_SPILLS:
         assert not [row for row in found if row["spills"] or row["stack"]]

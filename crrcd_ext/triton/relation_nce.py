@@ -11,6 +11,9 @@ from crrcd_ext.triton import bank_rows, critic, launch
 from crrcd_ext.triton.passes import DIRECT, GRAM, Masks, Passes
 
 QUERY, POSITIVE, ANCHOR, BANK, KEY_WEIGHT, WEIGHT, BIAS, SCALE, OFFSET = (1 << n for n in range(9))
+FEWEST = 6
+"""With fewer rows or columns of W most norms cancel, which rounded products of W would show; the
+same number as in csrc/relation_arguments.h."""
 LIVE = ANCHOR | BANK | KEY_WEIGHT | WEIGHT | BIAS
 
 
@@ -52,9 +55,11 @@ def relation_nce_(
     wide = wide_dtype(query.dtype)
     types = launch.precision(query.dtype)
     relation_dim, hidden_dim = weight.shape
-    if need & LIVE and query.dtype.itemsize == 2 and 8 * relation_dim < hidden_dim:
-        # W annihilates most of the hidden units, and W'W rounded to two bytes does not. Relations
-        # as they stand, at full precision, take fewer products here.
+    # W annihilates most of the hidden units, and W'W rounded to two bytes does not.
+    annihilates = query.dtype.itemsize == 2 and 8 * relation_dim < hidden_dim
+    narrow = min(relation_dim, hidden_dim) < FEWEST
+    if need & LIVE and types.tensor_cores and (annihilates or narrow):
+        # Relations as they stand, at full precision, take fewer products here.
         operands = (query, positive, anchor, weight, bias, key_weight)
         query, positive, anchor, weight, bias, key_weight = (
             None if x is None else x.to(wide) for x in operands
